@@ -1,0 +1,397 @@
+"""The whole configuration: one tree of frozen, torch-free dataclasses, read from a YAML file and dotted overrides.
+
+Every problem is collected and reported in one ConfigError, before torch is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, cast, get_args, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fbitrain.data.config import DataConfig, data_problems
+from fbitrain.errors import UserError
+from fbitrain.model.config import PRESETS, BinarizeConfig, ModelConfig, binarize_problems, model_problems
+
+PRECISIONS = ("auto", "bf16", "fp32")
+NO_DECAY_KINDS = ("scales", "norms", "embeddings")
+
+
+class ConfigError(UserError):
+    """One or more problems in a configuration; the message lists them all, one per line."""
+
+    def __init__(self, where: str, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        if len(self.problems) == 1:
+            super().__init__(f"config error in {where}: {self.problems[0]}")
+        else:
+            super().__init__(f"{len(self.problems)} config errors in {where}:\n" + "\n".join(f"  {p}" for p in self.problems))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives: the folder `dir/name`."""
+
+    name: str = "default"
+    dir: str = "runs"
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """The loss: kd_weight · CE(teacher softmax, student) + ce_weight · CE(labels, student), both means over tokens."""
+
+    teacher: str = ""  # a Hugging Face folder or hub id, or a .gguf file; needed unless kd_weight is 0
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    temperature: float = 1.0  # divides both models' logits in the distillation term, which is scaled by temperature²
+    chunk_tokens: int = 512  # tokens whose [chunk, vocab] logits exist at one time
+    host: str = "replicated"  # replicated: every rank holds the teacher; zero3: ZeRO-3 shards it (for teachers that do not fit)
+    trust_remote_code: bool = False  # run Python code that comes with a teacher from the hub
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay (defaults: arXiv 2407.07093)."""
+
+    lr: float = 3e-4
+    min_lr: float = 3e-5  # reached at train.total_steps
+    warmup_steps: int = 2000  # optimizer steps
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    no_decay: list[str] = field(default_factory=lambda: list(NO_DECAY_KINDS))  # parameter kinds without weight decay
+    max_grad_norm: float = 1.0  # 0: no clipping
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How much and in what portions. A step is an optimizer step, nothing else."""
+
+    total_steps: int = 1000
+    micro_batch_size: int = 8  # sequences per rank per forward
+    global_batch_tokens: int = 2**19  # tokens per step over all ranks; grad_accum_steps is derived from it
+    resume: str = "auto"  # auto: from the run's newest complete checkpoint if there is one; never; or a checkpoint folder
+    seed: int = 0  # initial weights and sampling
+    activation_checkpointing: bool = False  # recompute each block in backward instead of keeping its activations
+    compile: bool = False  # torch.compile the student
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the run is spread over devices (DeepSpeed)."""
+
+    zero_stage: int = 1  # 0 only with precision=fp32
+    precision: str = "auto"  # compute dtype: bf16 where the device multiplies it natively, else fp32; latent weights are always fp32
+    offload_optimizer: bool = False  # keep optimizer state and fp32 weights in host memory (stages 1 to 3)
+    comm_timeout_s: int = 1800  # a collective that waits longer ends the run
+    threads_per_rank: int = 0  # CPU threads; 0: cores of this node / ranks on it
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    every: int = 1000  # steps; the last step and a stop signal also save
+    keep: int = 3  # newest complete checkpoints kept; 0 keeps all
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """What is logged and how often (metrics.jsonl and TensorBoard get the same scalars)."""
+
+    every: int = 10  # steps between log lines
+    near_zero: float = 1e-3  # latent weights with |W| below this are counted as undecided
+    peak_tflops: float = 0.0  # per rank; 0: known GPUs are looked up, otherwise MFU is left out and FLOP/s stays
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out perplexity and sample texts during training."""
+
+    every: int = 1000  # steps; also before the first and after the last step; 0 never
+    max_tokens: int = 65536  # held-out tokens read per evaluation, over all ranks
+    prompts: list[str] = field(default_factory=lambda: ["def main("])
+    sample_tokens: int = 48  # generated per prompt, greedily
+
+
+@dataclass(frozen=True)
+class DebugConfig:
+    """Switches for finding faults, off in real runs."""
+
+    deterministic: bool = False  # torch.use_deterministic_algorithms
+    log_batches: bool = False  # write a hash of every micro-batch to batches_rankNNNNN.jsonl in the run folder
+
+
+@dataclass(frozen=True)
+class Config:
+    """The tree. Field names are the YAML's keys."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    binarize: BinarizeConfig = field(default_factory=BinarizeConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir) / self.run.name
+
+    def grad_accum_steps(self, world_size: int) -> int:
+        """Micro-batches per rank and step, so that every step sees `train.global_batch_tokens`."""
+        return self.train.global_batch_tokens // (self.train.micro_batch_size * self.data.seq_len * world_size)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int = 1) -> Config:
+    """Reads `path` (YAML), applies dotted `overrides` such as `optim.lr=1e-3`, and checks the result.
+
+    Raises ConfigError with every problem found: unreadable file, unknown keys (with the nearest field), wrong types,
+    impossible or contradictory values for `world_size` ranks.
+    """
+    where = str(path)
+    raw = _read_yaml(Path(path))
+    problems: list[str] = []
+    for override in overrides:
+        _apply_override(raw, override, problems)
+    values = OmegaConf.to_container(raw)
+    preset = _preset_values(values, problems)
+    config = _typed(values, preset, problems)
+    if config is not None:
+        problems.extend(semantic_problems(config, world_size))
+    if problems or config is None:
+        raise ConfigError(where, problems)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal Config."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted key -> value of every leaf; lists are leaves."""
+
+    def walk(prefix: str, value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        for key, item in value.items():
+            if isinstance(item, Mapping):
+                yield from walk(f"{prefix}{key}.", item)
+            else:
+                yield prefix + key, item
+
+    return dict(walk("", dataclasses.asdict(config)))
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old value, new value) for every leaf that differs."""
+    before, after = flatten(old), flatten(new)
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+
+def semantic_problems(config: Config, world_size: int) -> Iterator[str]:
+    """Yields one sentence per impossible value or contradiction between fields."""
+    yield from model_problems(config.model)
+    if config.binarize.enabled:
+        yield from binarize_problems(config.binarize, config.model)
+    yield from data_problems(config.data)
+    yield from _train_problems(config, world_size)
+    yield from _optim_problems(config)
+    yield from _engine_problems(config)
+
+
+def _train_problems(config: Config, world_size: int) -> Iterator[str]:
+    train, data, distill = config.train, config.data, config.distill
+    for section, name, least in (
+        ("train", "total_steps", 1),
+        ("train", "micro_batch_size", 1),
+        ("train", "global_batch_tokens", 1),
+        ("checkpoint", "every", 1),
+        ("checkpoint", "keep", 0),
+        ("metrics", "every", 1),
+        ("eval", "every", 0),
+        ("eval", "sample_tokens", 0),
+        ("distill", "chunk_tokens", 1),
+    ):
+        value = getattr(getattr(config, section), name)
+        if value < least:
+            yield f"{section}.{name}={value} must be at least {least}"
+    if config.eval.every and config.eval.max_tokens < data.seq_len:
+        yield f"eval.max_tokens={config.eval.max_tokens} is less than one window of data.seq_len={data.seq_len} tokens"
+    portion = train.micro_batch_size * data.seq_len * world_size
+    if portion > 0 and train.global_batch_tokens % portion:
+        yield (
+            f"train.global_batch_tokens={train.global_batch_tokens} is not a multiple of "
+            f"micro_batch_size*seq_len*world_size={train.micro_batch_size}*{data.seq_len}*{world_size}={portion}"
+        )
+    if world_size > data.n_lanes:
+        yield f"data.n_lanes={data.n_lanes} is less than the {world_size} ranks of this run; every rank needs a lane"
+    if data.seq_len > config.model.max_seq_len:
+        yield f"data.seq_len={data.seq_len} is longer than model.max_seq_len={config.model.max_seq_len}"
+    if distill.kd_weight < 0 or distill.ce_weight < 0 or distill.kd_weight + distill.ce_weight <= 0:
+        yield "distill.kd_weight and distill.ce_weight must not be negative, and one of them must be positive"
+    if not distill.temperature > 0:
+        yield f"distill.temperature={distill.temperature} must be positive"
+    if distill.kd_weight > 0 and not distill.teacher:
+        yield "distill.teacher is empty; name the teacher, or set distill.kd_weight=0 to train on labels alone"
+    if distill.host not in ("replicated", "zero3"):
+        yield f"distill.host={distill.host!r} is unknown; choose replicated or zero3"
+    if not distill.teacher and data.tokenizer == "teacher":
+        yield "data.tokenizer=teacher needs distill.teacher; name a tokenizer folder or file instead"
+
+
+def _optim_problems(config: Config) -> Iterator[str]:
+    optim = config.optim
+    if not optim.lr > 0:
+        yield f"optim.lr={optim.lr} must be positive"
+    if not 0 <= optim.min_lr <= optim.lr:
+        yield f"optim.min_lr={optim.min_lr} must lie between 0 and optim.lr={optim.lr}"
+    if not 0 <= optim.warmup_steps <= config.train.total_steps:
+        yield f"optim.warmup_steps={optim.warmup_steps} must lie between 0 and train.total_steps={config.train.total_steps}"
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        yield f"optim.betas={optim.betas} must be two numbers in [0, 1)"
+    for name in ("weight_decay", "max_grad_norm"):
+        if getattr(optim, name) < 0:
+            yield f"optim.{name}={getattr(optim, name)} must not be negative"
+    for kind in optim.no_decay:
+        if kind not in NO_DECAY_KINDS:
+            yield f"optim.no_decay has {kind!r}; choose from {', '.join(NO_DECAY_KINDS)}"
+
+
+def _engine_problems(config: Config) -> Iterator[str]:
+    engine = config.engine
+    if engine.zero_stage not in (0, 1, 2, 3):
+        yield f"engine.zero_stage={engine.zero_stage} is unknown; choose 0, 1, 2 or 3"
+    if engine.precision not in PRECISIONS:
+        yield f"engine.precision={engine.precision!r} is unknown; choose one of {', '.join(PRECISIONS)}"
+    if engine.zero_stage == 0 and engine.precision != "fp32":
+        yield f"engine.zero_stage=0 needs engine.precision=fp32, not {engine.precision}; stage 1 is its equal in bf16, also on one rank"
+    if engine.zero_stage == 0 and engine.offload_optimizer:
+        yield "engine.offload_optimizer needs engine.zero_stage 1, 2 or 3"
+    if engine.comm_timeout_s < 1:
+        yield f"engine.comm_timeout_s={engine.comm_timeout_s} must be at least 1"
+    if engine.threads_per_rank < 0:
+        yield f"engine.threads_per_rank={engine.threads_per_rank} must not be negative"
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        raw = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(str(path), ["the file does not exist; the shipped ones are in launch/configs"]) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(str(path), [f"it cannot be read as YAML: {' '.join(str(error).split())}"]) from None
+    if not isinstance(raw, DictConfig):
+        raise ConfigError(str(path), ["it must hold sections such as model: and train:, not a list or a single value"])
+    return raw
+
+
+def _apply_override(raw: DictConfig, override: str, problems: list[str]) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        problems.append(f"override {override!r} is not of the form section.key=value")
+        return
+    try:
+        # OmegaConf's own YAML dialect, in which 1e-3 is a number.
+        parsed = OmegaConf.create(f"value: {value}" if value else "value: ''")["value"]
+        OmegaConf.update(raw, key, parsed)
+    except (OmegaConfBaseException, yaml.YAMLError, AssertionError, ValueError, IndexError, TypeError) as error:
+        problems.append(f"override {override!r} cannot be applied: {str(error).splitlines()[0]}")
+
+
+def _preset_values(values: Any, problems: list[str]) -> dict[str, Any]:
+    model = values.get("model") if isinstance(values, dict) else None
+    name = model.get("preset") if isinstance(model, dict) else None
+    if not name:
+        return {}
+    if name not in PRESETS:
+        problems.append(f"model.preset={name!r} is unknown; choose one of {', '.join(PRESETS)}")
+        return {}
+    return PRESETS[name]
+
+
+def _typed(values: Any, preset: Mapping[str, Any], problems: list[str]) -> Config | None:
+    """`values` over `preset` over the defaults, as a Config; None (and reasons in `problems`) where it does not fit."""
+    found_before = len(problems)
+    tree = OmegaConf.structured(Config)
+    _unlock(tree)
+    for key, value in preset.items():
+        OmegaConf.update(tree, f"model.{key}", value)
+    _merge(tree, Config, values, "", problems)
+    # A preset's problem alone still lets the other checks run.
+    if any("preset" not in problem for problem in problems[found_before:]):
+        return None
+    return cast(Config, OmegaConf.to_object(tree))
+
+
+def _merge(tree: DictConfig, cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> None:
+    hints = get_type_hints(cls)
+    known = {f.name for f in fields(cls)}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in known:
+            problems.append(f"{name} is not a field of {cls.__name__}{_hint(str(key), known, prefix)}")
+        elif is_dataclass(hints[key]):
+            if isinstance(value, Mapping):
+                _merge(tree, cast(type, hints[key]), value, f"{name}.", problems)
+            else:
+                problems.append(f"{name} is a section, but it is given as {value!r}")
+        elif (args := get_args(hints[key])) and is_dataclass(args[0]):
+            _merge_list(tree, cast(type, args[0]), value, name, problems)
+        else:
+            _set(tree, name, value, hints[key], problems)
+
+
+def _merge_list(tree: DictConfig, cls: type, value: Any, name: str, problems: list[str]) -> None:
+    """A list of sections such as data.sources: each item is checked as a section of its own."""
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+        problems.append(f"{name} must be a list of sections, each with the fields {', '.join(f.name for f in fields(cls))}")
+        return
+    items = []
+    for i, item in enumerate(value):
+        node = OmegaConf.structured(cls)
+        _unlock(node)
+        found_before = len(problems)
+        _merge(node, cls, item, "", problems)
+        problems[found_before:] = [f"{name}[{i}].{problem}" for problem in problems[found_before:]]
+        items.append(node)
+    OmegaConf.update(tree, name, items, merge=False)
+
+
+def _set(tree: DictConfig, name: str, value: Any, hint: Any, problems: list[str]) -> None:
+    try:
+        OmegaConf.update(tree, name, value, merge=False)
+    except OmegaConfBaseException:
+        wanted = getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
+        problems.append(f"{name}={value!r} is not of type {wanted}")
+
+
+def _hint(key: str, known: set[str], prefix: str) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {prefix}{near[0]}?"
+    for section in fields(Config):  # a right key in the wrong section
+        cls = get_type_hints(Config)[section.name]
+        if key in {f.name for f in fields(cls)}:
+            return f"; did you mean {section.name}.{key}?"
+    return f"; its fields are {', '.join(sorted(known))}"
+
+
+def _unlock(node: DictConfig) -> None:
+    """Frozen dataclasses become read-only nodes; we fill them before anyone sees them."""
+    OmegaConf.set_readonly(node, False)
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            _unlock(child)

@@ -1,0 +1,7 @@
+"""The error that is meant for the user: one sentence, no traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can mend. Its message says what is wrong, where, and what to do."""
