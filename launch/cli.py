@@ -1,0 +1,44 @@
+"""What every command does with its arguments and errors: one sentence for the user, a traceback only with --debug."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from fbitrain.errors import UserError
+
+INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
+
+
+def run(
+    main: Callable[[argparse.Namespace], int | None],
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parses `argv` (default: the command line) and returns the exit code of `main(arguments)`; None counts as 0.
+
+    UserError and DataError become one sentence on stderr and exit code 1, Ctrl-C becomes 130; with --debug, which is
+    added to `parser`, they are raised as they are. Any other exception is a fault of ours and keeps its traceback.
+    """
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    arguments = parser.parse_args(argv)
+    try:
+        return main(arguments) or 0
+    except KeyboardInterrupt:
+        if arguments.debug:
+            raise
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except _errors_for_the_user() as error:  # evaluated only once something was raised
+        if arguments.debug:
+            raise
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+
+
+def _errors_for_the_user() -> tuple[type[Exception], ...]:
+    # Imported this late because a command that has nothing to report need not load the data room.
+    from fbitrain.data.shards import DataError
+
+    return UserError, DataError
