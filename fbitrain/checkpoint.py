@@ -1,0 +1,302 @@
+"""Save and resume as a transaction.
+
+A checkpoint holds the fp32 weights and Adam's moments as flat slices of named parameters, so that any number of ranks
+under any ZeRO stage can read what any other wrote. A folder counts only once COMPLETE.json, its last file, is in it.
+
+    step_00000200/
+      shard_rank00000.safetensors   slices this rank owned: "kind|parameter|start" -> fp32 [n]
+      data_rank00000.json           where this rank's stream stands
+      trainer.json                  step, tokens, and each parameter's shape
+      config.yaml                   the resolved configuration
+      COMPLETE.json                 every file's size and every shard's checksums
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fbitrain.config import Config, differences, load_config, to_yaml
+from fbitrain.errors import UserError
+from fbitrain.files import fsync_folder, fsync_tree, write_json, write_text
+
+if TYPE_CHECKING:
+    from fbitrain.engine import Engine
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+FORMAT = 1
+_NAME = re.compile(r"step_(\d{8})")
+
+# Keys that may differ between a checkpoint and the run that resumes it. The rest decides what the numbers mean.
+_FREE_SECTIONS = ("run.", "engine.", "checkpoint.", "metrics.", "eval.", "debug.", "optim.", "distill.")
+_FREE_KEYS = ("train.", "data.n_workers", "data.max_bad_records", "data.heldout", "model.preset")
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What the loop itself has to remember."""
+
+    step: int = 0
+    tokens: int = 0  # seen by the student, over all ranks
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What `resume` found: the loop's state and the data streams' states of all the ranks that saved."""
+
+    trainer: TrainerState
+    data_states: list[dict[str, Any]]
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def complete_checkpoints(run_dir: Path) -> list[Path]:
+    """The run's complete checkpoints, oldest first."""
+    folders = (run_dir / "checkpoints").glob("step_*")
+    return sorted(f for f in folders if _NAME.fullmatch(f.name) and (f / "COMPLETE.json").is_file())
+
+
+def find_latest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    return next(reversed(complete_checkpoints(run_dir)), None)
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+def save(engine: Engine, config: Config, state: TrainerState, data_state: Mapping[str, Any]) -> Path:
+    """Writes the checkpoint of `state.step` and removes old ones beyond checkpoint.keep. Every rank calls it.
+
+    Raises UserError on all ranks, with older checkpoints untouched, when any rank cannot write.
+    """
+    final = step_folder(config.run_dir, state.step)
+    folder = final.with_name(final.name + ".tmp")
+    rank = dist.get_rank()
+    if rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    dist.barrier()
+    _all_or_nothing(lambda: _write_shard(folder, rank, engine, data_state), folder)
+    _all_or_nothing(lambda: _finish(folder, final, engine, config, state) if rank == 0 else None, folder)
+    return final
+
+
+def _write_shard(folder: Path, rank: int, engine: Engine, data_state: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = dict(_tensors(engine))
+    sums = {key: checksum(tensor) for key, tensor in tensors.items()}
+    name = f"shard_rank{rank:05d}"
+    save_file(tensors, folder / f"{name}.safetensors", metadata={"checksums": json.dumps(sums)})
+    write_json(folder / f"data_rank{rank:05d}.json", data_state)
+    fsync_tree(folder, only=name)
+
+
+def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    for fragment in engine.fragments():
+        for kind in KINDS:
+            # A copy: safetensors refuses views that share one buffer.
+            yield f"{kind}|{fragment.name}|{fragment.start}", getattr(fragment, kind).to("cpu", copy=True)
+
+
+def _finish(folder: Path, final: Path, engine: Engine, config: Config, state: TrainerState) -> None:
+    shapes = {name: list(shape) for name, shape in engine.shapes().items()}
+    write_json(folder / "trainer.json", {**asdict(state), "world_size": dist.get_world_size(), "shapes": shapes})
+    write_text(folder / "config.yaml", to_yaml(config))
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    write_json(folder / "COMPLETE.json", {"format": FORMAT, "step": state.step, "files": sizes})
+    fsync_folder(folder)
+    if final.exists():  # a repeated save of the same step, e.g. a stop signal right after a regular save
+        shutil.rmtree(final)
+    folder.rename(final)
+    fsync_folder(final.parent)
+    if config.checkpoint.keep:
+        for old in complete_checkpoints(config.run_dir)[: -config.checkpoint.keep]:
+            # The marker goes first: a removal that is interrupted must not leave a folder that looks whole.
+            (old / "COMPLETE.json").unlink()
+            shutil.rmtree(old)
+
+
+def _all_or_nothing(write: Callable[[], None], folder: Path) -> None:
+    """Runs `write` on every rank; if it fails on one, all raise, so that none waits for the others for ever."""
+    failure = ""
+    try:
+        write()
+    except OSError as error:
+        failure = _explain(error, folder)
+    except SafetensorError as error:  # safetensors wraps the operating system's error in its own text
+        full = "No space left" in str(error)
+        failure = _explain(OSError(errno.ENOSPC if full else errno.EIO, str(error)), folder)
+    failures: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    for message in failures:
+        if message:
+            if dist.get_rank() == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise UserError(message)
+
+
+def _explain(error: OSError, folder: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        existing = next(p for p in (folder, *folder.parents) if p.exists())
+        free = shutil.disk_usage(existing).free / 2**20
+        return (
+            f"the disk of {folder.parent} is full ({free:.0f} MiB free): checkpoint {folder.stem} was not written, older "
+            "ones are untouched; free space or lower checkpoint.keep, then start the same command again"
+        )
+    return f"checkpoint {folder.stem} could not be written to {folder.parent}: {error.strerror or error}; older ones are untouched"
+
+
+# -- resuming ---------------------------------------------------------------------------------------------------------
+
+
+def choose(config: Config) -> Path | None:
+    """The checkpoint folder that `train.resume` asks for, checked to be whole; None to start anew.
+
+    Raises UserError for a named checkpoint that is missing, incomplete or damaged. With `auto`, a damaged one is
+    reported and the one before it is taken.
+    """
+    wish = config.train.resume
+    if wish == "never":
+        if find_latest(config.run_dir):
+            raise UserError(
+                f"{config.run_dir} already holds checkpoints and train.resume=never would overwrite them; "
+                "choose another run.name, remove the folder, or resume with train.resume=auto"
+            )
+        return None
+    if wish != "auto":
+        folder = Path(wish)
+        if not (folder / "COMPLETE.json").is_file():
+            raise UserError(f"train.resume={wish} is not a complete checkpoint: it has no COMPLETE.json")
+        if fault := damage(folder):
+            raise UserError(f"train.resume={wish} is damaged: {fault}; choose another checkpoint")
+        return folder
+    for folder in reversed(complete_checkpoints(config.run_dir)):
+        fault = damage(folder)
+        if not fault:
+            return folder
+        print(f"warning: {folder} is damaged ({fault}); trying the checkpoint before it", flush=True)
+    return None
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a complete checkpoint's files, by presence, size and checksum; empty if nothing."""
+    try:
+        marker = json.loads((folder / "COMPLETE.json").read_text())
+        for name, size in marker["files"].items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        for path in shard_files(folder):
+            with safe_open(path, framework="pt") as shard:
+                sums = json.loads(shard.metadata()["checksums"])
+                for key in shard.keys():  # noqa: SIM118 - not a dict
+                    if checksum(shard.get_tensor(key)) != sums[key]:
+                        return f"{path.name} fails its checksum at {key}"
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def resume(engine: Engine, config: Config, folder: Path) -> Resumed:
+    """Fills the engine's weights and optimizer state from `folder`. Every rank calls it.
+
+    Raises UserError naming the keys when the checkpoint belongs to another model, tokenizer or data order.
+    """
+    trainer = json.loads((folder / "trainer.json").read_text())
+    require_same_config(load_config(folder / "config.yaml", world_size=trainer["world_size"]), config, folder)
+    reader = ShardReader(folder)
+    for fragment in engine.fragments(everything_local=True):
+        for kind in KINDS:
+            reader.read_into(getattr(fragment, kind), kind, fragment.name, fragment.start)
+    engine.fragments_changed(trainer["step"])
+    states = [json.loads(path.read_text()) for path in sorted(folder.glob("data_rank*.json"))]
+    return Resumed(TrainerState(trainer["step"], trainer["tokens"]), states)
+
+
+def require_same_config(old: Config, new: Config, folder: Path) -> None:
+    """Raises UserError if keys differ that decide what weights and stream mean; prints the differences that are allowed."""
+    changed = differences(old, new)
+    forbidden = {k: v for k, v in changed.items() if not k.startswith((*_FREE_SECTIONS, *_FREE_KEYS))}
+    if forbidden:
+        listed = ", ".join(f"{key} ({was!r} there, {now!r} here)" for key, (was, now) in forbidden.items())
+        raise UserError(f"{folder} belongs to another configuration: {listed}; restore these values or choose another run.name")
+    worth_saying = [k for k in changed if k.startswith(("optim.", "distill.", "train.")) and k != "train.resume"]
+    if worth_saying and dist.get_rank() == 0:
+        listed = ", ".join(f"{key} {changed[key][0]!r} -> {changed[key][1]!r}" for key in worth_saying)
+        print(f"resuming with changed settings: {listed}", flush=True)
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """Every parameter of a checkpoint, whole: name in the LlamaForCausalLM -> fp32 tensor on the CPU. Needs no DeepSpeed.
+
+    Raises UserError if the folder is not a complete, undamaged checkpoint.
+    """
+    if not (folder / "COMPLETE.json").is_file():
+        raise UserError(f"{folder} is not a complete checkpoint: it has no COMPLETE.json")
+    if fault := damage(folder):
+        raise UserError(f"{folder} is damaged: {fault}; choose another checkpoint")
+    reader = ShardReader(folder)
+    weights = {}
+    for name, shape in json.loads((folder / "trainer.json").read_text())["shapes"].items():
+        weights[name] = torch.empty(shape, dtype=torch.float32)
+        reader.read_into(weights[name].view(-1), "weight", name, 0)
+    return weights
+
+
+class ShardReader:
+    """Finds any range of any parameter among the slices that a checkpoint's ranks wrote."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._shards = [safe_open(path, framework="pt") for path in shard_files(folder)]
+        self._slices: dict[tuple[str, str], list[tuple[int, int, str]]] = {}  # (kind, name) -> (start, shard, key)
+        for index, shard in enumerate(self._shards):
+            for key in shard.keys():  # noqa: SIM118 - not a dict
+                kind, name, start = key.split("|")
+                self._slices.setdefault((kind, name), []).append((int(start), index, key))
+
+    def read_into(self, target: Tensor, kind: str, name: str, start: int) -> None:
+        """Copies elements [start, start + len(target)) of the flattened parameter into `target` [n]."""
+        stop, filled = start + target.numel(), 0
+        for left, index, key in self._slices.get((kind, name), ()):
+            piece = self._shards[index].get_slice(key)
+            right = left + piece.get_shape()[0]
+            low, high = max(start, left), min(stop, right)
+            if low < high:
+                target[low - start : high - start].copy_(piece[low - left : high - left])
+                filled += high - low
+        if filled != target.numel():
+            raise UserError(f"{self._folder} does not hold elements {start} to {stop} of {kind} {name}; it is not of this model")
+
+
+def shard_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("shard_rank*.safetensors"))
+
+
+def checksum(tensor: Tensor) -> int:
+    """Sum of an fp32 tensor's bit patterns modulo 2**64: finds flipped bits at memory speed."""
+    return int(tensor.contiguous().view(torch.int32).sum(dtype=torch.int64).item())
+
+
+def discard_unfinished(run_dir: Path) -> Iterable[Path]:
+    """Removes what interrupted saves and removals left behind; returns what it removed. Rank 0 only."""
+    for folder in (run_dir / "checkpoints").glob("step_*"):
+        if not (folder / "COMPLETE.json").is_file() or folder.name.endswith(".tmp"):
+            shutil.rmtree(folder)
+            yield folder

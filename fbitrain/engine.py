@@ -1,0 +1,292 @@
+"""DeepSpeed, and only here: one place derives its config from ours and knows how ZeRO lays parameters out.
+
+Everything above this file sees an `Engine`: forward, backward, step, and this rank's flat slices of the fp32 weights.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fbitrain.config import Config
+from fbitrain.student import Student
+
+if "DS_ACCELERATOR" not in os.environ and not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed probes for one and warns in every process
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+
+PREFIX = "lm."  # of parameter names inside Student; checkpoints use the LlamaForCausalLM's own names
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, stop) of the flattened parameter `name`, as this rank holds them: views to read or overwrite."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole parameter
+    start: int
+    stop: int
+    weight: Tensor  # fp32 [stop-start]
+    exp_avg: Tensor  # fp32 [stop-start], Adam's first moment
+    exp_avg_sq: Tensor  # fp32 [stop-start], Adam's second moment
+
+
+def init_distributed(config: Config) -> tuple[int, int]:
+    """Joins the process group; returns (rank, world_size). Started without a launcher, the process is a world of one."""
+    for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(key, value)
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_PORT", "0")
+    # DeepSpeed would compile an operator here that only inference uses; without it no compiler is needed to train.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    timeout = timedelta(seconds=config.engine.comm_timeout_s)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(verbose=False, timeout=timeout)
+    _set_threads(config)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def resolve_precision(precision: str) -> torch.dtype:
+    """The compute dtype: `auto` is bf16 where the device multiplies it natively, else fp32."""
+    if precision == "auto":
+        precision = "bf16" if native_bf16() else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def native_bf16() -> bool:
+    """Whether bf16 matrix products run in hardware; emulated, they are some 60 times slower than fp32 (docs/log.md)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def lr_at(config: Config, step: int) -> float:
+    """Learning rate of optimizer step `step` (1-based): linear warm-up, then cosine from lr to min_lr at total_steps."""
+    optim, total = config.optim, config.train.total_steps
+    if step <= optim.warmup_steps:
+        return optim.lr * step / optim.warmup_steps
+    progress = (step - optim.warmup_steps) / max(1, total - optim.warmup_steps)
+    return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's JSON, derived from ours; nobody writes it by hand."""
+    engine, train = config.engine, config.train
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": config.grad_accum_steps(world_size),
+        "gradient_clipping": config.optim.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        # torch's fused AdamW also serves offloaded state: DeepSpeed's own would be compiled at start-up for the same speed.
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": resolve_precision(engine.precision) is torch.bfloat16},
+        "steps_per_print": 2**62,
+        "wall_clock_breakdown": False,
+    }
+
+
+def param_groups(config: Config, student: nn.Module) -> list[dict[str, Any]]:
+    """Two AdamW groups: with weight decay, and the kinds that optim.no_decay exempts."""
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
+    for name, parameter in student.named_parameters():
+        (exempt if parameter_kind(name) in config.optim.no_decay else decayed).append(parameter)
+    groups = [
+        {"name": "decay", "params": decayed, "weight_decay": config.optim.weight_decay},
+        {"name": "no_decay", "params": exempt, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def parameter_kind(name: str) -> str:
+    """scales, norms, embeddings or matrices, from a qualified parameter name."""
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf in ("alpha", "beta"):
+        return "scales"
+    if "norm" in name.rsplit(".", 2)[-2]:
+        return "norms"
+    if "embed_tokens" in name:
+        return "embeddings"
+    return "matrices"
+
+
+class Engine:
+    """A DeepSpeed engine around a Student; `train.py` calls micro_step and step, checkpoint.py reads and fills fragments."""
+
+    def __init__(self, config: Config, student: Student) -> None:
+        self.config = config
+        self.world_size = dist.get_world_size()
+        if config.train.activation_checkpointing:
+            student.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.train.compile:
+            for layer in student.lm.model.layers:
+                layer.compile()
+        optimizer = torch.optim.AdamW(
+            param_groups(config, student),
+            lr=config.optim.lr,
+            betas=(config.optim.betas[0], config.optim.betas[1]),
+            eps=config.optim.eps,
+            fused=True,
+        )
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=student, optimizer=optimizer, config=deepspeed_config(config, self.world_size)
+        )
+        self.student = student
+        self.dtype = resolve_precision(config.engine.precision)
+        self._names = {id(p): name.removeprefix(PREFIX) for name, p in student.named_parameters()}
+        self._adam: torch.optim.Optimizer = getattr(self._deepspeed.optimizer, "optimizer", self._deepspeed.optimizer)
+        self._grad_norm: Tensor | float | None = None
+        _set_timeouts(config.engine.comm_timeout_s)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Student.forward under DeepSpeed's hooks."""
+        return self._deepspeed(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of one micro-batch's mean loss; DeepSpeed averages over micro-batches and ranks."""
+        self._deepspeed.backward(loss)
+
+    def end_micro_batch(self, lr: float) -> None:
+        """Tells DeepSpeed that a micro-batch is over; after the last one of a step this clips and updates at rate `lr`."""
+        boundary = self._deepspeed.is_gradient_accumulation_boundary()
+        if boundary:
+            for group in self._deepspeed.optimizer.param_groups:
+                group["lr"] = lr
+            if self.config.engine.zero_stage == 0:  # DeepSpeed reports no norm here
+                self._grad_norm = nn.utils.get_total_norm(
+                    [p.grad for p in self.student.parameters() if p.grad is not None]
+                )
+        self._deepspeed.step()
+        if boundary and self.config.engine.zero_stage > 0:
+            self._grad_norm = self._deepspeed.get_global_grad_norm()
+
+    def grad_norm(self) -> Tensor:
+        """2-norm of the last step's whole gradient before clipping, over all ranks; a device scalar."""
+        return torch.as_tensor(self._grad_norm, dtype=torch.float32, device=device())
+
+    def train(self, mode: bool = True) -> None:
+        self._deepspeed.train(mode)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> whole shape of every parameter, as ZeRO-3 partitions hide it."""
+        return {self._names[id(p)]: tuple(getattr(p, "ds_shape", p.shape)) for p in self.student.parameters()}
+
+    # -- this rank's slices of weights and optimizer state ------------------------------------------------------------
+
+    def fragments(self, *, everything_local: bool = False) -> Iterator[Fragment]:
+        """This rank's share of every parameter; over all ranks each element comes exactly once.
+
+        Stage 0 keeps all on every rank: rank 0 speaks for it unless `everything_local` (to fill a checkpoint in).
+        """
+        self._ensure_adam_state()
+        stage = self.config.engine.zero_stage
+        if stage == 0:
+            if everything_local or dist.get_rank() == 0:
+                yield from self._stage0_fragments()
+        elif stage == 3:
+            yield from self._stage3_fragments()
+        else:
+            yield from self._stage12_fragments()
+
+    def fragments_changed(self, step: int) -> None:
+        """After fragments were overwritten: refreshes the compute copies and sets Adam's step count. Collective."""
+        for state in self._adam.state.values():
+            state["step"].fill_(float(step))
+        zero = self._deepspeed.optimizer
+        stage = self.config.engine.zero_stage
+        if stage in (1, 2):
+            zero.update_lp_params()
+        elif stage == 3:
+            for flat, low in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
+                low.data.copy_(flat.data)
+            persistent = zero.persistent_parameters  # small parameters that stay gathered between steps
+            if persistent:
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
+
+    def _flats(self) -> list[Tensor]:
+        """The tensors that AdamW really updates: flat fp32 partitions, or at stage 0 the parameters themselves."""
+        zero = self._deepspeed.optimizer
+        stage = self.config.engine.zero_stage
+        if stage == 0:
+            return [p for group in self._adam.param_groups for p in group["params"]]
+        return list(zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups)
+
+    def _ensure_adam_state(self) -> None:
+        """AdamW creates its moments in its first step; a checkpoint may be read or written before."""
+        for flat in self._flats():
+            if not self._adam.state.get(flat):
+                self._adam.state[flat] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+                    "exp_avg": torch.zeros_like(flat, requires_grad=False),
+                    "exp_avg_sq": torch.zeros_like(flat, requires_grad=False),
+                }
+
+    def _slice(self, parameter: nn.Parameter, shape: torch.Size, flat: Tensor, offset: int, start: int, stop: int) -> Fragment:
+        """Elements [start, stop) of `parameter`, which lie at `offset` in `flat`."""
+        state = self._adam.state[flat]
+        views = [t.detach().view(-1).narrow(0, offset, stop - start) for t in (flat, state["exp_avg"], state["exp_avg_sq"])]
+        return Fragment(self._names[id(parameter)], tuple(shape), start, stop, *views)
+
+    def _stage0_fragments(self) -> Iterator[Fragment]:
+        for parameter in self._flats():
+            yield self._slice(parameter, parameter.shape, parameter, 0, 0, parameter.numel())  # type: ignore[arg-type]
+
+    def _stage12_fragments(self) -> Iterator[Fragment]:
+        """A group's parameters lie one after another in a flat buffer, cut into world_size equal partitions."""
+        zero = self._deepspeed.optimizer
+        rank = dist.get_rank()
+        for group, flat in enumerate(zero.single_partition_of_fp32_groups):
+            left, right = rank * flat.numel(), (rank + 1) * flat.numel()
+            offsets = zero.round_robin_bit16_offsets[group]
+            for parameter, offset in zip(zero.round_robin_bit16_groups[group], offsets, strict=True):
+                start, stop = max(offset, left), min(offset + parameter.numel(), right)
+                if start < stop:
+                    yield self._slice(parameter, parameter.shape, flat, start - left, start - offset, stop - offset)
+
+    def _stage3_fragments(self) -> Iterator[Fragment]:
+        """Every parameter is cut into world_size equal pieces (the last one padded); a sub-group's pieces share a buffer."""
+        zero = self._deepspeed.optimizer
+        rank = dist.get_rank()
+        for parameters, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+            offset = 0
+            for parameter in parameters:
+                piece = parameter.partition_numel()
+                start, stop = rank * piece, min((rank + 1) * piece, parameter.ds_numel)
+                if start < stop:
+                    yield self._slice(parameter, parameter.ds_shape, flat, offset, start, stop)
+                offset += piece
+
+
+def _set_threads(config: Config) -> None:
+    """The launcher sets no thread count, and ranks that each use every core trample on one another."""
+    threads = config.engine.threads_per_rank
+    if not threads:
+        threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1")))
+    torch.set_num_threads(threads)
+
+
+def _set_timeouts(seconds: int) -> None:
+    """DeepSpeed's cloned process groups keep a timeout of 30 minutes whatever init_distributed was told."""
+    groups = dist.distributed_c10d._world.pg_map
+    for group in list(groups):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)

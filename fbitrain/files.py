@@ -1,0 +1,56 @@
+"""Writing files so that a crash leaves the old one or the new one, never half of either."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` by a file holding `text` (UTF-8), on disk before it gets its name."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces `path` by `value` as indented JSON."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in the same folder; at the end it is fsynced and renamed to `path`, on an error removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        fsync_file(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_folder(path: Path) -> None:
+    """Makes the names in a folder durable, as fsync_file does for a file's bytes."""
+    fsync_file(path)
+
+
+def fsync_tree(path: Path, only: str = "") -> None:
+    """Fsyncs every file below `path` whose name starts with `only`, then the folders."""
+    for found in sorted(path.rglob("*"), reverse=True):
+        if found.is_dir() or found.name.startswith(only):
+            fsync_file(found)
+    fsync_folder(path)

@@ -1,0 +1,93 @@
+"""The module that DeepSpeed wraps: a binary Llama whose head computes the distillation loss instead of logits.
+
+B sequences, T seq_len, D width of the student, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM
+
+from fbitrain.config import DistillConfig
+from fbitrain.distill import DistillMetrics, distill_loss
+
+
+class LossHead(nn.Module):
+    """lm_head that can hand its own weight to a loss.
+
+    ZeRO-3 gathers a module's parameters only while that module's forward runs, so the loss, which needs the weight and
+    never the logits, has to run in here.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight  # [V,D]; the same Parameter, so tied embeddings stay tied
+
+    def forward(self, hidden: Tensor, loss: Callable[[Tensor, Tensor], tuple[Tensor, DistillMetrics]] | None = None):  # type: ignore[no-untyped-def]
+        """hidden [...,D] -> logits [...,V], or what `loss(hidden, weight)` returns."""
+        return F.linear(hidden, self.weight) if loss is None else loss(hidden, self.weight)
+
+
+class Student(nn.Module):
+    """A LlamaForCausalLM together with its training objective; `lm` is the model that is released."""
+
+    def __init__(self, lm: LlamaForCausalLM, distill: DistillConfig) -> None:
+        super().__init__()
+        self.lm = lm
+        self.lm.lm_head = LossHead(lm.lm_head)
+        self.distill = distill
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        teacher_hidden: Tensor | None = None,
+        teacher_head: Tensor | None = None,
+        *,
+        last_logits: bool = False,
+    ) -> tuple[Tensor, DistillMetrics] | Tensor:
+        """Loss and metrics over packed sequences, or the next-token logits.
+
+        token_ids: int64 [B,T+1]; position t predicts position t+1. With `last_logits` every token is input and the
+        result is logits [B,V] after the last one.
+        teacher_hidden [B,T,Dt] and teacher_head [V,Dt]: the teacher's final hidden states and output matrix. Without
+        them the loss is the plain cross-entropy on labels, whatever the weights in the config (used for evaluation).
+        """
+        inputs = token_ids if last_logits else token_ids[:, :-1]
+        hidden = self.lm.model(input_ids=inputs, use_cache=False).last_hidden_state
+        if last_logits:
+            logits: Tensor = self.lm.lm_head(hidden[:, -1])
+            return logits
+        labels_M = token_ids[:, 1:].reshape(-1)
+
+        def loss(hidden: Tensor, weight: Tensor) -> tuple[Tensor, DistillMetrics]:
+            distilling = teacher_hidden is not None
+            return distill_loss(
+                hidden.flatten(0, 1),
+                weight,
+                labels_M,
+                teacher_hidden.flatten(0, 1) if teacher_hidden is not None else None,
+                teacher_head,
+                kd_weight=self.distill.kd_weight if distilling else 0.0,
+                ce_weight=self.distill.ce_weight if distilling or self.distill.kd_weight == 0 else 1.0,
+                temperature=self.distill.temperature,
+                chunk_tokens=self.distill.chunk_tokens,
+            )
+
+        result: tuple[Tensor, DistillMetrics] = self.lm.lm_head(hidden, loss)
+        return result
+
+    @torch.no_grad()
+    def greedy(self, token_ids: Tensor, n_new: int, forward: Callable[..., Tensor]) -> Tensor:
+        """Extends token_ids [1,T] by n_new most likely tokens.
+
+        `forward` is the engine's call. Every rank must take part with the same input, because under ZeRO-3 each
+        forward gathers weights from all of them; there is no cache, since this serves a few short samples per evaluation.
+        """
+        for _ in range(n_new):
+            window = token_ids[:, -self.lm.config.max_position_embeddings :]
+            token_ids = torch.cat([token_ids, forward(window, last_logits=True).argmax(-1, keepdim=True)], dim=1)
+        return token_ids
