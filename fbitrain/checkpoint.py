@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -51,14 +50,6 @@ class TrainerState:
 
     step: int = 0
     tokens: int = 0  # seen by the student, over all ranks
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """What `resume` found: the loop's state and the data streams' states of all the ranks that saved."""
-
-    trainer: TrainerState
-    data_states: list[dict[str, Any]]
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -154,10 +145,11 @@ def _explain(error: OSError, folder: Path) -> str:
         existing = next(p for p in (folder, *folder.parents) if p.exists())
         free = shutil.disk_usage(existing).free / 2**20
         return (
-            f"the disk of {folder.parent} is full ({free:.0f} MiB free): checkpoint {folder.stem} was not written, older "
-            "ones are untouched; free space or lower checkpoint.keep, then start the same command again"
+            f"the disk of {folder.parent} is full ({free:.0f} MiB free): checkpoint {folder.stem} was not written, "
+            "older ones are untouched; free space or lower checkpoint.keep, then start the same command again"
         )
-    return f"checkpoint {folder.stem} could not be written to {folder.parent}: {error.strerror or error}; older ones are untouched"
+    reason = error.strerror or str(error)
+    return f"checkpoint {folder.stem} could not be written to {folder.parent}: {reason}; older ones are untouched"
 
 
 # -- resuming ---------------------------------------------------------------------------------------------------------
@@ -213,37 +205,45 @@ def damage(folder: Path) -> str:
     return ""
 
 
-def resume(engine: Engine, config: Config, folder: Path) -> Resumed:
+def resume(engine: Engine, config: Config, folder: Path) -> TrainerState:
     """Fills the engine's weights and optimizer state from `folder`. Every rank calls it.
 
-    Raises UserError naming the keys when the checkpoint belongs to another model, tokenizer or data order.
+    Raises UserError if the checkpoint does not hold a parameter of this model.
     """
     trainer = json.loads((folder / "trainer.json").read_text())
-    require_same_config(load_config(folder / "config.yaml", world_size=trainer["world_size"]), config, folder)
     reader = ShardReader(folder)
     for fragment in engine.fragments(everything_local=True):
         for kind in KINDS:
             reader.read_into(getattr(fragment, kind), kind, fragment.name, fragment.start)
     engine.fragments_changed(trainer["step"])
-    states = [json.loads(path.read_text()) for path in sorted(folder.glob("data_rank*.json"))]
-    return Resumed(TrainerState(trainer["step"], trainer["tokens"]), states)
+    return TrainerState(trainer["step"], trainer["tokens"])
 
 
-def require_same_config(old: Config, new: Config, folder: Path) -> None:
-    """Raises UserError if keys differ that decide what weights and stream mean; prints the differences that are allowed."""
-    changed = differences(old, new)
+def data_states(folder: Path) -> list[dict[str, Any]]:
+    """Where the streams of all the ranks that saved stood."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("data_rank*.json"))]
+
+
+def require_same_config(folder: Path, new: Config) -> str:
+    """Compares the checkpoint's configuration with `new`; returns a sentence on allowed differences worth saying.
+
+    Raises UserError naming the keys that differ and decide what weights and stream mean.
+    """
+    world_size = json.loads((folder / "trainer.json").read_text())["world_size"]
+    changed = differences(load_config(folder / "config.yaml", world_size=world_size), new)
     forbidden = {k: v for k, v in changed.items() if not k.startswith((*_FREE_SECTIONS, *_FREE_KEYS))}
     if forbidden:
         listed = ", ".join(f"{key} ({was!r} there, {now!r} here)" for key, (was, now) in forbidden.items())
-        raise UserError(f"{folder} belongs to another configuration: {listed}; restore these values or choose another run.name")
+        raise UserError(
+            f"{folder} belongs to another configuration: {listed}; restore these values or choose another run.name"
+        )
     worth_saying = [k for k in changed if k.startswith(("optim.", "distill.", "train.")) and k != "train.resume"]
-    if worth_saying and dist.get_rank() == 0:
-        listed = ", ".join(f"{key} {changed[key][0]!r} -> {changed[key][1]!r}" for key in worth_saying)
-        print(f"resuming with changed settings: {listed}", flush=True)
+    listed = ", ".join(f"{key} {changed[key][0]!r} -> {changed[key][1]!r}" for key in worth_saying)
+    return f"resuming with changed settings: {listed}" if listed else ""
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """Every parameter of a checkpoint, whole: name in the LlamaForCausalLM -> fp32 tensor on the CPU. Needs no DeepSpeed.
+    """Every parameter of a checkpoint, whole, as name in the LlamaForCausalLM -> fp32 CPU tensor. Needs no DeepSpeed.
 
     Raises UserError if the folder is not a complete, undamaged checkpoint.
     """
@@ -282,7 +282,9 @@ class ShardReader:
                 target[low - start : high - start].copy_(piece[low - left : high - left])
                 filled += high - low
         if filled != target.numel():
-            raise UserError(f"{self._folder} does not hold elements {start} to {stop} of {kind} {name}; it is not of this model")
+            raise UserError(
+                f"{self._folder} does not hold elements {start} to {stop} of {kind} {name}; it is not of this model"
+            )
 
 
 def shard_files(folder: Path) -> list[Path]:

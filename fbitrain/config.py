@@ -32,7 +32,9 @@ class ConfigError(UserError):
         if len(self.problems) == 1:
             super().__init__(f"config error in {where}: {self.problems[0]}")
         else:
-            super().__init__(f"{len(self.problems)} config errors in {where}:\n" + "\n".join(f"  {p}" for p in self.problems))
+            super().__init__(
+                f"{len(self.problems)} config errors in {where}:\n" + "\n".join(f"  {p}" for p in self.problems)
+            )
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class DistillConfig:
     ce_weight: float = 0.0
     temperature: float = 1.0  # divides both models' logits in the distillation term, which is scaled by temperature²
     chunk_tokens: int = 512  # tokens whose [chunk, vocab] logits exist at one time
-    host: str = "replicated"  # replicated: every rank holds the teacher; zero3: ZeRO-3 shards it (for teachers that do not fit)
+    host: str = (
+        "replicated"  # replicated: every rank holds the teacher; zero3: ZeRO-3 shards it (for teachers that do not fit)
+    )
     trust_remote_code: bool = False  # run Python code that comes with a teacher from the hub
 
 
@@ -77,7 +81,9 @@ class TrainConfig:
     total_steps: int = 1000
     micro_batch_size: int = 8  # sequences per rank per forward
     global_batch_tokens: int = 2**19  # tokens per step over all ranks; grad_accum_steps is derived from it
-    resume: str = "auto"  # auto: from the run's newest complete checkpoint if there is one; never; or a checkpoint folder
+    resume: str = (
+        "auto"  # auto: from the run's newest complete checkpoint if there is one; never; or a checkpoint folder
+    )
     seed: int = 0  # initial weights and sampling
     activation_checkpointing: bool = False  # recompute each block in backward instead of keeping its activations
     compile: bool = False  # torch.compile the student
@@ -88,7 +94,9 @@ class EngineConfig:
     """How the run is spread over devices (DeepSpeed)."""
 
     zero_stage: int = 1  # 0 only with precision=fp32
-    precision: str = "auto"  # compute dtype: bf16 where the device multiplies it natively, else fp32; latent weights are always fp32
+    precision: str = (
+        "auto"  # compute dtype: bf16 where the device multiplies it natively, else fp32; latent weights are always fp32
+    )
     offload_optimizer: bool = False  # keep optimizer state and fp32 weights in host memory (stages 1 to 3)
     comm_timeout_s: int = 1800  # a collective that waits longer ends the run
     threads_per_rank: int = 0  # CPU threads; 0: cores of this node / ranks on it
@@ -258,7 +266,7 @@ def _optim_problems(config: Config) -> Iterator[str]:
     if not 0 <= optim.min_lr <= optim.lr:
         yield f"optim.min_lr={optim.min_lr} must lie between 0 and optim.lr={optim.lr}"
     if not 0 <= optim.warmup_steps <= config.train.total_steps:
-        yield f"optim.warmup_steps={optim.warmup_steps} must lie between 0 and train.total_steps={config.train.total_steps}"
+        yield f"optim.warmup_steps={optim.warmup_steps} must lie in 0 to train.total_steps={config.train.total_steps}"
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         yield f"optim.betas={optim.betas} must be two numbers in [0, 1)"
     for name in ("weight_decay", "max_grad_norm"):
@@ -276,7 +284,7 @@ def _engine_problems(config: Config) -> Iterator[str]:
     if engine.precision not in PRECISIONS:
         yield f"engine.precision={engine.precision!r} is unknown; choose one of {', '.join(PRECISIONS)}"
     if engine.zero_stage == 0 and engine.precision != "fp32":
-        yield f"engine.zero_stage=0 needs engine.precision=fp32, not {engine.precision}; stage 1 is its equal in bf16, also on one rank"
+        yield f"engine.zero_stage=0 needs engine.precision=fp32, not {engine.precision}; in bf16 choose stage 1"
     if engine.zero_stage == 0 and engine.offload_optimizer:
         yield "engine.offload_optimizer needs engine.zero_stage 1, 2 or 3"
     if engine.comm_timeout_s < 1:
@@ -356,7 +364,9 @@ def _merge(tree: DictConfig, cls: type, values: Mapping[str, Any], prefix: str, 
 def _merge_list(tree: DictConfig, cls: type, value: Any, name: str, problems: list[str]) -> None:
     """A list of sections such as data.sources: each item is checked as a section of its own."""
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-        problems.append(f"{name} must be a list of sections, each with the fields {', '.join(f.name for f in fields(cls))}")
+        problems.append(
+            f"{name} must be a list of sections, each with the fields {', '.join(f.name for f in fields(cls))}"
+        )
         return
     items = []
     for i, item in enumerate(value):

@@ -41,7 +41,7 @@ class Fragment:
 
 
 def init_distributed(config: Config) -> tuple[int, int]:
-    """Joins the process group; returns (rank, world_size). Started without a launcher, the process is a world of one."""
+    """Joins the process group; returns (rank, world_size). Without a launcher it is a world of one."""
     for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(key, value)
     if os.environ["WORLD_SIZE"] == "1":
@@ -76,7 +76,7 @@ def native_bf16() -> bool:
 
 
 def lr_at(config: Config, step: int) -> float:
-    """Learning rate of optimizer step `step` (1-based): linear warm-up, then cosine from lr to min_lr at total_steps."""
+    """Learning rate of step `step` (1-based): linear warm-up, then cosine from lr to min_lr at total_steps."""
     optim, total = config.optim, config.train.total_steps
     if step <= optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps
@@ -96,7 +96,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "gradient_clipping": config.optim.max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        # torch's fused AdamW also serves offloaded state: DeepSpeed's own would be compiled at start-up for the same speed.
+        # torch's fused AdamW also serves offloaded state; DeepSpeed's own is as fast, but compiled at start-up.
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": resolve_precision(engine.precision) is torch.bfloat16},
         "steps_per_print": 2**62,
@@ -130,7 +130,7 @@ def parameter_kind(name: str) -> str:
 
 
 class Engine:
-    """A DeepSpeed engine around a Student; `train.py` calls micro_step and step, checkpoint.py reads and fills fragments."""
+    """A DeepSpeed engine around a Student: train.py drives it, checkpoint.py reads and fills its fragments."""
 
     def __init__(self, config: Config, student: Student) -> None:
         self.config = config
@@ -151,7 +151,7 @@ class Engine:
             model=student, optimizer=optimizer, config=deepspeed_config(config, self.world_size)
         )
         self.student = student
-        self.dtype = resolve_precision(config.engine.precision)
+        self.device = device()
         self._names = {id(p): name.removeprefix(PREFIX) for name, p in student.named_parameters()}
         self._adam: torch.optim.Optimizer = getattr(self._deepspeed.optimizer, "optimizer", self._deepspeed.optimizer)
         self._grad_norm: Tensor | float | None = None
@@ -166,7 +166,7 @@ class Engine:
         self._deepspeed.backward(loss)
 
     def end_micro_batch(self, lr: float) -> None:
-        """Tells DeepSpeed that a micro-batch is over; after the last one of a step this clips and updates at rate `lr`."""
+        """Ends a micro-batch; after the last one of a step this clips the gradient and updates at rate `lr`."""
         boundary = self._deepspeed.is_gradient_accumulation_boundary()
         if boundary:
             for group in self._deepspeed.optimizer.param_groups:
@@ -181,7 +181,7 @@ class Engine:
 
     def grad_norm(self) -> Tensor:
         """2-norm of the last step's whole gradient before clipping, over all ranks; a device scalar."""
-        return torch.as_tensor(self._grad_norm, dtype=torch.float32, device=device())
+        return torch.as_tensor(self._grad_norm, dtype=torch.float32, device=self.device)
 
     def train(self, mode: bool = True) -> None:
         self._deepspeed.train(mode)
@@ -189,6 +189,11 @@ class Engine:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> whole shape of every parameter, as ZeRO-3 partitions hide it."""
         return {self._names[id(p)]: tuple(getattr(p, "ds_shape", p.shape)) for p in self.student.parameters()}
+
+    def matrix_weights(self) -> int:
+        """Weights that every token is multiplied with: all matrices but the embedding table."""
+        kinds = ((parameter_kind(name), math.prod(shape)) for name, shape in self.shapes().items())
+        return sum(n for kind, n in kinds if kind == "matrices")
 
     # -- this rank's slices of weights and optimizer state ------------------------------------------------------------
 
@@ -241,10 +246,14 @@ class Engine:
                     "exp_avg_sq": torch.zeros_like(flat, requires_grad=False),
                 }
 
-    def _slice(self, parameter: nn.Parameter, shape: torch.Size, flat: Tensor, offset: int, start: int, stop: int) -> Fragment:
+    def _slice(
+        self, parameter: nn.Parameter, shape: torch.Size, flat: Tensor, offset: int, start: int, stop: int
+    ) -> Fragment:
         """Elements [start, stop) of `parameter`, which lie at `offset` in `flat`."""
         state = self._adam.state[flat]
-        views = [t.detach().view(-1).narrow(0, offset, stop - start) for t in (flat, state["exp_avg"], state["exp_avg_sq"])]
+        views = [
+            t.detach().view(-1).narrow(0, offset, stop - start) for t in (flat, state["exp_avg"], state["exp_avg_sq"])
+        ]
         return Fragment(self._names[id(parameter)], tuple(shape), start, stop, *views)
 
     def _stage0_fragments(self) -> Iterator[Fragment]:
@@ -264,7 +273,7 @@ class Engine:
                     yield self._slice(parameter, parameter.shape, flat, start - left, start - offset, stop - offset)
 
     def _stage3_fragments(self) -> Iterator[Fragment]:
-        """Every parameter is cut into world_size equal pieces (the last one padded); a sub-group's pieces share a buffer."""
+        """Every parameter is cut into world_size equal pieces, the last one padded; a sub-group's share a buffer."""
         zero = self._deepspeed.optimizer
         rank = dist.get_rank()
         for parameters, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):

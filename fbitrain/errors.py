@@ -5,3 +5,5 @@ from __future__ import annotations
 
 class UserError(Exception):
     """Something the user can mend. Its message says what is wrong, where, and what to do."""
+
+    on_all_ranks = False  # set where every rank raises the same error, so that only rank 0 prints it

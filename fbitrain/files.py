@@ -23,7 +23,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder; at the end it is fsynced and renamed to `path`, on an error removed."""
+    """Yields a temporary path in the same folder, which is fsynced and renamed to `path`; on an error, removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

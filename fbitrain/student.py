@@ -85,7 +85,8 @@ class Student(nn.Module):
         """Extends token_ids [1,T] by n_new most likely tokens.
 
         `forward` is the engine's call. Every rank must take part with the same input, because under ZeRO-3 each
-        forward gathers weights from all of them; there is no cache, since this serves a few short samples per evaluation.
+        forward gathers weights from all of them; there is no cache, since
+        this serves a few short samples per evaluation.
         """
         for _ in range(n_new):
             window = token_ids[:, -self.lm.config.max_position_embeddings :]

@@ -1,0 +1,174 @@
+"""From a Config to the parts that the loop works with; what can be checked cheaply is checked before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fbitrain import checkpoint, environment
+from fbitrain.checkpoint import TrainerState
+from fbitrain.config import Config, to_yaml
+from fbitrain.data.loader import TokenLoader
+from fbitrain.data.stream import load_heldout
+from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
+from fbitrain.engine import Engine, device, resolve_precision, shard_teacher
+from fbitrain.errors import UserError
+from fbitrain.evaluate import heldout_windows
+from fbitrain.files import write_json, write_text
+from fbitrain.metrics import BatchLog, Interval, SignTracker, Writer, flops_per_token
+from fbitrain.model.build import BinarizeReport, build_student
+from fbitrain.ranks import agreed, say
+from fbitrain.student import Student
+from fbitrain.teacher import Teacher, load_teacher, teacher_vocab_size
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Windows of held-out text, int64 [n, seq_len], and what one token of it weighs in bytes."""
+
+    windows: Tensor
+    bytes_per_token: float
+
+
+@dataclass
+class Parts:
+    """Everything the loop works with."""
+
+    config: Config
+    engine: Engine
+    teacher: Teacher | None
+    tokenizer: Tokenizer
+    heldout: Heldout | None
+    loader: TokenLoader
+    writer: Writer
+    interval: Interval
+    signs: SignTracker
+    flops_per_token: float
+    batch_log: BatchLog | None
+    rank: int
+
+
+def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerState]:
+    """Checks everything that can be checked cheaply, then loads teacher, student and stream, and resumes."""
+    agreed(lambda: prepare_run_dir(config, world_size) if rank == 0 else None)
+    tokenizer_path = config.distill.teacher if config.data.tokenizer == "teacher" else config.data.tokenizer
+    tokenizer = agreed(lambda: check_vocabularies(config, tokenizer_path))
+    heldout = agreed(lambda: load_windows(config, tokenizer))
+    source = choose_checkpoint(config, rank)
+    data_states = checkpoint.data_states(source) if source else None
+    # Opened before anything heavy is loaded: a missing or changed shard is found here.
+    loader = agreed(
+        lambda: TokenLoader(
+            config.data, tokenizer_path, rank, world_size, config.train.micro_batch_size, states=data_states
+        )
+    )
+    teacher = agreed(lambda: build_teacher(config))
+    engine, report = build_engine(config)
+    state = TrainerState()
+    if source:
+        state = agreed(lambda: checkpoint.resume(engine, config, source))
+        say(f"resumed from {source}")
+    at = engine.device
+    weights = engine.matrix_weights()
+    parts = Parts(
+        config=config,
+        engine=engine,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        heldout=heldout,
+        loader=loader,
+        writer=Writer(config.run_dir, state.step),
+        interval=Interval(at),
+        signs=SignTracker(engine, [f"{name}.weight" for name in report.binarized], config.metrics.near_zero, at),
+        flops_per_token=flops_per_token(config, weights, teacher.n_parameters if teacher else 0),
+        batch_log=BatchLog(config.run_dir, rank) if config.debug.log_batches else None,
+        rank=rank,
+    )
+    return parts, state
+
+
+def prepare_run_dir(config: Config, world_size: int) -> None:
+    """Prints and saves the resolved configuration; clears what interrupted saves left. Rank 0."""
+    run_dir = config.run_dir
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for leftover in checkpoint.discard_unfinished(run_dir):
+            say(f"removed {leftover}, left by an interrupted save")
+        text = to_yaml(config)
+        print(text, flush=True)
+        write_text(run_dir / "config.yaml", text)
+        write_json(run_dir / "environment.json", environment.describe(world_size))
+        for marker in ("FINISHED.json", "STOPPED.json"):
+            (run_dir / marker).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the run folder {run_dir} cannot be written: {error.strerror}; choose another run.dir"
+        ) from None
+
+
+def check_vocabularies(config: Config, tokenizer_path: str) -> Tokenizer:
+    """Student, teacher and tokenizer must count the same tokens."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    problems = []
+    if config.distill.kd_weight > 0:
+        teacher_vocab = teacher_vocab_size(config.distill.teacher)
+        if teacher_vocab != config.model.vocab_size:
+            problems.append(
+                f"the teacher {config.distill.teacher} has vocab_size={teacher_vocab}, but "
+                f"model.vocab_size={config.model.vocab_size}; distillation compares the two token by token, "
+                f"set model.vocab_size={teacher_vocab}"
+            )
+    if tokenizer.vocab_size > config.model.vocab_size:
+        problems.append(
+            f"the tokenizer {tokenizer_path} has {tokenizer.vocab_size} tokens, "
+            f"more than model.vocab_size={config.model.vocab_size}"
+        )
+    if problems:
+        raise UserError("config error: " + "; ".join(problems))
+    return tokenizer
+
+
+def load_windows(config: Config, tokenizer: Tokenizer) -> Heldout | None:
+    if not config.eval.every or not config.data.heldout:
+        return None
+    text = load_heldout(config.data.heldout, tokenizer)
+    windows = heldout_windows(text.token_ids, config.data.seq_len, config.eval.max_tokens)
+    return Heldout(windows, text.n_bytes / len(text.token_ids))
+
+
+def choose_checkpoint(config: Config, rank: int) -> Path | None:
+    """Rank 0 looks, because reading a whole checkpoint to verify it is enough work for one."""
+    found = [agreed(lambda: checkpoint.choose(config) if rank == 0 else None)]
+    dist.broadcast_object_list(found, src=0)
+    folder = found[0]
+    if folder:
+        remark = agreed(lambda: checkpoint.require_same_config(folder, config))
+        if remark:
+            say(remark)
+    return folder
+
+
+def build_teacher(config: Config) -> Teacher | None:
+    distill = config.distill
+    if distill.kd_weight == 0:
+        return None
+    dtype = resolve_precision(config.engine.precision)
+    return load_teacher(
+        distill.teacher,
+        dtype=dtype,
+        device=device(),
+        trust_remote_code=distill.trust_remote_code,
+        shard=shard_teacher(config) if distill.host == "zero3" else None,
+    )
+
+
+def build_engine(config: Config) -> tuple[Engine, BinarizeReport]:
+    if config.debug.deterministic:
+        torch.use_deterministic_algorithms(True)
+    lm, report = build_student(config.model, config.binarize, config.train.seed)
+    say(str(report))
+    return Engine(config, Student(lm, config.distill)), report

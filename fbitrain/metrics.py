@@ -1,0 +1,228 @@
+"""What a run reports: sums kept on the device, one reduction per interval, to metrics.jsonl and TensorBoard alike."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from fbitrain.config import Config
+from fbitrain.distill import DistillMetrics
+from fbitrain.files import fsync_file, write_text
+from fbitrain.model.signs import count_flips, sign_bits
+
+if TYPE_CHECKING:
+    from fbitrain.engine import Engine
+
+# Dense bf16 peaks per device from the vendors' data sheets, by a part of the device's name; for MFU.
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0, "A10": 125.0, "V100": 125.0}
+_SUMS = ("kd", "teacher_entropy", "label_ce", "teacher_label_ce", "top1_agreement", "tokens")
+
+
+class Interval:
+    """Sums over micro-batches and steps since the last log line. Nothing here waits for the device until `close`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums = torch.zeros(len(_SUMS) + 2, dtype=torch.float64, device=self._device)  # + loss, grad norm
+        self._micro_batches = self._steps = 0
+        self._seconds = 0.0
+        self._started: float | None = None
+
+    def run(self) -> None:
+        """(Re)starts the clock, which evaluation and saving stop."""
+        self._started = time.perf_counter()
+
+    def pause(self) -> None:
+        if self._started is not None:
+            self._seconds += time.perf_counter() - self._started
+            self._started = None
+
+    def add_micro_batch(self, loss: Tensor, metrics: DistillMetrics) -> None:
+        parts = [getattr(metrics, name) for name in _SUMS]
+        self._sums[:-1] += torch.stack(
+            [torch.as_tensor(p, dtype=torch.float64, device=self._device) for p in (*parts, loss.detach())]
+        )
+        self._micro_batches += 1
+
+    def add_step(self, grad_norm: Tensor) -> None:
+        self._sums[-1] += grad_norm
+        self._steps += 1
+
+    def close(self, distilling: bool) -> dict[str, float]:
+        """Means over the interval and all ranks, then starts a new one. Collective."""
+        self.pause()
+        sums = self._sums.clone()
+        dist.all_reduce(sums)
+        values = dict(zip((*_SUMS, "loss", "grad_norm"), sums.tolist(), strict=True))
+        world, tokens = dist.get_world_size(), max(values["tokens"], 1.0)
+        scalars = {
+            "train/loss": values["loss"] / (world * max(self._micro_batches, 1)),
+            "train/label_ce": values["label_ce"] / tokens,
+            "optim/grad_norm": values["grad_norm"] / (world * max(self._steps, 1)),
+            "speed/tokens_per_s": values["tokens"] / max(self._seconds, 1e-9),
+        }
+        if distilling:
+            scalars |= {
+                "train/kd": values["kd"] / tokens,
+                "train/top1_agreement": values["top1_agreement"] / tokens,
+                "teacher/entropy": values["teacher_entropy"] / tokens,
+                "teacher/label_ce": values["teacher_label_ce"] / tokens,
+            }
+        self._reset()
+        self.run()
+        return scalars
+
+
+class SignTracker:
+    """Share of signs that flipped since the last look, and of undecided weights; each rank looks at its slices."""
+
+    def __init__(self, engine: Engine, binary_names: Iterable[str], near_zero: float, device: torch.device) -> None:
+        self._engine = engine
+        self._names = list(binary_names)
+        self._near_zero = near_zero
+        self._device = device
+        self._bits = {(f.name, f.start): sign_bits(f.weight) for f in self._fragments()}
+
+    def _fragments(self) -> Any:
+        wanted = set(self._names)
+        return (f for f in self._engine.fragments() if f.name in wanted)
+
+    def look(self) -> dict[str, float]:
+        """Shares in [0, 1], total and per layer. Collective."""
+        index = {name: i for i, name in enumerate(self._names)}
+        counts = torch.zeros(3, len(self._names), dtype=torch.float64)  # flipped, near zero, all
+        for fragment in self._fragments():
+            key, bits = (fragment.name, fragment.start), sign_bits(fragment.weight)
+            column = counts[:, index[fragment.name]]
+            column[0] += count_flips(self._bits[key], bits).item()
+            column[1] += (fragment.weight.abs() < self._near_zero).sum().item()
+            column[2] += fragment.weight.numel()
+            self._bits[key] = bits
+        counts = counts.to(self._device)
+        dist.all_reduce(counts)
+        flipped, near, total = counts.cpu()
+        scalars = {
+            "signs/flipped": (flipped.sum() / total.sum()).item(),
+            "signs/near_zero": (near.sum() / total.sum()).item(),
+        }
+        for name, share in zip(self._names, (flipped / total).tolist(), strict=True):
+            scalars[f"signs_flipped/{name.removeprefix('model.').removesuffix('.weight')}"] = share
+        return scalars
+
+
+def gather_scales(engine: Engine) -> dict[str, Tensor]:
+    """On rank 0 every α and β, whole and flat, by name; empty elsewhere. Collective; for histograms."""
+    mine = [(f.name, f.start, f.weight.cpu()) for f in engine.fragments() if f.name.endswith((".alpha", ".beta"))]
+    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, everyone)
+    pieces: dict[str, list[tuple[int, Tensor]]] = {}
+    for name, start, values in (piece for rank in everyone or () for piece in rank):
+        pieces.setdefault(name, []).append((start, values))
+    return {name: torch.cat([v for _, v in sorted(parts, key=lambda part: part[0])]) for name, parts in pieces.items()}
+
+
+def flops_per_token(config: Config, matrix_weights: int, teacher_weights: int) -> float:
+    """Per trained token, a multiply-add counted as 2: 6 per student matrix weight, 2 per teacher weight, attention.
+
+    Recomputation under activation checkpointing is not counted (the PaLM convention for MFU).
+    """
+    model = config.model
+    attention = (
+        6 * 2 * model.n_layers * model.d_model * config.data.seq_len / 2
+    )  # causal: half the square, forward and backward
+    return 6 * matrix_weights + attention + 2 * teacher_weights
+
+
+def peak_tflops(config: Config) -> float:
+    """The rank's peak in TFLOP/s: configured, or looked up by the GPU's name; 0 if unknown."""
+    if config.metrics.peak_tflops or not torch.cuda.is_available():
+        return config.metrics.peak_tflops
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), 0.0)
+
+
+def memory_scalars() -> dict[str, float]:
+    """This rank's memory in GiB."""
+    scalars = {"memory/resident_gib": psutil.Process().memory_info().rss / 2**30}
+    if torch.cuda.is_available():
+        scalars["memory/device_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return scalars
+
+
+class Writer:
+    """metrics.jsonl and TensorBoard of a run; on ranks other than 0 it does nothing.
+
+    Lines after `step` are dropped: a resumed run repeats those steps.
+    """
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        self._active = dist.get_rank() == 0
+        if not self._active:
+            return
+        self._path = run_dir / "metrics.jsonl"
+        write_text(self._path, "".join(line + "\n" for line in lines_up_to(self._path, step)))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def scalars(self, step: int, tokens: int, scalars: Mapping[str, float]) -> None:
+        if self._active:
+            line = {"step": step, "tokens": tokens, "time": round(time.time(), 3), **scalars}
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+
+    def texts(self, step: int, texts: Mapping[str, str]) -> None:
+        if self._active:
+            for name, text in texts.items():
+                self._board.add_text(name, f"```\n{text}\n```", step)
+
+    def histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
+        if self._active:
+            for name, tensor in values.items():
+                kind = name.rsplit(".", 1)[-1]
+                self._board.add_histogram(f"{kind}/{name.removeprefix('model.')}", tensor.numpy(), step)
+            self._board.flush()
+
+    def close(self) -> None:
+        if self._active:
+            self._file.close()
+            fsync_file(self._path)
+            self._board.close()
+
+
+class BatchLog:
+    """debug.log_batches: a hash of every micro-batch, so that two runs can be compared batch by batch."""
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self._file = (run_dir / f"batches_rank{rank:05d}.jsonl").open("a", encoding="utf-8")
+
+    def add(self, step: int, batch: Tensor) -> None:
+        digest = hashlib.sha256(batch.numpy().tobytes()).hexdigest()
+        self._file.write(json.dumps({"step": step, "sha256": digest}) + "\n")
+        self._file.flush()
+
+
+def lines_up_to(path: Path, step: int) -> list[str]:
+    """The lines of metrics.jsonl up to `step`; a last line that a crash cut short is dropped."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    return kept

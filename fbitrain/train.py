@@ -1,0 +1,215 @@
+"""train(config): the loop. Read this file first; build.py makes the parts, ranks.py keeps the ranks together.
+
+A step is an optimizer step. The engine owns mechanics, this file owns their order.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from fbitrain import checkpoint
+from fbitrain.build import Heldout, Parts, build
+from fbitrain.checkpoint import TrainerState
+from fbitrain.config import Config
+from fbitrain.engine import init_distributed, lr_at
+from fbitrain.errors import UserError
+from fbitrain.evaluate import bits_per_byte
+from fbitrain.files import write_json
+from fbitrain.metrics import gather_scales, memory_scalars, peak_tflops
+from fbitrain.ranks import StopSignal, on_all_ranks, say
+
+
+def train(config: Config) -> None:
+    """Trains until train.total_steps or a stop signal; every rank calls it.
+
+    Raises UserError for what the user can mend; one that is raised on all ranks has `on_all_ranks` set.
+    """
+    rank, world_size = init_distributed(config)
+    stop = StopSignal()
+    parts, state = build(config, rank, world_size)
+    if state.step == 0 and config.eval.every:
+        evaluate(parts, state)
+    if state.step >= config.train.total_steps:
+        say(f"nothing to do: {config.run_dir} is already trained to step {state.step}")
+    bar = tqdm(total=config.train.total_steps, initial=state.step, unit="step", disable=None if rank == 0 else True)
+    saved_step = state.step if checkpoint.find_latest(config.run_dir) else -1
+    parts.interval.run()
+    data_state: Mapping[str, Any] = {}
+    while state.step < config.train.total_steps and not stop.agreed:
+        data_state = train_step(parts, state, stop)
+        state = TrainerState(state.step + 1, state.tokens + config.train.global_batch_tokens)
+        bar.update()
+        last = state.step == config.train.total_steps
+        if state.step % config.metrics.every == 0 or last:
+            log(parts, state, bar)
+        if config.eval.every and (state.step % config.eval.every == 0 or last):
+            evaluate(parts, state)
+        if state.step % config.checkpoint.every == 0 or last:
+            saved_step = save(parts, state, data_state)
+    if state.step > max(saved_step, 0):
+        save(parts, state, data_state)
+    bar.close()
+    finish(parts, state, stop)
+
+
+def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[str, Any]:
+    """One optimizer step; returns the data state after its last batch."""
+    config, engine, teacher = parts.config, parts.engine, parts.teacher
+    lr = lr_at(config, state.step + 1)
+    n_micro_batches = config.grad_accum_steps(engine.world_size)
+    data_state: Mapping[str, Any] = {}
+    finite = torch.ones((), dtype=torch.bool, device=engine.device)
+    for i in range(n_micro_batches):
+        batch, data_state = next(parts.loader)
+        if parts.batch_log:
+            parts.batch_log.add(state.step + 1, batch)
+        batch = batch.to(engine.device, non_blocking=True)
+        hints = () if teacher is None else (teacher.hidden(batch[:, :-1]), teacher.head_weight)
+        loss, metrics = engine(batch, *hints)
+        engine.backward(loss)
+        parts.interval.add_micro_batch(loss, metrics)
+        finite &= torch.isfinite(loss.detach())
+        if i == n_micro_batches - 1:
+            # The one host wait of a step, where DeepSpeed is about to wait for the gradient norm anyway.
+            agree_to_go_on(parts, state, stop, finite)
+        engine.end_micro_batch(lr)
+    parts.interval.add_step(engine.grad_norm())
+    return data_state
+
+
+def agree_to_go_on(parts: Parts, state: TrainerState, stop: StopSignal, finite: Tensor) -> None:
+    """All ranks learn if any loss is not finite (then all raise, before the update) or any rank was told to stop."""
+    flags = torch.stack([~finite, torch.tensor(stop.requested, device=finite.device)]).to(torch.int32)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    broken, stop.agreed = (bool(flag) for flag in flags.tolist())
+    if broken:
+        latest = checkpoint.find_latest(parts.config.run_dir)
+        raise on_all_ranks(
+            UserError(
+                f"the loss of step {state.step + 1} is not finite; stopped before the update. "
+                + (f"The last good checkpoint is {latest}; " if latest else "No checkpoint was written yet; ")
+                + "lower optim.lr or check the data, then start again"
+            )
+        )
+
+
+# -- what happens between steps ---------------------------------------------------------------------------------------
+
+
+def log(parts: Parts, state: TrainerState, bar: tqdm[Any]) -> None:
+    """One line of scalars to metrics.jsonl, TensorBoard and the console."""
+    scalars = parts.interval.close(distilling=parts.teacher is not None)
+    parts.interval.pause()
+    scalars["optim/lr"] = lr_at(parts.config, state.step)
+    achieved = scalars["speed/tokens_per_s"] * parts.flops_per_token / parts.engine.world_size / 1e12
+    scalars["speed/tflops_per_rank"] = achieved
+    if peak := peak_tflops(parts.config):
+        scalars["speed/mfu"] = achieved / peak
+    scalars |= parts.signs.look() | memory_scalars() | data_scalars(parts.loader.stats())
+    parts.writer.scalars(state.step, state.tokens, scalars)
+    if not math.isfinite(scalars["optim/grad_norm"]):
+        raise on_all_ranks(
+            UserError(f"the gradient of a step up to {state.step} is not finite; lower optim.lr or check the data")
+        )
+    line = (
+        f"step {state.step}/{parts.config.train.total_steps} | loss {scalars['train/loss']:.4f} | "
+        f"lr {scalars['optim/lr']:.2e} | grad norm {scalars['optim/grad_norm']:.2f} | "
+        f"signs flipped {scalars['signs/flipped']:.2%} | {scalars['speed/tokens_per_s']:.0f} tokens/s"
+    )
+    if parts.rank == 0:
+        bar.write(line, file=sys.stdout)
+        sys.stdout.flush()
+    parts.interval.run()
+
+
+def data_scalars(stats: Mapping[str, Any]) -> dict[str, float]:
+    """The stream's counters of this rank, flattened to data/… scalars."""
+    scalars: dict[str, float] = {}
+    for key, value in stats.items():
+        if isinstance(value, Mapping):
+            scalars |= {f"data/{key}/{inner}": float(number) for inner, number in value.items()}
+        else:
+            scalars[f"data/{key}"] = float(value)
+    return scalars
+
+
+@torch.no_grad()
+def evaluate(parts: Parts, state: TrainerState) -> None:
+    """Held-out perplexity, sample texts, histograms of the scales. Every rank takes part."""
+    config, engine = parts.config, parts.engine
+    parts.interval.pause()
+    engine.train(False)
+    if parts.heldout is not None:
+        nll, count = heldout_nll(parts, parts.heldout)
+        scalars = {
+            "heldout/nll": nll / count,
+            "heldout/perplexity": math.exp(min(nll / count, 700.0)),
+            "heldout/bits_per_byte": bits_per_byte(nll, count, parts.heldout.bytes_per_token),
+        }
+        parts.writer.scalars(state.step, state.tokens, scalars)
+        perplexity, bits = scalars["heldout/perplexity"], scalars["heldout/bits_per_byte"]
+        say(f"step {state.step} | held-out perplexity {perplexity:.1f} | {bits:.3f} bits/byte")
+    samples = {}
+    for i, prompt in enumerate(config.eval.prompts if config.eval.sample_tokens else ()):
+        ids = torch.tensor([parts.tokenizer.encode(prompt)], device=engine.device)
+        samples[f"sample/{i}"] = parts.tokenizer.decode(
+            engine.student.greedy(ids, config.eval.sample_tokens, engine)[0].tolist()
+        )
+    parts.writer.texts(state.step, samples)
+    parts.writer.histograms(state.step, gather_scales(engine))
+    engine.train()
+    parts.interval.run()
+
+
+def heldout_nll(parts: Parts, heldout: Heldout) -> tuple[float, int]:
+    """Summed negative log-likelihood (nats) and predicted tokens over all ranks' shares of the windows."""
+    engine, size = parts.engine, parts.config.train.micro_batch_size
+    mine = heldout.windows[parts.rank :: engine.world_size]
+    n_batches = math.ceil(math.ceil(len(heldout.windows) / engine.world_size) / size)
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for i in tqdm(
+        range(n_batches), desc="held-out", unit="batch", leave=False, disable=None if parts.rank == 0 else True
+    ):
+        windows = mine[i * size : (i + 1) * size]
+        # A rank without windows left still takes part: under ZeRO-3 a forward gathers weights from every rank.
+        _, metrics = engine((windows if len(windows) else heldout.windows[:1]).to(engine.device))
+        if len(windows):
+            sums += torch.stack([metrics.label_ce.double(), metrics.tokens.double()])
+    dist.all_reduce(sums)
+    return sums[0].item(), int(sums[1].item())
+
+
+def save(parts: Parts, state: TrainerState, data_state: Mapping[str, Any]) -> int:
+    """Writes the checkpoint of this step; returns the step."""
+    parts.interval.pause()
+    started = time.perf_counter()
+    try:
+        folder = checkpoint.save(parts.engine, parts.config, state, data_state)
+    except UserError as error:
+        raise on_all_ranks(error) from None
+    say(f"saved {folder} in {time.perf_counter() - started:.1f} s")
+    parts.interval.run()
+    return state.step
+
+
+def finish(parts: Parts, state: TrainerState, stop: StopSignal) -> None:
+    """Closes the parts and leaves FINISHED.json or STOPPED.json: launchers do not pass exit codes on faithfully."""
+    parts.writer.close()
+    parts.loader.close()
+    done = state.step >= parts.config.train.total_steps
+    if parts.rank == 0:
+        marker = {"step": state.step, "tokens": state.tokens, "reason": "finished" if done else f"signal {stop.name}"}
+        write_json(parts.config.run_dir / ("FINISHED.json" if done else "STOPPED.json"), marker)
+    if not done:
+        say(f"stopped by {stop.name} after step {state.step}; the same command goes on from there")
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,38 @@
+"""Pretrain a binary language model: `deepspeed launch/pretrain.py CONFIG.yaml [section.key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from fbitrain.config import ConfigError, load_config
+from fbitrain.errors import UserError
+from fbitrain.launch.cli import run
+
+
+def main(arguments: argparse.Namespace) -> int:
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        # Before torch is imported: a mistyped key is reported in well under a second.
+        config = load_config(arguments.config, arguments.overrides, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        from fbitrain.train import train
+
+        train(config)
+    except UserError as error:
+        if rank != 0 and (error.on_all_ranks or isinstance(error, ConfigError)) and not arguments.debug:
+            return 1  # rank 0 says it
+        raise
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    commands = argparse.ArgumentParser(prog="pretrain.py", description=__doc__)
+    commands.add_argument("config", help="a YAML file; the shipped ones are in launch/configs")
+    commands.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    commands.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the DeepSpeed launcher
+    return commands
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, parser()))
