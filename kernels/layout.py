@@ -1,0 +1,29 @@
+"""Sizes of the binary format: how many words a row of bits takes and what shape its scales have. No torch.
+
+Letters: N out_features, K in_features, G group size.
+"""
+
+from __future__ import annotations
+
+WORD_BITS = 32  # weights per packed int32 word
+
+
+def n_words(k: int) -> int:
+    """Words that hold `k` bits; the last one is padded with zeros."""
+    return (k + WORD_BITS - 1) // WORD_BITS
+
+
+def scale_shape(scale: str, n: int, k: int, group_size: int) -> tuple[int, int]:
+    """Shape of α (and of β, where there is one) for a weight [n, k].
+
+    `column` [1, k], `row` [n, 1], `tensor` [1, 1], `group` [n, k / group_size]; `group_size` is read for `group` only.
+    Raises ValueError for an unknown pattern or a group size that does not divide k.
+    """
+    if scale == "group":
+        if group_size < 1 or k % group_size:
+            raise ValueError(f"in_features={k} is not a multiple of group_size={group_size}")
+        return n, k // group_size
+    shapes = {"column": (1, k), "row": (n, 1), "tensor": (1, 1)}
+    if scale not in shapes:
+        raise ValueError(f"scale={scale!r} is unknown; choose column, row, tensor or group")
+    return shapes[scale]

@@ -1,0 +1,90 @@
+"""The numbers' contract and every op in plain torch: correct on any device and dtype, fast on none.
+
+- sign(w) is +1 for w >= 0 (also for -0.0) and -1 below; it is never 0, so a weight is one bit.
+- Bit 1 means +1. Element k of a row is bit k % 32 of word k // 32; bits past K are 0 in every packed tensor.
+- The dot product of two ±1 vectors of length K is K - 2·popcount(a ^ b): each differing bit turns a +1 into a -1.
+
+Letters: N out_features, K in_features, Kw = ceil(K / 32) words, M tokens, G group size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fbitrain.kernels.layout import WORD_BITS, n_words
+
+BLOCK_WEIGHTS = 2**20  # binary_linear unpacks this many weights at a time (one row at least)
+
+
+def sign(w: Tensor) -> Tensor:
+    """±1 in w's dtype and shape. Not torch.sign, which is 0 at 0."""
+    # In place on a copy: converting a bool tensor to floats is several times slower than comparing into floats.
+    return w.clone().ge_(0).mul_(2).sub_(1)
+
+
+def pack_signs(w: Tensor) -> Tensor:
+    """The signs of w [..., K] (any float dtype, any strides) as int32 words [..., Kw]."""
+    k = w.shape[-1]
+    bits = pad((w >= 0).to(torch.int32), (0, n_words(k) * WORD_BITS - k))
+    bits = torch.unflatten(bits, -1, (n_words(k), WORD_BITS))
+    # The shifted bits are disjoint, so their int32 sum is their "or" and never overflows, bit 31 (the sign) included.
+    return torch.bitwise_left_shift(bits, _bit_positions(w.device)).sum(-1, dtype=torch.int32)
+
+
+def unpack_signs(words: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of `pack_signs`: int32 words [..., Kw] as contiguous ±1 [..., k] of `dtype`."""
+    bits = torch.bitwise_right_shift(words.unsqueeze(-1), _bit_positions(words.device)) & 1
+    return bits.flatten(-2)[..., :k].to(dtype).mul_(2).sub_(1).contiguous()
+
+
+def popcount(words: Tensor) -> Tensor:
+    """Set bits of each int32, as int32 of the same shape."""
+    # Bit 31 is counted apart, so that no sum below leaves the positive range of int32 (Hacker's Delight, figure 5-2).
+    x = words & 0x7FFFFFFF
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    return ((x + (x >> 16)) & 0x3F) + (words < 0).to(torch.int32)
+
+
+def xnor_gemm(a: Tensor, b: Tensor, k: int) -> Tensor:
+    """a [M, Kw] times bᵀ, b [N, Kw], both packed ±1 of length `k`, as int32 [M, N]."""
+    differing = a.new_zeros(a.shape[0], b.shape[0])
+    for a_M, b_N in zip(a.unbind(1), b.unbind(1), strict=True):  # a word at a time: never more than [M, N] in memory
+        differing += popcount(a_M[:, None] ^ b_N)
+    return k - 2 * differing
+
+
+def binary_linear(
+    x: Tensor, words: Tensor, alpha: Tensor, beta: Tensor | None, scale: str, k: int, group_size: int
+) -> Tensor:
+    """x [..., k] times ŵᵀ, ŵ = α·sign(W) + β, the signs of W [N, k] packed in `words` [N, Kw]; [..., N] in x's dtype.
+
+    `alpha` and `beta` have the shape that `layout.scale_shape` names for `scale` and are rounded to x's dtype, as in
+    training. The weight is unpacked in blocks of rows, so the dense matrix never exists.
+    """
+    n = words.shape[0]
+    x_MK = x.reshape(-1, k)
+    alpha = alpha.to(x.dtype)
+    left = x_MK * alpha if scale == "column" else x_MK
+    y_MN = x.new_empty(x_MK.shape[0], n)
+    rows = max(1, BLOCK_WEIGHTS // k)
+    for start in range(0, n, rows):
+        block = slice(start, start + rows)
+        signs = unpack_signs(words[block], k, x.dtype)
+        if scale == "group":
+            signs = (torch.unflatten(signs, 1, (-1, group_size)) * alpha[block, :, None]).flatten(1)
+        y_MN[:, block] = left @ signs.T
+    if scale in ("row", "tensor"):
+        y_MN *= alpha.T
+    if beta is not None:
+        beta = beta.to(x.dtype)
+        y_MN += x_MK @ beta.T if scale == "column" else x_MK.sum(1, keepdim=True) * beta.T
+    return y_MN.reshape(*x.shape[:-1], n)
+
+
+def _bit_positions(device: torch.device) -> Tensor:
+    return torch.arange(WORD_BITS, dtype=torch.int32, device=device)
