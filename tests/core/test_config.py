@@ -1,0 +1,314 @@
+"""The config tree: round trips, every problem in one message, hints, and no torch before it is valid."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fbitrain.config import Config, ConfigError, differences, flatten, load_config, to_yaml
+from fbitrain.model.config import PRESETS, BinarizeConfig, ModelConfig
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "launch" / "configs").glob("*.yaml"))
+
+MINIMAL = """
+distill: {teacher: some/teacher}
+optim: {warmup_steps: 0}
+train: {micro_batch_size: 2, global_batch_tokens: 4096}
+data:
+  seq_len: 128
+  sources: [{name: a, paths: [a.jsonl]}]
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def problems_of(path: Path, *overrides: str, world_size: int = 1) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides, world_size=world_size)
+    return caught.value.problems
+
+
+# Shipped files
+
+
+def test_there_are_shipped_configs() -> None:
+    assert {path.stem for path in SHIPPED} >= {"fbi_130m", "fbi_1.3b", "fbi_7b"}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_is_valid_and_reads_back(path: Path, world_size: int, tmp_path: Path) -> None:
+    config = load_config(path, world_size=world_size)
+    tokens = config.train.micro_batch_size * config.data.seq_len * world_size * config.grad_accum_steps(world_size)
+    assert tokens == config.train.global_batch_tokens
+    saved = tmp_path / "resolved.yaml"
+    saved.write_text(to_yaml(config))
+    assert load_config(saved, world_size=world_size) == config
+
+
+@pytest.mark.parametrize(("name", "world_size"), [("fbi_130m", 32), ("fbi_1.3b", 128), ("fbi_7b", 512)])
+def test_the_recipes_spread_over_the_ranks_they_promise(name: str, world_size: int) -> None:
+    path = ROOT / "launch" / "configs" / f"{name}.yaml"
+    assert load_config(path, world_size=world_size).grad_accum_steps(world_size) == 1
+    assert any("global_batch_tokens" in problem for problem in problems_of(path, world_size=2 * world_size))
+
+
+@pytest.mark.parametrize("size", ["130m", "1.3b", "7b"])
+def test_the_recipes_are_the_papers(size: str) -> None:
+    config = load_config(ROOT / "launch" / "configs" / f"fbi_{size}.yaml")
+    for name, value in PRESETS[size].items():
+        assert getattr(config.model, name) == value
+    assert (config.model.vocab_size, config.data.seq_len, config.optim.warmup_steps) == (32000, 2048, 2000)
+    assert (config.optim.lr, config.optim.min_lr, config.optim.betas) == (3e-4, 3e-5, [0.9, 0.95])
+    assert (config.optim.weight_decay, config.optim.max_grad_norm) == (0.1, 1.0)
+    assert sum(source.weight for source in config.data.sources) == pytest.approx(1259.11)
+    # All tokens of the corpus, less at most a part of one step.
+    left = 1_259_110_000_000 - config.train.total_steps * config.train.global_batch_tokens
+    assert 0 <= left < config.train.global_batch_tokens
+
+
+# Reading
+
+
+def test_overrides_win_over_the_file_and_the_file_over_the_preset(minimal: Path) -> None:
+    minimal.write_text(MINIMAL + "model: {preset: tiny, n_layers: 3}\n")
+    config = load_config(minimal, ["model.d_ff=640", "optim.lr=1e-3", "run.name=x", "train.compile=true"])
+    assert (config.model.n_layers, config.model.d_ff, config.model.d_model) == (3, 640, PRESETS["tiny"]["d_model"])
+    assert (config.optim.lr, config.run.name, config.train.compile) == (1e-3, "x", True)
+
+
+def test_lists_can_be_overridden(minimal: Path) -> None:
+    config = load_config(
+        minimal, ["eval.prompts=[a, b]", "binarize.skip=[lm_head, down_proj]", "optim.betas=[0.8, 0.9]"]
+    )
+    assert config.eval.prompts == ["a", "b"]
+    assert config.binarize.skip == ["lm_head", "down_proj"]
+    assert config.optim.betas == [0.8, 0.9]
+
+
+def test_an_override_can_reach_into_the_list_of_sources(minimal: Path) -> None:
+    assert load_config(minimal, ["data.sources.0.weight=2.5"]).data.sources[0].weight == 2.5
+
+
+def test_a_loaded_config_cannot_be_changed(minimal: Path) -> None:
+    config = load_config(minimal)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.optim.lr = 1.0  # type: ignore[misc]
+
+
+def test_differences_name_exactly_the_changed_leaves(minimal: Path) -> None:
+    old = load_config(minimal)
+    new = load_config(minimal, ["optim.lr=1e-4", "eval.prompts=[x]"])
+    assert differences(old, new) == {"optim.lr": (3e-4, 1e-4), "eval.prompts": (["def main("], ["x"])}
+    assert differences(old, old) == {}
+    assert flatten(old)["data.seq_len"] == 128
+
+
+sizes = st.integers(1, 9)
+
+
+@st.composite
+def model_configs(draw: st.DrawFn) -> ModelConfig:
+    heads = draw(st.sampled_from([1, 2, 6]))
+    return ModelConfig(
+        vocab_size=draw(st.integers(1, 200_000)),
+        n_layers=draw(sizes),
+        n_heads=heads,
+        n_kv_heads=draw(st.sampled_from([0, 1, heads])),
+        d_model=2 * heads * draw(sizes),
+        d_ff=draw(st.integers(1, 20_000)),
+        rope_theta=draw(st.floats(1.0, 1e7)),
+        norm_eps=draw(st.floats(1e-12, 1e-2)),
+        tie_embeddings=draw(st.booleans()),
+    )
+
+
+text = st.text(st.characters(codec="utf-8", exclude_characters="$"), max_size=12)  # `${…}` is OmegaConf's own
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    model=model_configs(),
+    name=text,
+    prompts=st.lists(text, max_size=3),
+    lr=st.floats(1e-12, 1.0),
+    eps=st.floats(1e-30, 1e-2),
+    seed=st.integers(0, 2**63 - 1),
+    beta=st.booleans(),
+)
+def test_to_yaml_reads_back_to_an_equal_config(
+    tmp_path_factory: pytest.TempPathFactory,
+    model: ModelConfig,
+    name: str,
+    prompts: list[str],
+    lr: float,
+    eps: float,
+    seed: int,
+    beta: bool,
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "base.yaml").write_text(MINIMAL)
+    base = load_config(folder / "base.yaml")
+    config = dataclasses.replace(
+        base,
+        model=model,
+        run=dataclasses.replace(base.run, name=name),
+        eval=dataclasses.replace(base.eval, prompts=prompts),
+        optim=dataclasses.replace(base.optim, lr=lr, min_lr=lr / 3, eps=eps),
+        train=dataclasses.replace(base.train, seed=seed),
+        binarize=BinarizeConfig(scale="row", beta=beta),
+    )
+    saved = folder / "saved.yaml"
+    saved.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(saved) == config
+
+
+# Problems
+
+
+def test_every_problem_is_in_one_message(minimal: Path) -> None:
+    wrong = {
+        "optim.lr": "-1",
+        "train.global_batch_tokens": "1000",
+        "model.n_heads": "7",
+        "engine.zero_stage": "5",
+        "binarize.scale": "colum",
+        "distill.temperature": "0",
+    }
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal, [f"{key}={value}" for key, value in wrong.items()])
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{len(caught.value.problems)} config errors in {minimal}:"
+    assert lines[1:] == [f"  {problem}" for problem in caught.value.problems]
+    for key in wrong:
+        assert any(key in line for line in lines), key
+
+
+def test_unknown_keys_and_wrong_types_are_reported_together(minimal: Path) -> None:
+    problems = problems_of(minimal, "optim.lrr=1", "train.total_steps=many", "modle.n_heads=2", "model=3", "nonsense")
+    assert len(problems) == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("optim.lrr=1", "did you mean optim.lr?"),
+        ("optim.warmup_step=1", "did you mean optim.warmup_steps?"),
+        ("modle.n_heads=2", "did you mean model?"),
+        ("train.lr=1", "did you mean optim.lr?"),  # a right key in the wrong section
+        ("data.sources.0.wieght=1", "did you mean"),
+        ("debug.zzz=1", "its fields are deterministic, log_batches"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(minimal: Path, override: str, hint: str) -> None:
+    (problem,) = problems_of(minimal, override)
+    assert hint in problem
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.preset=3b", ["'3b'", "tiny, 130m, 1.3b, 7b"]),
+        ("train.total_steps=1.5", ["train.total_steps=1.5", "int"]),
+        ("train.compile=perhaps", ["train.compile='perhaps'", "bool"]),
+        ("optim.betas=[0.9]", ["optim.betas=[0.9]", "two numbers"]),
+        ("optim.betas=0.9", ["optim.betas=0.9", "list"]),
+        ("optim.no_decay=[scale]", ["'scale'", "scales, norms, embeddings"]),
+        ("optim.min_lr=1", ["optim.min_lr=1", "optim.lr="]),
+        ("optim.warmup_steps=2000000", ["optim.warmup_steps", "train.total_steps"]),
+        ("engine.zero_stage=0", ["precision=fp32"]),
+        ("engine.precision=fp16", ["'fp16'", "auto, bf16, fp32"]),
+        ("binarize.scale=group", ["binarize.beta=false"]),
+        ("data.seq_len=4096", ["max_seq_len=2048"]),
+        ("data.sources=[]", ["data.sources is empty"]),
+        ("data.sources=x", ["data.sources", "list of sections"]),
+        ("distill.teacher=''", ["distill.teacher is empty", "kd_weight=0"]),
+        ("distill.kd_weight=0", ["one of them must be positive"]),
+        ("distill.host=zero2", ["replicated or zero3"]),
+        ("eval.max_tokens=5", ["eval.max_tokens=5", "data.seq_len=128"]),
+        ("model.d_model=100", ["d_model=100", "n_heads=12"]),
+        ("model.n_kv_heads=5", ["n_kv_heads=5"]),
+        ("train.micro_batch_size=0", ["train.micro_batch_size=0 must be at least 1"]),
+        ("train.total_steps=", ["train.total_steps=''"]),
+        ("=3", ["section.key=value"]),
+        ("optim.lr=[", ["cannot be applied"]),
+    ],
+)
+def test_a_wrong_value_says_what_and_how_to_mend_it(minimal: Path, override: str, words: list[str]) -> None:
+    text = "\n".join(problems_of(minimal, override))
+    for word in words:
+        assert word in text
+
+
+def test_the_world_size_is_part_of_the_check(minimal: Path) -> None:
+    assert load_config(minimal, world_size=16).grad_accum_steps(16) == 1
+    (problem,) = problems_of(minimal, world_size=3)
+    assert "2*128*3=768" in problem
+    assert any("n_lanes=16" in problem for problem in problems_of(minimal, world_size=32))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "does not exist"),
+        ("- a\n- b\n", "not a list"),
+        ("a: [1\n", "cannot be read as YAML"),
+        ("a: 1\na: 2\n", "cannot be read as YAML"),
+        ("train: 3\n", "train is a section"),
+    ],
+)
+def test_an_unreadable_file_is_one_sentence(tmp_path: Path, content: str | None, words: str) -> None:
+    path = tmp_path / "x.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=r"x\.yaml") as caught:
+        load_config(path)
+    assert words in str(caught.value)
+
+
+def test_a_binary_file_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+        load_config(path)
+
+
+def test_an_empty_file_is_the_defaults_and_their_problems(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("")
+    assert any("data.sources is empty" in problem for problem in problems_of(path))
+
+
+# Cost of loading
+
+
+def test_torch_is_imported_neither_by_a_good_config_nor_by_a_bad_one(minimal: Path) -> None:
+    code = (
+        "import sys\n"
+        "from fbitrain.config import ConfigError, load_config\n"
+        f"load_config({str(minimal)!r})\n"
+        "try:\n"
+        f"    load_config({str(minimal)!r}, ['optim.lrr=1'])\n"
+        "except ConfigError as error:\n"
+        "    print(error)\n"
+        "print(sorted({'torch', 'deepspeed', 'transformers', 'numpy'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "did you mean optim.lr?" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_defaults_are_a_config() -> None:
+    assert Config().grad_accum_steps(1) == 2**19 // (8 * 2048)
