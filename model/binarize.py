@@ -40,11 +40,13 @@ def init_scales(w_NK: Tensor, scale: str, beta: bool, group_size: int) -> tuple[
     β is the mean of W and α the mean of |W - β| over the dimensions the pattern reduces, the least-squares fit of
     α·sign(W - β) + β (arXiv 2407.07093). Without β, it is 0 in both.
     """
+    n, k = w_NK.shape
+    shape = scale_shape(scale, n, k, group_size)
     if scale == "group":
         if beta:
             raise ValueError("scale='group' has no shift; beta must be False")
         return torch.unflatten(w_NK.abs(), 1, (-1, group_size)).mean(2), None
-    dims = {"column": (0,), "row": (1,), "tensor": (0, 1)}[scale]
+    dims = [dim for dim in (0, 1) if shape[dim] == 1]
     if not beta:
         return w_NK.abs().mean(dims, keepdim=True), None
     shift = w_NK.mean(dims, keepdim=True)

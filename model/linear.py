@@ -34,8 +34,8 @@ class BinaryLinear(nn.Module):
         beta: learn the shift β.
         group_size: weights per scale along K; read for scale="group" only.
         ste: straight-through estimator of the weight's gradient, "identity" or "clip".
-        weight: start values [N, K] of the latent weight; default: normal with standard deviation `init_std`.
-        init_std: see `weight`.
+        weight: start values [N, K] of the latent weight; None draws them, normal with standard deviation `init_std`.
+        device, dtype: of the parameters, as in torch.nn.Linear.
 
     x may have any leading shape and any float dtype; the product is computed in x's dtype. The gradients of α and β are
     summed over tokens in fp32.
@@ -54,6 +54,8 @@ class BinaryLinear(nn.Module):
         ste: str = "identity",
         weight: Tensor | None = None,
         init_std: float = 0.02,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if scale == "group" and beta:
@@ -61,9 +63,9 @@ class BinaryLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.scale, self.group_size, self.ste = scale, group_size, ste
         shape = scale_shape(scale, out_features, in_features, group_size)
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.alpha = nn.Parameter(torch.empty(shape))
-        self.register_parameter("beta", nn.Parameter(torch.empty(shape)) if beta else None)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.alpha = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.register_parameter("beta", nn.Parameter(torch.empty_like(self.alpha)) if beta else None)
         # Everything that reads whole weights happens here: once __init__ returns, ZeRO-3 may have partitioned them.
         with torch.no_grad():
             if weight is None:

@@ -1,0 +1,74 @@
+"""How many parameters a student has, by arithmetic: no torch, nothing allocated.
+
+Letters: N out_features, K in_features, V vocabulary, D student width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from fbitrain.kernels.layout import scale_shape
+from fbitrain.model.config import BinarizeConfig, ModelConfig
+
+SCALE_BITS = 32  # packed releases keep α and β in fp32
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a student, by kind."""
+
+    binary: int  # weights that are one bit each
+    scales: int  # α and β of the binary layers
+    embeddings: int  # token embedding and, unless tied or binary, the output head
+    dense: int  # weights of other Linears that binarize.skip keeps in full precision
+    norms: int
+
+    @property
+    def total(self) -> int:
+        return self.binary + self.scales + self.embeddings + self.dense + self.norms
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per binary weight, its share of the scales included; 32 for a model without binary weights."""
+        return 1 + SCALE_BITS * self.scales / self.binary if self.binary else 32.0
+
+
+def count_parameters(model: ModelConfig, binarize: BinarizeConfig) -> ParameterCount:
+    """What `build_student(model, binarize, …)` would hold."""
+    binary = scales = dense = 0
+    embeddings = model.vocab_size * model.d_model
+    for name, n, k in linear_shapes(model):
+        if binarize.enabled and skip_entry(name, binarize.skip) is None:
+            rows, columns = scale_shape(binarize.scale, n, k, binarize.group_size)
+            binary += n * k
+            scales += rows * columns * (2 if binarize.beta else 1)
+        elif name == "lm_head":
+            embeddings += n * k
+        else:
+            dense += n * k
+    norms = (2 * model.n_layers + 1) * model.d_model
+    return ParameterCount(binary=binary, scales=scales, embeddings=embeddings, dense=dense, norms=norms)
+
+
+def linear_shapes(model: ModelConfig) -> Iterator[tuple[str, int, int]]:
+    """(name, N, K) of every Linear of a LlamaForCausalLM that has a weight of its own."""
+    d, kv = model.d_model, model.d_model // model.n_heads * (model.n_kv_heads or model.n_heads)
+    for layer in range(model.n_layers):
+        for name, n, k in (
+            ("self_attn.q_proj", d, d),
+            ("self_attn.k_proj", kv, d),
+            ("self_attn.v_proj", kv, d),
+            ("self_attn.o_proj", d, d),
+            ("mlp.gate_proj", model.d_ff, d),
+            ("mlp.up_proj", model.d_ff, d),
+            ("mlp.down_proj", d, model.d_ff),
+        ):
+            yield f"model.layers.{layer}.{name}", n, k
+    if not model.tie_embeddings:
+        yield "lm_head", model.vocab_size, d
+
+
+def skip_entry(name: str, skip: Sequence[str]) -> str | None:
+    """The entry of binarize.skip that keeps module `name` in full precision (exact, or its last component), or None."""
+    return next((entry for entry in skip if entry in (name, name.rpartition(".")[2])), None)
