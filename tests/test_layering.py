@@ -1,0 +1,190 @@
+"""Who may import whom (docs/design.md, Rooms), and what importing costs: no GPU, no DeepSpeed, no CuPy, no lm-eval."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = {"core": "fbitrain", "model": "model", "kernels": "kernels", "data": "data", "launch": "launch"}
+MAY_IMPORT = {
+    "kernels": set(),
+    "data": set(),
+    "model": {"kernels"},
+    "core": {"model", "data"},
+    "launch": {"core", "kernels"},
+}
+# Single modules beyond that: the model raises the core's UserError, and the commands know the data room's error.
+MODULES = {"model": {"fbitrain.errors"}, "launch": {"fbitrain.data.shards"}}
+ONLY_IN = {"deepspeed": "fbitrain/engine.py", "lm_eval": "fbitrain/evaluate.py", "cupy": "kernels/cupy_backend.py"}
+TORCH_FREE = (
+    "fbitrain/config.py",
+    "fbitrain/errors.py",
+    "fbitrain/estimate.py",
+    "model/config.py",
+    "model/size.py",
+    "data/config.py",
+)
+
+
+def modules(room: str) -> list[Path]:
+    return sorted((ROOT / ROOMS[room]).glob("*.py"))
+
+
+ALL_MODULES = [path for room in ROOMS for path in modules(room)]
+
+
+def name_of(path: Path) -> str:
+    """The name a file is imported by: model/linear.py is fbitrain.model.linear."""
+    folder = path.parent.name
+    parts = ["fbitrain"] if folder == "fbitrain" else ["fbitrain", folder]
+    return ".".join(parts if path.stem == "__init__" else [*parts, path.stem])
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that `path` imports anywhere, inside functions too; relative ones as they are written."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            names = [f"{module}.{alias.name}" for alias in node.names]
+            # `from fbitrain.data import shards` imports fbitrain.data.shards, whose room is what counts.
+            yield from names if module in ("fbitrain", *(f"fbitrain.{room}" for room in ROOMS)) else [module]
+
+
+def room_of(module: str) -> str:
+    second = [*module.split("."), ""][1]
+    return second if second in ROOMS and second != "core" else "core"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_it_may(room: str) -> None:
+    assert modules(room), f"{room} holds no module; has it moved?"
+    for path in modules(room):
+        for module in imports(path):
+            if module.startswith("fbitrain.") and not is_module_of(module, MODULES.get(room, set())):
+                found = room_of(module)
+                assert found in MAY_IMPORT[room] | {room}, f"{path.relative_to(ROOT)} imports {module} ({found})"
+
+
+def is_module_of(name: str, allowed: set[str]) -> bool:
+    """Whether `name` is an allowed module, or something in it."""
+    return name in allowed or name.rpartition(".")[0] in allowed
+
+
+@pytest.mark.parametrize("path", ALL_MODULES, ids=name_of)
+def test_our_code_is_imported_by_its_full_name(path: Path) -> None:
+    for module in imports(path):
+        assert not module.startswith("."), f"relative import {module}"
+        assert module.split(".")[0] not in {"model", "kernels", "data", "launch"}, (
+            f"{module} without fbitrain. before it"
+        )
+
+
+@pytest.mark.parametrize("package", ONLY_IN)
+def test_a_heavy_package_is_imported_in_one_file_only(package: str) -> None:
+    users = {
+        str(path.relative_to(ROOT))
+        for path in ALL_MODULES
+        if package in {module.split(".")[0] for module in imports(path)}
+    }
+    assert users <= {ONLY_IN[package]}
+
+
+def test_only_the_package_has_an_init_file() -> None:
+    found = [path for room in ROOMS.values() for path in (ROOT / room).glob("__init__.py")]
+    assert found == [ROOT / "fbitrain" / "__init__.py"]
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+    assert not (ROOT / "conftest.py").exists()
+
+
+def test_the_package_links_to_the_top_level_rooms() -> None:
+    for room in ("model", "kernels", "data", "launch"):
+        link = ROOT / "fbitrain" / room
+        assert link.is_symlink()
+        assert link.resolve() == ROOT / room
+
+
+@pytest.mark.parametrize("path", modules("launch"), ids=lambda path: path.stem)
+def test_no_script_shadows_a_module(path: Path) -> None:
+    # Running launch/x.py puts launch/ first on sys.path: a file named like a module would be imported instead of it.
+    assert path.stem not in sys.stdlib_module_names
+    spec = importlib.util.find_spec(path.stem)
+    assert spec is None or spec.origin is None or Path(spec.origin).resolve() == path, (
+        f"{path.name} hides {spec.origin}"
+    )
+
+
+def needs_deepspeed() -> set[str]:
+    """Modules that import fbitrain.engine, and so DeepSpeed, directly or through another of ours."""
+    graph = {
+        name_of(path): {m for m in imports_at_module_level(path) if m.startswith("fbitrain.")} for path in ALL_MODULES
+    }
+    found = {"fbitrain.engine"}
+    while True:
+        more = {name for name, imported in graph.items() if imported & found} - found
+        if not more:
+            return found
+        found |= more
+
+
+def imports_at_module_level(path: Path) -> Iterator[str]:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def test_only_the_training_loop_needs_deepspeed() -> None:
+    assert needs_deepspeed() <= {"fbitrain.engine", "fbitrain.train", "fbitrain.checkpoint", "fbitrain.build"}
+
+
+def run_isolated(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+# Hides packages as if they were not installed. A finder that raised would also fail a library that only asks for one.
+HIDE = """
+import importlib, sys
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, *where):
+        return None if name.split(".")[0] in {hidden!r} else self.finder.find_spec(name, *where)
+sys.meta_path[:] = map(Hiding, sys.meta_path)
+for name in {names!r}:
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        print(f"{{name}}: {{type(error).__name__}}: {{error}}")
+"""
+
+
+def test_every_module_imports_without_deepspeed_cupy_and_lm_eval() -> None:
+    names = [name_of(path) for path in ALL_MODULES if name_of(path) not in needs_deepspeed()]
+    assert len(names) > 10
+    done = run_isolated(HIDE.format(hidden={"deepspeed", "cupy", "lm_eval"}, names=names))
+    assert (done.stdout, done.returncode) == ("", 0), done.stdout + done.stderr
+
+
+def test_configs_and_estimates_import_without_torch() -> None:
+    names = [name_of(ROOT / path) for path in TORCH_FREE]
+    done = run_isolated(HIDE.format(hidden={"torch", "transformers", "deepspeed"}, names=names))
+    assert (done.stdout, done.returncode) == ("", 0), done.stdout + done.stderr
+
+
+def test_what_is_hidden_cannot_be_imported() -> None:
+    done = run_isolated(HIDE.format(hidden={"yaml"}, names=["fbitrain.config"]))
+    assert done.stdout.startswith("fbitrain.config: ModuleNotFoundError")
