@@ -1,0 +1,244 @@
+"""The numbers of a release, and packed folders on their way through transformers, with and without fbitrain."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from fbitrain.kernels.reference import unpack_signs
+from fbitrain.model import remote_code
+from fbitrain.model.build import build_student, llama_config
+from fbitrain.model.config import BinarizeConfig, ModelConfig
+from fbitrain.model.hf import (
+    REMOTE_CODE,
+    BinaryLlamaForCausalLM,
+    Levels,
+    dense_tensors,
+    packed_config,
+    packed_tensors,
+)
+from fbitrain.model.linear import PackedBinaryLinear
+
+SHAPE = ModelConfig(vocab_size=61, n_layers=2, n_heads=4, n_kv_heads=2, d_model=48, d_ff=80, max_seq_len=64)
+PATTERNS = [
+    BinarizeConfig(scale="column", beta=True),
+    BinarizeConfig(scale="column", beta=False),
+    BinarizeConfig(scale="row", beta=True),
+    BinarizeConfig(scale="tensor", beta=True, skip=["lm_head", "o_proj"]),
+    BinarizeConfig(scale="group", beta=False, group_size=16),
+    BinarizeConfig(scale="row", beta=False, skip=[]),  # the head is binary too
+]
+IDS = torch.arange(1, 41).view(2, 20) % SHAPE.vocab_size
+
+
+def trained_weights(binarize: BinarizeConfig) -> dict[str, torch.Tensor]:
+    """A student's state dict with scales as training leaves them: spread out, some α negative."""
+    student, _ = build_student(SHAPE, binarize, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    weights = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    for name, tensor in weights.items():
+        if name.endswith((".alpha", ".beta")):
+            tensor += 0.02 * torch.randn(tensor.shape, generator=generator)
+        if name.endswith("norm.weight"):
+            tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
+    assert all((t < 0).any() for name, t in weights.items() if name.endswith("alpha") and t.numel() > 100)
+    return weights
+
+
+def student_logits(binarize: BinarizeConfig, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    student, _ = build_student(SHAPE, binarize, seed=0)
+    student.load_state_dict(weights)
+    return logits(student)
+
+
+@torch.inference_mode()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model.eval()(input_ids=IDS).logits
+
+
+def write_packed(folder: Path, binarize: BinarizeConfig, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
+    folder.mkdir()
+    weights = trained_weights(binarize)
+    packed_config(llama_config(SHAPE), binarize, 1.5).save_pretrained(folder)
+    save_file(packed_tensors(weights, dtype), folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(REMOTE_CODE, folder)
+    return weights
+
+
+def dense_model(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> LlamaForCausalLM:
+    model = LlamaForCausalLM(llama_config(SHAPE))
+    model.load_state_dict({name: tensor.float() for name, tensor in dense_tensors(weights, dtype).items()})
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("beta", [True, False])
+def test_packed_scales_rebuild_the_dense_levels_exactly(dtype: torch.dtype, beta: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    alpha = 0.05 * torch.randn(1, 777, generator=generator)
+    shift = 0.01 * torch.randn(1, 777, generator=generator) if beta else None
+    levels = Levels.of(alpha, shift, dtype)
+    assert torch.equal((levels.beta + levels.alpha).to(dtype), levels.high)
+    assert torch.equal((levels.beta - levels.alpha).to(dtype), levels.low)
+    if not beta:
+        assert torch.equal(levels.beta, torch.zeros_like(alpha))
+        assert torch.equal(levels.alpha, alpha.to(dtype).float())
+
+
+def test_dense_takes_the_high_level_for_zero_and_minus_zero() -> None:
+    levels = Levels.of(torch.tensor([[-0.5, 0.25, 1.0]]), torch.tensor([[0.125, 0.0, -1.0]]), torch.float16)
+    weight = torch.tensor([[0.0, -0.0, 1e-30], [-1e-30, -1.0, -2.0]])
+    assert levels.dense(weight).tolist() == [[-0.375, 0.25, 0.0], [0.625, -0.25, -2.0]]
+
+
+def test_dense_spreads_a_group_over_its_neighbours() -> None:
+    levels = Levels.of(torch.tensor([[1.0, 2.0]]), None, torch.float32)
+    assert levels.dense(torch.tensor([[1.0, -1.0, 1.0, -1.0]])).tolist() == [[1.0, -1.0, 2.0, -2.0]]
+
+
+@pytest.mark.parametrize("binarize", PATTERNS, ids=lambda b: f"{b.scale}-{b.beta}-{len(b.skip)}")
+def test_dense_and_both_packed_forms_compute_the_student(tmp_path: Path, binarize: BinarizeConfig) -> None:
+    weights = write_packed(tmp_path / "packed", binarize)
+    expected = logits(dense_model(weights, torch.float16))
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    assert isinstance(ours, BinaryLlamaForCausalLM)
+    plain = remote_code.BinaryLlamaForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    torch.testing.assert_close(logits(ours), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(plain), expected, atol=1e-4, rtol=0)
+    # What rounding to fp16 costs, against the trained model itself.
+    torch.testing.assert_close(expected, student_logits(binarize, weights), atol=5e-3, rtol=0)
+    assert expected.std() > 0.05
+
+
+def test_float32_release_is_the_student_itself() -> None:
+    weights = trained_weights(PATTERNS[0])
+    expected = student_logits(PATTERNS[0], weights)
+    torch.testing.assert_close(logits(dense_model(weights, torch.float32)), expected, atol=2e-5, rtol=0)
+
+
+def test_packed_layers_unpack_across_row_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = remote_code.PackedLinear(70, 45, "row", beta=True, group_size=1)
+    generator = torch.Generator().manual_seed(1)
+    layer.weight_bits.random_(-(2**31), 2**31 - 1, generator=generator)
+    layer.alpha.uniform_(-1, 1, generator=generator)
+    layer.beta.uniform_(-1, 1, generator=generator)
+    x = torch.randn(2, 3, 70, generator=generator)
+    expected = x @ (unpack_signs(layer.weight_bits, 70, torch.float32) * layer.alpha + layer.beta).T
+    monkeypatch.setattr(remote_code, "BLOCK_WEIGHTS", 70 * 7)  # seven rows at a time, 45 is no multiple
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_loading_in_any_dtype_keeps_bits_scales_and_rotary_frequencies(tmp_path: Path, dtype: torch.dtype) -> None:
+    write_packed(tmp_path / "packed", PATTERNS[0])
+    stored = load_file(tmp_path / "packed" / "model.safetensors")
+    for model_class in (BinaryLlamaForCausalLM, remote_code.BinaryLlamaForCausalLM):
+        model = model_class.from_pretrained(tmp_path / "packed", dtype=dtype)
+        state = model.state_dict()
+        assert state.keys() == stored.keys()
+        for name, tensor in stored.items():
+            is_packed = name.endswith(("weight_bits", "alpha", "beta"))
+            assert state[name].dtype == (tensor.dtype if is_packed else dtype), name
+            assert torch.equal(state[name], tensor.to(state[name].dtype)), name
+        fresh = LlamaForCausalLM(llama_config(SHAPE)).model.rotary_emb.inv_freq
+        assert torch.equal(model.model.rotary_emb.inv_freq, fresh)
+        assert torch.isfinite(logits(model)).all()
+
+
+def test_saving_a_loaded_model_gives_the_same_folder(tmp_path: Path) -> None:
+    write_packed(tmp_path / "packed", PATTERNS[4])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float16)
+    assert isinstance(model.model.layers[0].mlp.up_proj, PackedBinaryLinear)
+    model.save_pretrained(tmp_path / "again")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("packed", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("packed", "again")]
+    for key in ("model_type", "auto_map", "binarize", "bits_per_weight", "architectures"):
+        assert configs[0][key] == configs[1][key]
+    assert (tmp_path / "again" / REMOTE_CODE.name).read_text() == REMOTE_CODE.read_text()
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+def test_files_that_do_not_fit_are_refused(tmp_path: Path, change: str) -> None:
+    write_packed(tmp_path / "packed", PATTERNS[0])
+    file = tmp_path / "packed" / "model.safetensors"
+    tensors, name = load_file(file), "model.layers.1.mlp.down_proj.weight_bits"
+    if change == "missing":
+        del tensors[name]
+    elif change == "unknown":
+        tensors["model.layers.1.mlp.down_proj.weight"] = torch.zeros(48, 80)
+    else:
+        tensors[name] = tensors[name][:, :1].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    for model_class in (BinaryLlamaForCausalLM, remote_code.BinaryLlamaForCausalLM):
+        with pytest.raises((ValueError, RuntimeError), match=r"down_proj|mismatch"):
+            model_class.from_pretrained(tmp_path / "packed")
+
+
+def test_a_config_without_binarize_is_refused() -> None:
+    with pytest.raises(ValueError, match="binarize"):
+        remote_code.BinaryLlamaForCausalLM(remote_code.BinaryLlamaConfig(num_hidden_layers=1, hidden_size=64))
+
+
+# Run with `python -I` in an environment where importing fbitrain fails.
+BARE = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "fbitrain":
+            raise ModuleNotFoundError(f"hidden: {name}")
+sys.meta_path.insert(0, Hidden())
+try:
+    import fbitrain
+except ModuleNotFoundError:
+    pass
+else:
+    sys.exit("fbitrain can be imported, so this proves nothing")
+import torch
+from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
+packed, dense, out = sys.argv[1:]
+try:
+    AutoModelForCausalLM.from_pretrained(packed)
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+else:
+    sys.exit("loaded without trust_remote_code")
+ids = torch.arange(1, 41).view(2, 20) % 61
+packed_model = AutoModelForCausalLM.from_pretrained(packed, trust_remote_code=True, dtype=torch.float32)
+packed_model.save_pretrained(out + "/resaved")
+again = AutoModelForCausalLM.from_pretrained(out + "/resaved", trust_remote_code=True, dtype=torch.float32)
+dense_model, info = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32, output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+with torch.inference_mode():
+    models = {"packed": packed_model, "again": again, "dense": dense_model}
+    save_file({name: model.eval()(input_ids=ids).logits for name, model in models.items()}, out + "/logits.safetensors")
+"""
+
+
+def test_in_a_bare_environment_packed_loads_by_its_own_code_and_equals_dense(tmp_path: Path) -> None:
+    binarize = PATTERNS[0]
+    weights = write_packed(tmp_path / "packed", binarize)
+    dense_model(weights, torch.float16).half().save_pretrained(tmp_path / "dense")
+    hidden = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    hidden["HF_MODULES_CACHE"] = str(tmp_path / "hf" / "modules")
+    command = [sys.executable, "-I", "-c", BARE, *(str(tmp_path / name) for name in ("packed", "dense", ""))]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=hidden, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stderr
+    bare = load_file(tmp_path / "logits.safetensors")
+    expected = logits(dense_model(weights, torch.float16))
+    torch.testing.assert_close(bare["dense"], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(bare["packed"], expected, atol=1e-4, rtol=0)
+    assert torch.equal(bare["again"], bare["packed"])
