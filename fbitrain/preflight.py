@@ -1,0 +1,153 @@
+"""What a run needs, looked up and added up without loading a model, before a cluster's hours are spent on it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+
+from fbitrain.build import check_vocabularies
+from fbitrain.config import Config
+from fbitrain.data.shards import JSONL_SUFFIXES, TEXT_SUFFIXES, DataError, find_shards
+from fbitrain.engine import native_bf16
+from fbitrain.errors import UserError
+from fbitrain.estimate import RankMemory, TeacherSize, rank_memory, read_teacher_size, tokens_in_total
+from fbitrain.model.size import ParameterCount, count_parameters
+
+GB = 1e9
+CHECKPOINT_BYTES = 12  # per parameter: an fp32 weight and its two Adam moments
+MEND_MEMORY = (
+    "use more ranks, a higher engine.zero_stage, train.activation_checkpointing or a smaller train.micro_batch_size"
+)
+
+
+@dataclass
+class Report:
+    """Lines to print (label, text) and the reasons why the run cannot work here, one sentence each."""
+
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, label: str, text: str) -> None:
+        self.lines.append((label, text))
+
+
+def inspect_run(config: Config, *, world_size: int, ranks_here: int) -> Report:
+    """What can be said of a run before it starts: `world_size` ranks, `ranks_here` of them on this node."""
+    report = Report()
+    count = count_parameters(config.model, config.binarize)
+    _describe_model(report, count)
+    _describe_tokens(report, config, world_size)
+    _check_inputs(report, config)
+    _check_disk(report, config, count)
+    precision = config.engine.precision
+    if precision == "auto":
+        precision = "bf16" if native_bf16() else "fp32"
+    teacher, remark = _teacher_size(config)
+    memory = rank_memory(config, count.total, world_size=world_size, precision=precision, teacher=teacher)
+    _describe_memory(report, config, memory, f"over {world_size} ranks, {precision}", remark)
+    _check_memory(report, memory, ranks_here)
+    return report
+
+
+def _describe_model(report: Report, count: ParameterCount) -> None:
+    report.add("model", f"{count.total:,} parameters: {count.binary:,} binary, {count.scales:,} scales,")
+    report.add("", f"{count.embeddings:,} embeddings and head, {count.dense:,} other dense, {count.norms:,} norms")
+    report.add("", f"{count.bits_per_weight:.3f} bits per binary weight, scales included")
+
+
+def _describe_tokens(report: Report, config: Config, world_size: int) -> None:
+    train = config.train
+    report.add(
+        "tokens",
+        f"{train.global_batch_tokens:,} per step = {world_size} ranks × {train.micro_batch_size} sequences "
+        f"× {config.data.seq_len} tokens × {config.grad_accum_steps(world_size)} grad_accum_steps",
+    )
+    report.add("", f"{tokens_in_total(config):,} in {train.total_steps:,} steps")
+
+
+def _check_inputs(report: Report, config: Config) -> None:
+    """Teacher, tokenizer and shards: there, and made for each other."""
+    tokenizer = config.data.tokenizer
+    try:
+        check_vocabularies(config, config.distill.teacher if tokenizer == "teacher" else tokenizer)
+    except (UserError, DataError) as error:
+        report.problems.append(str(error))
+    for source in config.data.sources:
+        try:
+            shards = find_shards(source.paths, source.name)
+        except DataError as error:
+            report.problems.append(str(error))
+        else:
+            size = sum(shard.size for shard in shards)
+            report.add("data", f"{source.name}: {len(shards)} shards, {size / GB:.3f} GB, weight {source.weight:g}")
+    if config.eval.every and config.data.heldout:
+        try:
+            find_shards(config.data.heldout, "heldout", JSONL_SUFFIXES + TEXT_SUFFIXES)
+        except DataError as error:
+            report.problems.append(str(error))
+
+
+def _check_disk(report: Report, config: Config, count: ParameterCount) -> None:
+    folder = config.run_dir.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    checkpoints = config.checkpoint.keep + 1 if config.checkpoint.keep else 2  # one more while the next is written
+    needed = checkpoints * CHECKPOINT_BYTES * count.total
+    report.add("disk", f"{needed / GB:.1f} GB for {checkpoints} checkpoints; {free / GB:.1f} GB free in {folder}")
+    if free < needed:
+        report.problems.append(
+            f"checkpoints need {needed / GB:.1f} GB and {folder} has {free / GB:.1f} GB free; make room, set run.dir "
+            "or lower checkpoint.keep"
+        )
+
+
+def _teacher_size(config: Config) -> tuple[TeacherSize | None, str]:
+    """The teacher's size where that is known without loading it, or None and why not."""
+    if config.distill.kd_weight == 0:
+        return None, "none"
+    folder = Path(config.distill.teacher)
+    try:
+        return read_teacher_size(folder), config.distill.host
+    except (OSError, ValueError, KeyError):
+        return None, f"not counted: {folder} is not a local folder with safetensors files"
+
+
+def _describe_memory(report: Report, config: Config, memory: RankMemory, spread: str, teacher: str) -> None:
+    checkpointing = "with" if config.train.activation_checkpointing else "without"
+    place = "in host memory" if memory.optimizer_on_host else "on the device"
+    report.add("per rank", f"ZeRO stage {config.engine.zero_stage} {spread} (estimate)")
+    for label, size, remark in (
+        ("weights", memory.weights, ""),
+        ("gradients", memory.gradients, ""),
+        ("optimizer", memory.optimizer, f"fp32 weights, Adam moments; {place}"),
+        ("buckets", memory.buckets, ""),
+        ("activations", memory.activations, f"{checkpointing} checkpointing"),
+        ("loss", memory.loss, f"in chunks of {config.distill.chunk_tokens} tokens"),
+        ("teacher", memory.teacher, teacher),
+        ("libraries", memory.runtime, ""),
+        ("total", memory.total, ""),
+    ):
+        report.add("", f"{label:<12}{size / GB:>8.2f} GB  {remark}".rstrip())
+
+
+def _check_memory(report: Report, memory: RankMemory, ranks_here: int) -> None:
+    on_host = memory.total
+    if torch.cuda.is_available():
+        on_host = memory.total - memory.on_device
+        free = min(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+        if memory.on_device > free:
+            report.problems.append(
+                f"a rank needs {memory.on_device / GB:.1f} GB of GPU memory and {free / GB:.1f} GB are free; "
+                + MEND_MEMORY
+            )
+    free_host = psutil.virtual_memory().available
+    if ranks_here * on_host > free_host:
+        report.problems.append(
+            f"{ranks_here} ranks on this node need {ranks_here * on_host / GB:.1f} GB of memory and "
+            f"{free_host / GB:.1f} GB are free; {MEND_MEMORY}"
+        )
