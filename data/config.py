@@ -22,14 +22,18 @@ class DataConfig:
 
     sources: list[SourceConfig] = field(default_factory=list)
     heldout: list[str] = field(default_factory=list)  # shards never trained on; perplexity is measured here
-    tokenizer: str = "teacher"  # "teacher", a folder with tokenizer.json, a tokenizer.json, a SentencePiece .model, or a .gguf
+    tokenizer: str = (
+        "teacher"  # "teacher", a folder with tokenizer.json, a tokenizer.json, a SentencePiece .model, or a .gguf
+    )
     seq_len: int = 2048  # tokens the model sees per sequence; a packed sequence holds seq_len + 1
     seed: int = 0  # orders the shards; the same seed gives the same stream
     n_lanes: int = 16  # independent sub-streams dealt over ranks; world_size may change between 1 and this
     n_workers: int = 1  # tokenizer processes per rank; 0 tokenizes in the training process
     add_bos: bool = True  # BOS before each document
     add_eos: bool = True  # EOS after each document
-    max_bad_records: int = 1000  # per rank; corrupt lines and truncated shards up to this many are counted, reported and skipped
+    max_bad_records: int = (
+        1000  # per rank; corrupt lines and truncated shards up to this many are counted, reported and skipped
+    )
 
 
 def data_problems(data: DataConfig) -> Iterator[str]:

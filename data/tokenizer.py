@@ -1,0 +1,187 @@
+"""Text to token ids: one small interface over tokenizer.json, SentencePiece and GGUF files.
+
+Built on `tokenizers` and `sentencepiece` directly: a tokenizer process must start in a fraction of a second, and
+transformers reads a bare SentencePiece Llama tokenizer silently wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers
+
+from fbitrain.data.gguf_tokenizer import build_bpe
+from fbitrain.data.shards import DataError
+
+# Files that say which tokens BOS and EOS are, the most trustworthy first.
+SPECIALS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Tells apart tokenizers that share a vocabulary but cut text differently (runs of spaces, digits, scripts, specials).
+PROBE = (
+    " Hello  World\n\n\tdef f(x):\n    return x['a']    1234,5 it's \u0391\u03a9 \u6f22\u5b57 "
+    "\U0001f469\u200d\U0001f52c \u00e9 e\u0301 \u0645\u0631 <s></s><|im_end|><|endoftext|>"
+)
+
+
+class Tokenizer(ABC):
+    """Encodes documents as plain text: nothing is added, and the names of special tokens in a text stay text.
+
+    (A token that its maker flagged as ordinary added text, not as special, is still matched as one token.)
+
+    Attributes: path; vocab_size (largest id + 1); bos_id and eos_id (None where the files name none); fingerprint (a
+    hash of vocabulary, BOS, EOS and the ids of a probe text: equal for one tokenizer kept in different file formats).
+    """
+
+    path: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    fingerprint: str
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without BOS or EOS."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; special tokens are left out."""
+
+    def __reduce__(self) -> tuple[Callable[[str], Tokenizer], tuple[str]]:
+        return load_tokenizer, (self.path,)
+
+    def _identify(self, pieces: dict[str, int]) -> None:
+        """Sets what follows from the vocabulary; called last by the subclasses' __init__."""
+        self.vocab_size = max(pieces.values()) + 1
+        content = (sorted(pieces.items()), self.bos_id, self.eos_id, self.encode(PROBE))
+        self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+class HFTokenizer(Tokenizer):
+    """A tokenizer of the `tokenizers` library."""
+
+    def __init__(self, path: str, backend: tokenizers.Tokenizer, bos_id: int | None, eos_id: int | None) -> None:
+        self.path, self.backend, self.bos_id, self.eos_id = path, backend, bos_id, eos_id
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True  # "<|im_end|>" in a document is a document's text, not an end
+        self._identify(backend.get_vocab(with_added_tokens=True))
+
+    def encode(self, text: str) -> list[int]:
+        # Only the batch form can leave out the character offsets, which nobody reads here.
+        encoded: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return encoded
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self.backend.decode(list(ids), skip_special_tokens=True)
+        return text
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model, e.g. LLaMA-2's tokenizer.model."""
+
+    def __init__(self, path: str, model_file: str) -> None:
+        self.path = path
+        self.model = sentencepiece.SentencePieceProcessor(model_file=model_file)
+        self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self.model.bos_id(), self.model.eos_id()))
+        self._identify({self.model.id_to_piece(i): i for i in range(self.model.get_piece_size())})
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.model.encode(text)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self.model.decode(list(ids))
+        return text
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Reads a folder with tokenizer.json or tokenizer.model, a tokenizer.json, a SentencePiece .model, or a .gguf.
+
+    The name of a model on the Hugging Face hub is looked up in the local cache, then on the hub. Raises DataError.
+    """
+    local = Path(path)
+    if not local.exists():
+        if not HUB_ID.fullmatch(str(path)):
+            raise DataError(f"tokenizer {path} does not exist; correct data.tokenizer (or distill.teacher)")
+        local = _from_hub(str(path))
+    file = local
+    if local.is_dir():
+        named = [local / name for name in ("tokenizer.json", "tokenizer.model") if (local / name).is_file()]
+        if not named:
+            raise DataError(f"tokenizer folder {local} has neither tokenizer.json nor tokenizer.model")
+        file = named[0]
+    if file.suffix == ".gguf":
+        return HFTokenizer(str(local), *build_bpe(str(file)))
+    if file.suffix == ".model":
+        return _load_sentencepiece(local, file)
+    if file.suffix == ".json":
+        return _load_json(local, file)
+    raise DataError(f"tokenizer {file} is of unknown kind; give a folder, a tokenizer.json, a .model or a .gguf")
+
+
+def _load_json(local: Path, file: Path) -> HFTokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"tokenizer {file} cannot be read ({error})") from None
+    except Exception as error:
+        # The library raises bare Exception, so its class tells nothing; anything that is more than that is ours.
+        if type(error) is not Exception:
+            raise
+        raise DataError(f"tokenizer {file} is not a tokenizer.json ({error}); fetch it again") from None
+    return HFTokenizer(str(local), backend, *_specials(file.parent, backend))
+
+
+def _load_sentencepiece(local: Path, file: Path) -> SentencePieceTokenizer:
+    try:
+        return SentencePieceTokenizer(str(local), str(file))
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"tokenizer {file} is not a SentencePiece model ({error}); fetch it again") from None
+
+
+def _specials(folder: Path, backend: tokenizers.Tokenizer) -> tuple[int | None, int | None]:
+    """BOS and EOS ids as the files in `folder` name them; each may be named in another file."""
+    found: dict[str, int | None] = {"bos": None, "eos": None}
+    for name in SPECIALS_FILES:
+        if not (folder / name).is_file():
+            continue
+        try:
+            values = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder / name} cannot be read ({error}); fetch the tokenizer again") from None
+        for kind, known in found.items():
+            if known is None:
+                found[kind] = _special_id(values, kind, backend)
+    return found["bos"], found["eos"]
+
+
+def _special_id(values: dict[str, Any], kind: str, backend: tokenizers.Tokenizer) -> int | None:
+    token = values.get(f"{kind}_token")  # "</s>" or {"content": "</s>", …}
+    if isinstance(token, dict):
+        token = token.get("content")
+    if isinstance(token, str):
+        token_id: int | None = backend.token_to_id(token)
+        return token_id
+    number = values.get(f"{kind}_token_id")  # 2 or [2, 7], the first being the end of a text
+    if isinstance(number, list) and number:
+        number = number[0]
+    return number if isinstance(number, int) else None
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["tokenizer.json", "tokenizer.model", *SPECIALS_FILES]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"tokenizer {name} is neither a local path nor found on the hub ({reason})") from None
