@@ -43,6 +43,23 @@ evaluate() {
     fi
 }
 
+# The most of $1 ranks that a step's tokens can be shared over.
+most_ranks() {
+    python - "$CONFIG" "$1" <<'PY'
+import sys
+from fbitrain.config import ConfigError, load_config
+for ranks in range(int(sys.argv[2]), 1, -1):
+    try:
+        load_config(sys.argv[1], world_size=ranks)
+    except ConfigError:
+        continue
+    break
+else:
+    ranks = 1
+print(ranks)
+PY
+}
+
 heading "1/9 environment"
 check_python
 check_compiler
@@ -58,8 +75,7 @@ export PYTHONWARNINGS="ignore::FutureWarning:torch.distributed.c10d_logger"
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=2 # CPU
 if ((gpus > 0)); then
-    ranks=1
-    while ((ranks * 2 <= gpus && ranks < 8)); do ranks=$((ranks * 2)); done # a power of two divides the step's tokens
+    ranks=$(most_ranks "$gpus")
 else
     export DS_ACCELERATOR=cpu
 fi
@@ -100,4 +116,4 @@ heading "8/9 a continuation by the packed model"
 supervise python launch/generate.py "$RELEASE/packed" --prompt "def main(" | tee "$RELEASE/sample.txt"
 
 heading "9/9 summary"
-supervise python launch/summarize.py "$RUN" "$RELEASE" --out "$RELEASE"
+supervise python launch/summarize.py "$RUN" "$RELEASE"
