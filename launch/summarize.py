@@ -1,7 +1,7 @@
 """What a run achieved: held-out figures before and after, beside the teacher's, and a picture of the loss.
 
-`summarize.py runs/NAME releases/NAME` reads the run's metrics.jsonl and the release's eval_*.json and sample.txt, prints
-a table and draws loss.png into the release.
+`summarize.py runs/NAME releases/NAME` reads the run's metrics.jsonl, and from the release eval_*.json and sample.txt as
+quickstart.sh leaves them; it prints a table and draws loss.png into the release.
 """
 
 from __future__ import annotations
