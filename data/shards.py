@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 TEXT_SUFFIXES = (".txt", ".raw")
@@ -77,9 +76,8 @@ def fingerprint(shards: Sequence[Shard]) -> dict[str, int]:
     return {shard.name: shard.size for shard in shards}
 
 
-def require_same_shards(source: str, saved: Mapping[str, Any], shards: Sequence[Shard]) -> None:
-    """Raises DataError naming the first shard that vanished, appeared or changed size since `saved` was taken."""
-    now = fingerprint(shards)
+def require_same_shards(source: str, saved: Mapping[str, int], now: Mapping[str, int]) -> None:
+    """Raises DataError naming the first shard that vanished, appeared or changed size between two fingerprints."""
     if saved == now:
         return
     vanished = sorted(saved.keys() - now.keys())
