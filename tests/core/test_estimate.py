@@ -1,0 +1,134 @@
+"""The arithmetic of memory against what torch and the real model hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fbitrain.config import Config, DistillConfig, EngineConfig, TrainConfig
+from fbitrain.data.config import DataConfig
+from fbitrain.estimate import RankMemory, TeacherSize, activation_bytes, rank_memory, read_teacher_size, tokens_in_total
+from fbitrain.model.build import build_student
+from fbitrain.model.config import BinarizeConfig, ModelConfig
+
+CONFIG = Config(
+    model=ModelConfig(vocab_size=1000, d_model=64),
+    distill=DistillConfig(teacher="t", chunk_tokens=100),
+    data=DataConfig(seq_len=32),
+    train=TrainConfig(total_steps=7, micro_batch_size=4, global_batch_tokens=1024),
+    engine=EngineConfig(zero_stage=1),
+)
+P = 1_000_000
+TEACHER = TeacherSize(n_parameters=3000, d_model=50)
+
+
+def with_engine(**changes: object) -> Config:
+    return dataclasses.replace(CONFIG, engine=dataclasses.replace(CONFIG.engine, **changes))
+
+
+def memory(
+    config: Config, world_size: int = 4, precision: str = "bf16", teacher: TeacherSize | None = TEACHER
+) -> RankMemory:
+    return rank_memory(config, P, world_size=world_size, precision=precision, teacher=teacher)
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer"),
+    # bf16 copy; bf16 gradients; per owned weight 4 (fp32) + 8 (moments) + 4 (fp32 gradient) bytes
+    [(1, 2 * P, 2 * P, 16 * P // 4), (2, 2 * P, 2 * P // 4, 16 * P // 4), (3, 2 * P // 4, 2 * P // 4, 16 * P // 4)],
+)
+def test_each_zero_stage_partitions_one_thing_more(stage: int, weights: int, gradients: int, optimizer: int) -> None:
+    found = memory(with_engine(zero_stage=stage))
+    assert (found.weights, found.gradients, found.optimizer) == (weights, gradients, optimizer)
+
+
+def test_stage_0_keeps_everything_and_no_second_copy() -> None:
+    found = memory(with_engine(zero_stage=0), precision="fp32")
+    assert (found.weights, found.gradients, found.optimizer, found.buckets) == (4 * P, 4 * P, 8 * P, 0)
+
+
+def test_offloading_moves_the_optimizer_off_the_device_and_nothing_else() -> None:
+    plain, offloaded = memory(CONFIG), memory(with_engine(offload_optimizer=True))
+    assert offloaded.total == plain.total == plain.on_device
+    assert plain.on_device - offloaded.on_device == plain.optimizer
+
+
+def test_the_teacher_is_replicated_or_shared() -> None:
+    tokens = 4 * 32
+    assert memory(CONFIG).teacher == 2 * 3000 + 2 * tokens * 50
+    sharded = dataclasses.replace(CONFIG, distill=dataclasses.replace(CONFIG.distill, host="zero3"))
+    assert memory(sharded).teacher == 2 * 3000 // 4 + 2 * tokens * 50
+    labels_only = dataclasses.replace(CONFIG, distill=DistillConfig(kd_weight=0.0, ce_weight=1.0))
+    assert memory(labels_only).teacher == memory(CONFIG, teacher=None).teacher == 0
+
+
+def test_the_loss_grows_with_the_chunk_and_not_with_the_batch() -> None:
+    def loss(**changes: int) -> int:
+        train = dataclasses.replace(CONFIG.train, micro_batch_size=changes.get("micro_batch_size", 4))
+        distill = dataclasses.replace(CONFIG.distill, chunk_tokens=changes.get("chunk_tokens", 100))
+        return memory(dataclasses.replace(CONFIG, train=train, distill=distill)).loss
+
+    logits = 4 * 1000 * 3  # bytes per token: student, teacher, work space
+    assert loss(chunk_tokens=101) - loss() == logits
+    assert loss(chunk_tokens=10**6) - loss() == 28 * logits  # a batch has 128 tokens
+    assert loss(micro_batch_size=5) - loss() == 32 * 2 * 64  # the gradient of more hidden states
+
+
+def test_total_is_the_sum_of_the_parts() -> None:
+    found = memory(CONFIG)
+    parts = [value for name, value in vars(found).items() if name != "optimizer_on_host"]
+    assert found.total == sum(parts)
+
+
+def test_total_tokens() -> None:
+    assert tokens_in_total(CONFIG) == 7 * 1024
+
+
+@pytest.mark.parametrize("n_kv_heads", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_what_autograd_saves(n_kv_heads: int, dtype: torch.dtype) -> None:
+    model = ModelConfig(vocab_size=64, n_layers=3, n_heads=6, n_kv_heads=n_kv_heads, d_model=96, d_ff=250)
+    lm, _ = build_student(model, BinarizeConfig(), 0)
+    lm.to(dtype)
+    lm.model.rotary_emb.float()
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in lm.parameters()}
+    kept: dict[int, Tensor] = {}  # by storage: a tensor saved twice is held once
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = lm.model(input_ids=torch.zeros(2, 33, dtype=torch.long), use_cache=False).last_hidden_state
+    saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert output.dtype == dtype
+    estimate = activation_bytes(model, 66, dtype.itemsize, checkpointing=False)
+    assert saved == pytest.approx(estimate, rel=0.05)
+
+
+def test_checkpointing_keeps_one_block_and_every_blocks_input() -> None:
+    shallow, deep = (ModelConfig(n_layers=n) for n in (1, 31))
+    extra = activation_bytes(deep, 10, 2, checkpointing=True) - activation_bytes(shallow, 10, 2, checkpointing=True)
+    assert extra == 30 * 10 * 2 * shallow.d_model
+    assert activation_bytes(deep, 10, 2, checkpointing=True) < activation_bytes(deep, 10, 2, checkpointing=False) / 5
+
+
+def test_the_size_of_a_teacher_is_read_from_file_headers(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 5}))
+    save_file(
+        {"a": torch.zeros(3, 5), "b": torch.zeros(7)}, tmp_path / "model-1.safetensors", metadata={"format": "pt"}
+    )
+    save_file({"c": torch.zeros(2, 2, dtype=torch.bfloat16)}, tmp_path / "model-2.safetensors")
+    assert read_teacher_size(tmp_path) == TeacherSize(n_parameters=26, d_model=5)
+
+
+def test_a_folder_without_weights_has_no_size(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no \.safetensors"):
+        read_teacher_size(tmp_path)
