@@ -122,7 +122,7 @@ class Lane:
         return False
 
     def _furthest_below(self, readers: Sequence[_SourceReader]) -> _SourceReader:
-        """The source whose tokens fall furthest short of its weight's share; among equals the heaviest, then the first."""
+        """The source whose tokens fall furthest short of its weight's share; of equals the heaviest."""
         total = sum(reader.state.tokens for reader in readers)
         weights = sum(reader.plan.weight for reader in readers)
         return max(
