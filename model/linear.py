@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from fbitrain.kernels import ops
 from fbitrain.kernels.layout import n_words
 from fbitrain.model.binarize import init_scales, scale_shape, sign, ste_gradient
+from fbitrain.model.config import STES
 
 BLOCK_WEIGHTS = (
     2**22
@@ -60,6 +61,8 @@ class BinaryLinear(nn.Module):
         super().__init__()
         if scale == "group" and beta:
             raise ValueError("scale='group' has no shift; beta must be False")
+        if ste not in STES:
+            raise ValueError(f"ste={ste!r} is unknown; choose {' or '.join(STES)}")
         self.in_features, self.out_features = in_features, out_features
         self.scale, self.group_size, self.ste = scale, group_size, ste
         shape = scale_shape(scale, out_features, in_features, group_size)
@@ -158,7 +161,7 @@ class _ColumnScaled(torch.autograd.Function):
         y_MN = (x_MK * alpha.to(x.dtype)) @ sign(weight).to(x.dtype).T
         if beta is not None:
             y_MN += x_MK @ beta.to(x.dtype).T
-        return y_MN.reshape(*x.shape[:-1], -1)
+        return y_MN.reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -195,7 +198,7 @@ class _RowScaled(torch.autograd.Function):
         y_MN = (x_MK @ sign(weight).to(x.dtype).T).mul_(alpha.to(x.dtype).T)
         if beta is not None:
             y_MN.addcmul_(x_MK.sum(1, keepdim=True), beta.to(x.dtype).T)
-        return y_MN.reshape(*x.shape[:-1], -1)
+        return y_MN.reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -237,7 +240,7 @@ class _GroupScaled(torch.autograd.Function):
         y_MN = x.new_empty(x_MK.shape[0], weight.shape[0])
         for rows in _blocks(*weight.shape):
             y_MN[:, rows] = x_MK @ _scaled_signs(weight[rows], alpha[rows], group_size, x.dtype).T
-        return y_MN.reshape(*x.shape[:-1], -1)
+        return y_MN.reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable

@@ -1,0 +1,135 @@
+"""The numbers' contract, against integer arithmetic and bit positions worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fbitrain.kernels import reference
+from fbitrain.kernels.layout import n_words, scale_shape
+
+WIDTHS = (1, 31, 32, 33, 63, 64, 65, 511)
+
+
+def random_signs(*shape: int, seed: int = 0) -> Tensor:
+    """±1 in int64, so that products are exact."""
+    return torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_sign_is_never_zero(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).tiny
+    w = torch.tensor([0.0, -0.0, tiny, -tiny, 3.0, -3.0, float("inf"), -float("inf")], dtype=dtype)
+    before = w.clone()
+    signs = reference.sign(w)
+    assert signs.dtype == dtype
+    assert signs.tolist() == [1, 1, 1, -1, 1, -1, 1, -1]
+    assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("k", range(70))
+def test_bit_position(k: int) -> None:
+    """Only element k is positive: only bit k % 32 of word k // 32 is set, also bit 31, int32's sign."""
+    w = torch.full((70,), -1.0)
+    w[k] = 1.0
+    words = [word & 0xFFFFFFFF for word in reference.pack_signs(w).tolist()]
+    assert words == [1 << (k % 32) if word == k // 32 else 0 for word in range(3)]
+
+
+def test_pack_writes_zero_as_plus_one() -> None:
+    assert reference.pack_signs(torch.tensor([0.0, -0.0, -1.0])).tolist() == [0b011]
+
+
+@pytest.mark.parametrize("k", WIDTHS)
+def test_padding_bits_are_zero(k: int) -> None:
+    words = reference.pack_signs(torch.ones(k))
+    assert sum(bin(word & 0xFFFFFFFF).count("1") for word in words.tolist()) == k
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("k", WIDTHS)
+def test_pack_unpack_round_trip(k: int, dtype: torch.dtype) -> None:
+    signs = random_signs(3, 2, k, seed=k).to(dtype)
+    words = reference.pack_signs(signs * 0.25)
+    assert words.dtype == torch.int32
+    assert words.shape == (3, 2, n_words(k))
+    unpacked = reference.unpack_signs(words, k, dtype)
+    assert unpacked.is_contiguous()
+    assert torch.equal(unpacked, signs)
+
+
+@pytest.mark.parametrize("shape", [(0, 33), (2, 0, 33), (3, 0)])
+def test_pack_empty(shape: tuple[int, ...]) -> None:
+    words = reference.pack_signs(torch.empty(shape))
+    assert words.shape == (*shape[:-1], n_words(shape[-1]))
+    assert reference.unpack_signs(words, shape[-1], torch.float32).shape == shape
+
+
+def test_strided_inputs() -> None:
+    w = torch.randn(65, 7, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(reference.pack_signs(w.T), reference.pack_signs(w.T.contiguous()))
+    words = reference.pack_signs(w.T)[::2]
+    assert torch.equal(reference.unpack_signs(words, 65, torch.float32), reference.sign(w.T[::2]))
+
+
+def test_popcount() -> None:
+    generator = torch.Generator().manual_seed(2)
+    words = torch.randint(-(2**31), 2**31, (1000,), generator=generator).to(torch.int32)
+    edges = torch.tensor([0, 1, -1, 2**31 - 1, -(2**31), -(2**31) + 1, 0x55555555], dtype=torch.int32)
+    words = torch.cat([edges, words])
+    assert reference.popcount(words).dtype == torch.int32
+    assert reference.popcount(words).tolist() == [bin(word & 0xFFFFFFFF).count("1") for word in words.tolist()]
+
+
+@pytest.mark.parametrize("k", WIDTHS)
+def test_xnor_gemm_is_the_integer_product(k: int) -> None:
+    a, b = random_signs(5, k, seed=k), random_signs(9, k, seed=k + 1)
+    product = reference.xnor_gemm(reference.pack_signs(a.float()), reference.pack_signs(b.float()), k)
+    assert product.dtype == torch.int32
+    assert torch.equal(product.long(), a @ b.T)
+
+
+def test_xnor_gemm_without_rows() -> None:
+    a, b = torch.empty(0, 2, dtype=torch.int32), torch.zeros(3, 2, dtype=torch.int32)
+    assert reference.xnor_gemm(a, b, 40).shape == (0, 3)
+
+
+@pytest.mark.parametrize("block_weights", [1, 150, 2**20])
+@pytest.mark.parametrize(
+    ("scale", "beta"), [("column", True), ("column", False), ("row", True), ("tensor", True), ("group", False)]
+)
+def test_binary_linear_is_the_product_with_the_effective_weight(
+    scale: str, beta: bool, block_weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "BLOCK_WEIGHTS", block_weights)
+    n, k, group_size = 7, 66, 11
+    torch.manual_seed(3)
+    w, x = torch.randn(n, k).double(), torch.randn(2, 3, k).double()
+    shape = scale_shape(scale, n, k, group_size)
+    alpha, shift = torch.randn(shape).double(), torch.randn(shape).double() if beta else None
+    effective = alpha.repeat_interleave(group_size, 1) if scale == "group" else alpha
+    effective = effective * torch.where(w >= 0, 1.0, -1.0) + (0 if shift is None else shift)
+    y = reference.binary_linear(x, reference.pack_signs(w), alpha, shift, scale, k, group_size)
+    torch.testing.assert_close(y, x @ effective.T)
+
+
+def test_binary_linear_takes_strided_and_empty_input() -> None:
+    torch.manual_seed(4)
+    words, alpha = reference.pack_signs(torch.randn(5, 33)), torch.rand(1, 33)
+    x = torch.randn(33, 4, 2).permute(2, 1, 0)
+    y = reference.binary_linear(x, words, alpha, None, "column", 33, 1)
+    assert torch.equal(y, reference.binary_linear(x.contiguous(), words, alpha, None, "column", 33, 1))
+    assert reference.binary_linear(x[:, :0], words, alpha, None, "column", 33, 1).shape == (2, 0, 5)
+
+
+@pytest.mark.parametrize("scale", ["colum", ""])
+def test_scale_shape_refuses_unknown_patterns(scale: str) -> None:
+    with pytest.raises(ValueError, match="choose column, row, tensor or group"):
+        scale_shape(scale, 4, 4, 2)
+
+
+@pytest.mark.parametrize("group_size", [0, 3, 128])
+def test_scale_shape_refuses_group_sizes_that_do_not_divide(group_size: int) -> None:
+    with pytest.raises(ValueError, match="in_features=64 is not a multiple"):
+        scale_shape("group", 4, 64, group_size)
