@@ -39,7 +39,7 @@ evaluate() {
         echo "  $1: reusing $out"
     else
         supervise python launch/eval.py "$2" --ppl "heldout=$SAMPLE/heldout.jsonl.zst" \
-            --seq-len "$seq_len" --max-tokens "$eval_tokens" --out "$out" || fail "the evaluation of $2 failed; see above."
+            --seq-len "$seq_len" --max-tokens "$eval_tokens" --batch-size 8 --out "$out" || fail "the evaluation of $2 failed; see above."
     fi
 }
 

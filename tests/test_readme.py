@@ -1,0 +1,197 @@
+"""Every command that the documentation shows is run, or parsed by the program it calls, or run by quickstart.sh."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from deepspeed.launcher import runner
+
+from fbitrain.config import load_config
+from fbitrain.model.size import count_parameters
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/training.md")]
+README = PAGES[0].read_text(encoding="utf-8")
+QUICKSTART = (ROOT / "quickstart.sh").read_text(encoding="utf-8")
+ASSIGNMENT = re.compile(r"[A-Z_]+=")
+CHECKS = {"ruff", "mypy", "pytest"}  # in CONTRIBUTING.md; test.sh must run the very same
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of the page's ```bash blocks, without comments and blank lines."""
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    lines = (shlex.join(shlex.split(line, comments=True)) for block in blocks for line in block.splitlines())
+    return [line for line in lines if line]
+
+
+ALL_COMMANDS = [pytest.param(line, id=f"{page.name}: {line[:60]}") for page in PAGES for line in commands(page)]
+
+
+@pytest.mark.parametrize("line", ALL_COMMANDS)
+def test_every_command_is_known_and_right(line: str) -> None:
+    words = [word for word in shlex.split(line) if not ASSIGNMENT.match(word)]
+    program, arguments = words[0], words[1:]
+    if program == "python":
+        check_python(arguments)
+    elif program == "deepspeed":
+        check_launcher(arguments)
+    elif program == "sbatch":
+        check_config(next(word for word in arguments if word.endswith(".yaml")))
+        assert (ROOT / next(word for word in arguments if word.endswith(".sbatch"))).is_file()
+    elif program == "tensorboard":
+        assert shutil.which("tensorboard", path=Path(sys.executable).parent)
+        assert arguments[0] == "--logdir"
+        assert "tensorboard --logdir" in (ROOT / "launch" / "summarize.py").read_text()
+    elif program in CHECKS:
+        assert line.replace("'", '"') in (ROOT / "test.sh").read_text() or line == "pytest -m 'not slow'"
+    elif program.endswith(".sh"):
+        assert os.access(ROOT / program, os.X_OK)
+        for word in arguments:
+            check_config(word)
+    else:
+        assert line == "source .venv/bin/activate", f"no test knows {line}"
+
+
+def check_config(name: str) -> None:
+    """my.yaml stands for the reader's own; any other name must be a shipped file."""
+    name = name.removeprefix("$PWD/")
+    assert name == "my.yaml" or (ROOT / name).is_file(), name
+
+
+def check_python(arguments: list[str]) -> None:
+    """Runs the doctor and the config error; lets the other scripts' own parsers read their arguments."""
+    script = Path(arguments[0])
+    assert script.parent == Path("launch"), arguments
+    if script.name in ("doctor.py", "pretrain.py"):
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, env=OFFLINE, capture_output=True, text=True, timeout=120
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        if script.name == "pretrain.py":
+            assert done.returncode == 1
+            assert "did you mean optim.lr?" in done.stderr
+            assert "train.micro_batch_size=0" in done.stderr
+        else:
+            assert "versions" in done.stdout
+            assert done.returncode == (1 if "problem: " in done.stderr else 0)
+        return
+    importlib.import_module(f"fbitrain.launch.{script.stem}").parser().parse_args(arguments[1:])
+    assert f"python {script} " in QUICKSTART, f"quickstart.sh does not run {script}"
+
+
+def check_launcher(arguments: list[str]) -> None:
+    """DeepSpeed's own parser must take the options as meant, and the hostfile must be readable to it."""
+    parsed = runner.parse_args(arguments)
+    assert parsed.user_script == "launch/pretrain.py"
+    check_config(parsed.user_args[0])
+    if parsed.hostfile != runner.DLTS_HOSTFILE:
+        nodes = runner.fetch_hostfile(str(ROOT / parsed.hostfile))
+        assert dict(nodes) == {"node0": 8, "node1": 8}
+        assert 0 <= parsed.node_rank < len(nodes) if parsed.no_ssh else parsed.node_rank == -1
+
+
+def test_the_readme_opens_with_the_two_commands() -> None:
+    assert [shlex.split(line)[0] for line in commands(PAGES[0])[:2]] == ["./quickstart.sh", "./test.sh"]
+    assert README.index("```bash") < 40
+
+
+def test_the_file_map_names_every_module() -> None:
+    map_of_files = README[README.index("## Where things are") :]
+    missing = [
+        str(path.relative_to(ROOT))
+        for room in ("fbitrain", "model", "kernels", "data", "launch")
+        for path in (ROOT / room).glob("*.py")
+        if path.name != "__init__.py" and not re.search(rf"(?<![\w.]){re.escape(path.name)}", map_of_files)
+    ]
+    assert missing == []
+
+
+def test_the_table_of_configurations_is_what_the_doctor_counts() -> None:
+    rows = re.findall(r"^\| `(\S+\.yaml)` \|[^|]*\| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \|", README, re.MULTILINE)
+    assert {row[0] for row in rows} == {path.name for path in (ROOT / "launch" / "configs").glob("*.yaml")}
+    for name, total, binary, bits in rows:
+        config = load_config(ROOT / "launch" / "configs" / name)
+        count = count_parameters(config.model, config.binarize)
+        assert (f"{count.total:,}", f"{count.binary:,}") == (total, binary), name
+        assert f"{count.bits_per_weight:.3f}" == bits, name
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "docs" / "design.md"], ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), target
+
+
+# The cluster templates, with stand-ins for what only a cluster has
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout whose .venv/bin holds stand-ins that write down how they were called."""
+    shutil.copytree(ROOT / "launch", tmp_path / "checkout" / "launch", ignore=shutil.ignore_patterns("__pycache__"))
+    programs = {
+        "deepspeed": 'printf "%s\\n" "$@" >"$LOG.${SLURM_NODEID:-0}"; echo "${DS_ACCELERATOR:-}" >"$LOG.accelerator"; '
+        "exit ${EXIT:-0}",
+        "python": '[[ $* == *socket* ]] && echo 12345 || exit "${NO_GPU:-0}"',
+        "scontrol": '[[ "$1 $2 $3" == "show hostnames n[7-8]" ]] && printf "n7\\nn8\\n"',
+        "srun": 'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
+    }
+    folder = tmp_path / "checkout" / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    for name, body in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    return tmp_path / "checkout"
+
+
+def start(checkout: Path, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = f"{checkout / '.venv' / 'bin'}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", str(checkout / "launch" / "cluster" / script), "a b.yaml", "optim.lr=1"],
+        env={"PATH": path, "LOG": str(checkout / "log"), **variables},
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_slurm_starts_one_launcher_per_node(checkout: Path) -> None:
+    slurm = {"SLURM_JOB_ID": "70001", "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_GPUS_ON_NODE": "4"}
+    done = start(checkout, "slurm.sbatch", FBITRAIN=str(checkout), **slurm)
+    assert (done.returncode, done.stderr) == (0, "")
+    for rank in (0, 1):
+        parsed = runner.parse_args((checkout / f"log.{rank}").read_text().splitlines())
+        assert (parsed.node_rank, parsed.no_ssh, parsed.master_addr) == (rank, True, "n7")
+        assert 1024 < parsed.master_port < 65536
+        assert dict(runner.fetch_hostfile(parsed.hostfile)) == {"n7": 4, "n8": 4}
+        assert parsed.user_script == str(checkout / "launch" / "pretrain.py")
+        assert parsed.user_args == ["a b.yaml", "optim.lr=1"]
+
+
+def test_slurm_without_the_checkout_says_so(checkout: Path) -> None:
+    done = start(checkout, "slurm.sbatch")
+    assert done.returncode != 0
+    assert "set FBITRAIN to the checkout" in done.stderr
+
+
+@pytest.mark.parametrize(("no_gpu", "ranks", "accelerator"), [("1", 3, "cpu"), ("0", -1, "")])
+def test_a_single_node_takes_its_gpus_or_cpu_ranks(checkout: Path, no_gpu: str, ranks: int, accelerator: str) -> None:
+    done = start(checkout, "single_node.sh", NO_GPU=no_gpu, CPU_RANKS="3", EXIT="7")
+    assert done.returncode == 7
+    parsed = runner.parse_args((checkout / "log.0").read_text().splitlines())
+    assert (parsed.num_gpus, parsed.master_port, parsed.quiet) == (ranks, 12345, True)
+    assert parsed.user_args == ["a b.yaml", "optim.lr=1"]
+    assert (checkout / "log.accelerator").read_text() == f"{accelerator}\n"
