@@ -1,0 +1,177 @@
+"""The model card of a release: what was trained, on what, how good it is, what it weighs, how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from fbitrain.config import Config
+from fbitrain.model.hf import binary_layers
+
+HELDOUT_KEYS = ("heldout/perplexity", "heldout/bits_per_byte")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How far a checkpoint got, and the last held-out figures (keys of metrics.jsonl) up to it."""
+
+    step: int
+    tokens: int
+    heldout: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What the packed form of a model holds."""
+
+    binary_weights: int
+    binary_bits: int  # what they take: a bit each, rows padded to whole words, and 32 per scale
+    other_weights: int  # embeddings, norms, head
+    other_bits: int
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor], packed: Mapping[str, Tensor]) -> Storage:
+        """weights: the run's state dict; packed: its `packed_tensors`, whose bytes are counted as they are stored."""
+        layers = binary_layers(weights)
+        binary_names = {f"{layer}.{part}" for layer in layers for part in ("weight_bits", "alpha", "beta")}
+        others = [tensor for name, tensor in packed.items() if name not in binary_names]
+        return cls(
+            binary_weights=sum(weights[f"{layer}.weight"].numel() for layer in layers),
+            binary_bits=8 * sum(packed[name].nbytes for name in binary_names if name in packed),
+            other_weights=sum(tensor.numel() for tensor in others),
+            other_bits=8 * sum(tensor.nbytes for tensor in others),
+        )
+
+    @property
+    def bits_per_binary_weight(self) -> float:
+        return self.binary_bits / self.binary_weights
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over the whole model, embeddings included."""
+        return (self.binary_bits + self.other_bits) / (self.binary_weights + self.other_weights)
+
+
+def heldout_metrics(run_dir: Path, step: int) -> dict[str, float]:
+    """The last held-out figures up to `step` in a run's metrics.jsonl; empty if there are none."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        return {}
+    found: dict[str, float] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # a line cut short when its run was killed
+            continue
+        if record.get("step", step + 1) <= step:
+            found.update({key: record[key] for key in HELDOUT_KEYS if key in record})
+    return found
+
+
+def model_card(config: Config, training: Training, storage: Storage | None, formats: Sequence[str], dtype: str) -> str:
+    """README.md of a release as Hugging Face reads it: a YAML header, then Markdown.
+
+    storage: what packed holds, if that is among `formats`. dtype: of all other weights.
+    """
+    parts = [_header(config), _recipe(config, training), _figures(training)]
+    if storage is not None:
+        parts.append(_size(storage, dtype))
+    parts += [_loading(formats), _limits(config, "packed" in formats)]
+    return "\n".join(parts)
+
+
+def _header(config: Config) -> str:
+    kind = (
+        "A Llama with 1-bit weights" if config.binarize.enabled else "A full-precision Llama, the twin of a 1-bit one"
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [fbitrain, {"1-bit" if config.binarize.enabled else "full-precision"}, distillation]
+---
+# {config.run.name}
+
+{kind}, trained from scratch by fbitrain.
+"""
+
+
+def _recipe(config: Config, training: Training) -> str:
+    model, how, distill = config.model, config.binarize, config.distill
+    rows = {
+        "method": "FBI-LLM, autoregressive distillation (arXiv 2407.07093)",
+        "layers × width × feed-forward": f"{model.n_layers} × {model.d_model} × {model.d_ff}, {model.n_heads} heads",
+        "vocabulary, positions": f"{model.vocab_size}, {model.max_seq_len}",
+        "binary weights": _pattern(config) if how.enabled else "none",
+        "never binary": ", ".join(["embeddings", "norms", *how.skip]) if how.enabled else "",
+        "teacher": distill.teacher or "none",
+        "loss": f"{distill.kd_weight:g} · CE(teacher) + {distill.ce_weight:g} · CE(labels)",
+        "temperature": f"{distill.temperature:g}",
+        "steps, tokens": f"{training.step} of {config.train.total_steps}, {training.tokens:,}",
+        "batch, sequence": f"{config.train.global_batch_tokens:,} tokens per step, {config.data.seq_len} tokens",
+        "learning rate": f"{config.optim.lr} → {config.optim.min_lr}, {config.optim.warmup_steps} warm-up steps",
+        "data": ", ".join(f"{source.name} ({source.weight:g})" for source in config.data.sources),
+    }
+    return "## Recipe\n\n| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items() if value)
+
+
+def _pattern(config: Config) -> str:
+    how = config.binarize
+    group = f" of {how.group_size}" if how.scale == "group" else ""
+    shift = "α·sign(W) + β" if how.beta else "α·sign(W)"
+    return f"{shift}, learned per {how.scale}{group}; straight-through estimator {how.ste}"
+
+
+def _figures(training: Training) -> str:
+    if not training.heldout:
+        return (
+            "## Figures\n\nThis run measured no held-out text; `python launch/eval.py FOLDER --ppl NAME=FILE` does.\n"
+        )
+    rows = "".join(f"| {key.removeprefix('heldout/')} | {value:.4g} |\n" for key, value in training.heldout.items())
+    return f"## Figures\n\nOn the run's held-out documents, measured during training:\n\n| | |\n|---|---|\n{rows}"
+
+
+def _size(storage: Storage, dtype: str) -> str:
+    megabytes = (storage.binary_bits + storage.other_bits) / 8e6
+    return f"""## Size of packed
+
+{storage.binary_weights:,} binary weights take {storage.bits_per_binary_weight:.3f} bits each, scales included.
+With the {storage.other_weights:,} weights of embeddings, norms and head in {dtype}, the whole model is
+{megabytes:,.1f} MB, {storage.bits_per_weight:.2f} bits per weight.
+"""
+
+
+def _loading(formats: Sequence[str]) -> str:
+    lines = ["## Loading", ""]
+    if "dense" in formats:
+        lines += ["`dense` needs transformers only:", "", _snippet("dense", ""), ""]
+    if "packed" in formats:
+        lines += [
+            "`packed` runs this folder's `remote_code.py` (plain torch), or, where fbitrain is installed, `import",
+            "fbitrain.model.hf` first and leave `trust_remote_code` out:",
+            "",
+            _snippet("packed", ", trust_remote_code=True"),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _snippet(name: str, option: str) -> str:
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{name}"{option})
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```"""
+
+
+def _limits(config: Config, packed: bool) -> str:
+    bos = "Training put BOS before each document; a prompt should start with it too. " if config.data.add_bos else ""
+    speed = "In plain torch, `packed` saves memory, not time: it unpacks its bits at every call. " if packed else ""
+    return f"""## Limits
+
+A base model: it continues text, and was not tuned to follow instructions or to be safe. {bos}{speed}Its teacher's and
+its data's licences may bind its use.
+"""

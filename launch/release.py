@@ -1,0 +1,34 @@
+"""Turn a run into a release: `python launch/release.py runs/NAME --format dense,packed --out releases/NAME`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from fbitrain.launch.cli import run
+
+
+def main(arguments: argparse.Namespace) -> None:
+    from fbitrain.release import release  # torch is not needed to read the arguments
+
+    formats = [name.strip() for name in arguments.format.split(",")]
+    checkpoint = release(arguments.run, arguments.out, formats, arguments.dtype)
+    print(f"released {checkpoint}")
+    for name in formats:
+        weights = (arguments.out / name).glob("*.safetensors")
+        print(f"  {arguments.out / name}: {sum(path.stat().st_size for path in weights) / 1e6:,.1f} MB of weights")
+    print(f"  {arguments.out / 'README.md'}: the model card")
+
+
+def parser() -> argparse.ArgumentParser:
+    commands = argparse.ArgumentParser(prog="release.py", description=__doc__)
+    commands.add_argument("run", type=Path, help="a run folder, whose newest checkpoint is taken, or one checkpoint")
+    commands.add_argument("--out", type=Path, required=True, help="the release folder; an older release is replaced")
+    commands.add_argument("--format", default="dense,packed", help="dense, packed, or both with a comma (default)")
+    commands.add_argument("--dtype", default="float16", help="float16 (default), bfloat16 or float32, for all but bits")
+    return commands
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, parser()))

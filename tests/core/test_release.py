@@ -1,0 +1,280 @@
+"""From a run to folders that load elsewhere: contents, replacement, refusals, tokenizers, the model card."""
+
+from __future__ import annotations
+
+import errno
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from fbitrain import release as release_module
+from fbitrain.config import Config, load_config, to_yaml
+from fbitrain.data.tokenizer import load_tokenizer
+from fbitrain.errors import UserError
+from fbitrain.launch import release as command
+from fbitrain.launch.cli import run
+from fbitrain.model.build import build_student
+from fbitrain.model_card import Storage, heldout_metrics
+from fbitrain.pretrained import load_lm
+from fbitrain.release import release, replacing_release
+from fbitrain.release_tokenizer import PROBES, write_tokenizer
+
+LLAMA_TOKENIZER = Path(__file__).parents[2].parent / "shared" / "data" / "tokenizer" / "llama.model"
+
+
+@pytest.fixture(scope="module")
+def config(workspace: Any) -> Config:
+    loaded = load_config(workspace.config)
+    return replace(loaded, model=replace(loaded.model, rope_theta=5000.0))
+
+
+def weights_of(config: Config) -> dict[str, torch.Tensor]:
+    """As after training: every sign and scale differs from the start."""
+    student, _ = build_student(config.model, config.binarize, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    return {
+        name: tensor + 0.02 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in student.state_dict().items()
+    }
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of one checkpoint at step 4 whose weights come from memory."""
+    return make_run(tmp_path / "run", config, weights_of(config), monkeypatch)
+
+
+def make_run(run: Path, config: Config, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> Path:
+    checkpoint = run / "checkpoints" / "step_00000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.yaml").write_text(to_yaml(config))
+    (checkpoint / "trainer.json").write_text(json.dumps({"step": 4, "tokens": 768, "world_size": 2}))
+    (checkpoint / "COMPLETE.json").write_text("{}")
+    lines = [{"step": 0, "heldout/perplexity": 999.0}, {"step": 3, "train/loss": 5.0}]
+    lines += [{"step": s, "heldout/perplexity": 100.0 - s, "heldout/bits_per_byte": 2.0} for s in (3, 6)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "hel')
+    monkeypatch.setattr(release_module, "load_weights", lambda folder: dict(weights))
+    return run
+
+
+@torch.inference_mode()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model.eval()(input_ids=torch.arange(2, 26).view(2, 12)).logits
+
+
+def test_a_release_computes_what_was_trained(run_dir: Path, tmp_path: Path, config: Config) -> None:
+    assert release(run_dir, tmp_path / "out").name == "step_00000004"
+    student, _ = build_student(config.model, config.binarize, seed=0)
+    student.load_state_dict(weights_of(config))
+    dense, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out" / "dense", dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    packed = load_lm(tmp_path / "out" / "packed", torch.float32)
+    torch.testing.assert_close(logits(dense), logits(student), atol=5e-3, rtol=0)
+    torch.testing.assert_close(logits(packed), logits(dense), atol=1e-4, rtol=0)
+
+
+def test_what_lies_in_the_folders(run_dir: Path, tmp_path: Path, workspace: Any) -> None:
+    out = tmp_path / "deep" / "out"
+    release(run_dir, out)
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "dense", "packed"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    dense, packed = (json.loads((out / name / "config.json").read_text()) for name in ("dense", "packed"))
+    assert dense["architectures"] == ["LlamaForCausalLM"]
+    assert dense["dtype"] == packed["dtype"] == "float16"
+    assert "auto_map" not in dense
+    assert packed["model_type"] == "fbitrain_llama"
+    assert packed["auto_map"]["AutoModelForCausalLM"] == "remote_code.BinaryLlamaForCausalLM"
+    for values in (dense, packed):
+        assert values["rope_theta"] == values["rope_parameters"]["rope_theta"] == 5000.0
+    kinds = {name.rpartition(".")[2]: t.dtype for name, t in load_file(out / "packed" / "model.safetensors").items()}
+    assert kinds == {"weight": torch.float16, "weight_bits": torch.int32, "alpha": torch.float32, "beta": torch.float32}
+    assert all(t.dtype == torch.float16 for t in load_file(out / "dense" / "model.safetensors").values())
+    for name in ("dense", "packed"):
+        tokenizer = AutoTokenizer.from_pretrained(out / name)
+        text = "the model learns  one bit\n"
+        assert tokenizer(text, add_special_tokens=False).input_ids == load_tokenizer(workspace.teacher).encode(text)
+        generation = GenerationConfig.from_pretrained(out / name)
+        assert (generation.bos_token_id, generation.eos_token_id) == (0, 1)
+
+
+def test_the_levels_of_a_layer_are_two_in_fp16(run_dir: Path, tmp_path: Path) -> None:
+    release(run_dir, tmp_path / "out", ["dense"])
+    weight = load_file(tmp_path / "out" / "dense" / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+    assert all(len(column.unique()) == 2 for column in weight.unbind(1))
+    assert len(weight.unique()) > 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_other_dtypes(run_dir: Path, tmp_path: Path, dtype: str) -> None:
+    release(run_dir, tmp_path / "out", dtype=dtype)
+    packed = logits(load_lm(tmp_path / "out" / "packed", torch.float32))
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "dense")
+    assert dense.dtype == getattr(torch, dtype)
+    torch.testing.assert_close(packed, logits(dense.float()), atol=1e-4, rtol=0)
+
+
+def test_tied_embeddings_are_stored_once(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    tied = replace(config, model=replace(config.model, tie_embeddings=True))
+    weights = weights_of(tied)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    release(make_run(tmp_path / "run", tied, weights, monkeypatch), tmp_path / "out")
+    for name in ("dense", "packed"):
+        assert "lm_head.weight" not in load_file(tmp_path / "out" / name / "model.safetensors")
+        model = load_lm(tmp_path / "out" / name, torch.float32)
+        assert torch.equal(model.lm_head.weight, weights["model.embed_tokens.weight"].half().float())
+
+
+def test_a_full_precision_run_has_no_packed_form(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = replace(config, binarize=replace(config.binarize, enabled=False))
+    run = make_run(tmp_path / "run", plain, weights_of(plain), monkeypatch)
+    with pytest.raises(UserError, match="dense only"):
+        release(run, tmp_path / "out")
+    release(run, tmp_path / "out", ["dense"])
+    assert "full-precision" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_requests_that_cannot_be_met(run_dir: Path, tmp_path: Path) -> None:
+    for formats, dtype, words in (
+        (["gguf"], "float16", "dense, packed"),
+        (["dense"], "int8", "float16"),
+        ([], "float16", "dense"),
+    ):
+        with pytest.raises(UserError, match=words):
+            release(run_dir, tmp_path / "out", formats, dtype)
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        release(tmp_path / "nowhere", tmp_path / "out")
+    (run_dir / "checkpoints" / "step_00000004" / "COMPLETE.json").unlink()
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        release(run_dir, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_beyond_the_dtype_are_refused(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = weights_of(config)
+    weights["model.layers.0.mlp.up_proj.alpha"][0, 3] = 1e5
+    run = make_run(tmp_path / "run", config, weights, monkeypatch)
+    with pytest.raises(UserError, match=r"up_proj.* not finite in float16; choose dtype float32"):
+        release(run, tmp_path / "out")
+    release(run, tmp_path / "out", dtype="bfloat16")
+
+
+def test_an_older_release_is_replaced_and_other_files_are_kept(run_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    release(run_dir, out)
+    (out / "eval.json").write_text("{}")
+    release(run_dir / "checkpoints" / "step_00000004", out, ["dense"], "float32")
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "dense", "eval.json"]
+    assert json.loads((out / "dense" / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("content", ["file", "notes", "folder"])
+def test_what_is_not_a_release_is_not_touched(run_dir: Path, tmp_path: Path, content: str) -> None:
+    out = tmp_path / "out"
+    if content == "file":
+        out.write_text("mine")
+    elif content == "notes":
+        out.mkdir()
+        (out / "notes.txt").write_text("mine")
+    else:
+        release(run_dir, out)
+        (out / "papers").mkdir()
+    with pytest.raises(UserError, match="not a release"):
+        release(run_dir, out)
+    assert out.is_file() or any(path.name in ("notes.txt", "papers") for path in out.iterdir())
+
+
+def test_a_failure_leaves_the_older_release_and_nothing_else(run_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    release(run_dir, out, ["dense"])
+    with pytest.raises(UserError, match="disk is full"), replacing_release(out):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(ZeroDivisionError), replacing_release(out):
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
+    assert load_lm(out / "dense", torch.float32) is not None
+
+
+def test_a_crash_between_the_renames_is_mended(run_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    release(run_dir, out, ["dense"])
+    out.rename(tmp_path / ".out.old")
+    with pytest.raises(ZeroDivisionError), replacing_release(out):
+        raise ZeroDivisionError
+    assert (out / "dense" / "config.json").is_file()
+
+
+def test_storage_counts_the_bytes_that_are_stored(run_dir: Path, tmp_path: Path, config: Config) -> None:
+    release(run_dir, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "packed" / "model.safetensors")
+    weights = weights_of(config)
+    storage = Storage.of(weights, stored)
+    assert storage.binary_bits + storage.other_bits == 8 * sum(tensor.nbytes for tensor in stored.values())
+    # Four 60 × 60, two 92 × 60 and one 60 × 92 matrices per layer, two layers; 60 bits take 2 words, 92 take 3.
+    assert storage.binary_weights == 2 * (4 * 3600 + 3 * 5520)
+    words = 2 * (4 * 60 * 2 + 2 * 92 * 2 + 60 * 3)
+    scales = 2 * 2 * (4 * 60 + 2 * 60 + 92)
+    assert storage.binary_bits == 32 * (words + scales)
+    listed = json.loads((tmp_path / "out" / "packed" / "config.json").read_text())["bits_per_weight"]
+    assert listed == storage.bits_per_binary_weight
+
+
+def test_the_model_card_tells_what_was_done(run_dir: Path, tmp_path: Path, workspace: Any) -> None:
+    release(run_dir, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for part in ("4 of 6, 768", str(workspace.teacher), "| perplexity | 97 |", "| bits_per_byte | 2 |", "per column"):
+        assert part in card, part
+    assert "trust_remote_code=True" in card
+    assert (tmp_path / "out" / "packed" / "README.md").read_text() == card
+
+
+def test_heldout_figures_are_the_newest_up_to_the_step(run_dir: Path) -> None:
+    assert heldout_metrics(run_dir, 2) == {"heldout/perplexity": 999.0}
+    assert heldout_metrics(run_dir, 6) == {"heldout/perplexity": 94.0, "heldout/bits_per_byte": 2.0}
+    assert heldout_metrics(run_dir / "absent", 6) == {}
+
+
+def test_a_tokenizer_that_is_one_file_becomes_a_folder(tmp_path: Path, workspace: Any) -> None:
+    (tmp_path / "bare").mkdir()
+    source = tmp_path / "bare" / "tokenizer.json"
+    source.write_bytes((workspace.teacher / "tokenizer.json").read_bytes())
+    (tmp_path / "out").mkdir()
+    trained = write_tokenizer(str(source), tmp_path / "out")
+    read = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert all(read.encode(text, add_special_tokens=False) == trained.encode(text) for text in PROBES)
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.skipif(not LLAMA_TOKENIZER.is_file(), reason=f"{LLAMA_TOKENIZER} is absent")
+def test_a_sentencepiece_model_keeps_its_ids(tmp_path: Path) -> None:
+    trained = write_tokenizer(str(LLAMA_TOKENIZER), tmp_path)
+    read = AutoTokenizer.from_pretrained(tmp_path)
+    texts = [" " * n + "x = 1" + "\n" * n + "  two  spaces" for n in range(40)]
+    texts += ["<0x41> ▁ \t\tif", "naïve 漢字\u3000字 👩‍🔬", "1,234.5e-6"]
+    for text in texts:
+        assert read.encode(text, add_special_tokens=False) == trained.encode(text), text
+        assert read.decode(trained.encode(text)) == trained.decode(trained.encode(text))
+    assert (read.bos_token_id, read.eos_token_id) == (trained.bos_id, trained.eos_id) == (1, 2)
+
+
+def test_the_command(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run(command.main, command.parser(), [str(run_dir), "--format", "packed", "--out", str(out)]) == 0
+    assert str(out / "packed") in capsys.readouterr().out
+    arguments = [str(tmp_path / "none"), "--out", str(out)]
+    assert run(command.main, command.parser(), arguments) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(UserError):
+        run(command.main, command.parser(), [*arguments, "--debug"])
