@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,11 +32,8 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
 
 
 def test_llama_config_has_every_size() -> None:
-    config = llama_config(
-        ModelConfig(
-            vocab_size=99, n_layers=3, n_heads=4, d_model=32, d_ff=48, max_seq_len=77, rope_theta=5e4, norm_eps=1e-4
-        )
-    )
+    shape = ModelConfig(vocab_size=99, n_layers=3, n_heads=4, d_model=32, d_ff=48, max_seq_len=77)
+    config = llama_config(replace(shape, rope_theta=5e4, norm_eps=1e-4))
     assert (config.vocab_size, config.num_hidden_layers, config.num_attention_heads) == (99, 3, 4)
     assert (config.num_key_value_heads, config.hidden_size, config.intermediate_size) == (4, 32, 48)
     assert (config.max_position_embeddings, config.rms_norm_eps, config.head_dim) == (77, 1e-4, 8)
@@ -60,13 +58,12 @@ def test_build_student() -> None:
 
 
 def test_report_is_one_line() -> None:
-    _, report = build_student(
-        ModelConfig(vocab_size=50, n_layers=12, n_heads=2, d_model=16, d_ff=32), KEEP_HEAD, seed=0
-    )
+    twelve_layers = ModelConfig(vocab_size=50, n_layers=12, n_heads=2, d_model=16, d_ff=32)
+    _, report = build_student(twelve_layers, KEEP_HEAD, seed=0)
     assert str(report) == "binarized 84/85 Linear layers (30.7k weights); kept lm_head (rule: skip=[lm_head])"
     _, report = build_student(SMALL, BinarizeConfig(skip=["v_proj", "lm_head"]), seed=0)
     assert str(report) == (
-        "binarized 12/15 Linear layers (7.7k weights); kept model.layers.0.self_attn.v_proj, "
+        "binarized 12/15 Linear layers (8.6k weights); kept model.layers.0.self_attn.v_proj, "
         "model.layers.1.self_attn.v_proj (rule: skip=[v_proj]); kept lm_head (rule: skip=[lm_head])"
     )
     _, report = build_student(SMALL, FULL_PRECISION, seed=0)
