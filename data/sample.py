@@ -42,6 +42,7 @@ HELDOUT = "heldout.jsonl.zst"
 
 def write_sample(out: Path, megabytes: float, seed: int) -> bool:
     """Makes the sample corpus in `out`; False if a valid one was there already. Raises DataError."""
+    out = out.absolute()
     settings = {"version": VERSION, "python": sys.version.split()[0], "megabytes": megabytes, "seed": seed}
     if is_valid(out, settings):
         return False

@@ -1,0 +1,49 @@
+"""A tokenizer small enough for every data test, and a way to write shards."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import tokenizers
+import zstandard
+from tokenizers import decoders, models, pre_tokenizers
+
+WriteShard = Callable[[Path, Sequence[str]], Path]
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tokenizer of one token per byte, <s> = 256 and </s> = 257."""
+    folder = tmp_path_factory.mktemp("byte_tokenizer")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "</s>"}}')
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def write_shard() -> WriteShard:
+    """Writes documents as records to a .jsonl, .jsonl.gz or .jsonl.zst file."""
+
+    def write(path: Path, documents: Sequence[str]) -> Path:
+        lines = [
+            json.dumps({"text": text, "meta": {"n": i}}, ensure_ascii=bool(i % 2)) for i, text in enumerate(documents)
+        ]
+        raw = "".join(f"{line}\n" for line in lines).encode()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".gz":
+            raw = gzip.compress(raw)
+        elif path.suffix == ".zst":
+            raw = zstandard.compress(raw)
+        path.write_bytes(raw)
+        return path
+
+    return write
