@@ -312,8 +312,8 @@ def _apply_override(raw: DictConfig, override: str, problems: list[str]) -> None
         return
     try:
         # OmegaConf's own YAML dialect, in which 1e-3 is a number.
-        parsed = OmegaConf.create(f"value: {value}" if value else "value: ''")["value"]
-        OmegaConf.update(raw, key, parsed)
+        parsed = OmegaConf.create(f"value: {value}" if value else "value: ''")
+        OmegaConf.update(raw, key, OmegaConf.select(parsed, "value"))
     except (OmegaConfBaseException, yaml.YAMLError, AssertionError, ValueError, IndexError, TypeError) as error:
         problems.append(f"override {override!r} cannot be applied: {str(error).splitlines()[0]}")
 

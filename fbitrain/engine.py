@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -71,7 +71,7 @@ def resolve_precision(precision: str) -> torch.dtype:
 def native_bf16() -> bool:
     """Whether bf16 matrix products run in hardware; emulated, they are some 60 times slower than fp32 (docs/log.md)."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
@@ -127,6 +127,21 @@ def parameter_kind(name: str) -> str:
     if "embed_tokens" in name:
         return "embeddings"
     return "matrices"
+
+
+def shard_teacher(config: Config) -> Callable[[nn.Module], Callable[..., Any]]:
+    """distill.host=zero3: what cuts a frozen module over all ranks and returns what is called instead of it."""
+
+    def shard(module: nn.Module) -> Callable[..., Any]:
+        settings = {
+            "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+            "zero_optimization": {"stage": 3},
+            "bf16": {"enabled": resolve_precision(config.engine.precision) is torch.bfloat16},
+        }
+        engine, *_ = deepspeed.initialize(model=module, config=settings)
+        return cast(Callable[..., Any], engine)
+
+    return shard
 
 
 class Engine:

@@ -27,7 +27,9 @@ class LossHead(nn.Module):
         super().__init__()
         self.weight = linear.weight  # [V,D]; the same Parameter, so tied embeddings stay tied
 
-    def forward(self, hidden: Tensor, loss: Callable[[Tensor, Tensor], tuple[Tensor, DistillMetrics]] | None = None):  # type: ignore[no-untyped-def]
+    def forward(
+        self, hidden: Tensor, loss: Callable[[Tensor, Tensor], tuple[Tensor, DistillMetrics]] | None = None
+    ) -> Tensor | tuple[Tensor, DistillMetrics]:
         """hidden [...,D] -> logits [...,V], or what `loss(hidden, weight)` returns."""
         return F.linear(hidden, self.weight) if loss is None else loss(hidden, self.weight)
 

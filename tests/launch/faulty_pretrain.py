@@ -1,0 +1,56 @@
+"""launch/pretrain.py with one fault built in, named by $FAULT; started by the launcher like the real one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from fbitrain import checkpoint, train
+from fbitrain.launch import pretrain
+from fbitrain.launch.cli import run
+
+RANK = int(os.environ["RANK"])
+
+
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at_step_4() -> None:
+    step = train.train_step
+
+    def dying(parts: Any, state: Any, stop: Any) -> Any:
+        if state.step == 3 and RANK == 1:
+            die()
+        return step(parts, state, stop)
+
+    train.train_step = dying  # type: ignore[assignment]
+
+
+def kill_in_second_save() -> None:
+    """Every rank has written its shard, and then the power goes, before the marker is there."""
+    finish = checkpoint._finish
+
+    def dying(folder: Any, final: Any, *rest: Any) -> None:
+        if final.name != "step_00000002":
+            die()
+        finish(folder, final, *rest)
+
+    checkpoint._finish = dying
+
+
+def nan_on_rank_1_at_step_3() -> None:
+    agree = train.agree_to_go_on
+
+    def poisoned(parts: Any, state: Any, stop: Any, finite: Any) -> None:
+        if state.step == 2 and RANK == 1:
+            finite = finite & False
+        agree(parts, state, stop, finite)
+
+    train.agree_to_go_on = poisoned
+
+
+globals()[os.environ["FAULT"]]()
+sys.exit(run(pretrain.main, pretrain.parser()))
