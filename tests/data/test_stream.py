@@ -1,0 +1,269 @@
+"""Lanes: every document once per epoch whatever the layout, mixture by tokens, and no endless search for documents."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fbitrain.data.config import DataConfig, SourceConfig
+from fbitrain.data.plan import Unit, cut, deal, find_sources, plan_lanes
+from fbitrain.data.shards import DataError, Shard
+from fbitrain.data.stream import Lane, load_heldout
+from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
+
+BOS, EOS = 256, 257
+
+
+@pytest.fixture(scope="module")
+def tokenizer(byte_tokenizer: str) -> Tokenizer:
+    return load_tokenizer(byte_tokenizer)
+
+
+def config(root: Path, names: list[str], **fields: Any) -> DataConfig:
+    weights = fields.pop("weights", [1.0] * len(names))
+    sources = [SourceConfig(name, [str(root / name)], weight) for name, weight in zip(names, weights, strict=True)]
+    return DataConfig(sources=sources, **{"seq_len": 16, "n_lanes": 1, **fields})
+
+
+def lanes(data: DataConfig, tokenizer: Tokenizer) -> list[Lane]:
+    return [Lane(plan, tokenizer) for plan in plan_lanes(data, find_sources(data))]
+
+
+def documents_in(ids: list[int], tokenizer: Tokenizer) -> list[str]:
+    """Whole documents of a stream with BOS and EOS around each."""
+    whole = ids[: len(ids) - ids[::-1].index(EOS)] if EOS in ids else []
+    found = []
+    for at_end, group in itertools.groupby(whole, key=lambda token: token == EOS):
+        if not at_end:
+            first, *content = group
+            assert first == BOS
+            found.append(tokenizer.decode(content))
+    return found
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    sizes=st.lists(st.integers(0, 10**6), min_size=1, max_size=40),
+    n_lanes=st.integers(1, 24),
+)
+def test_every_line_is_dealt_to_one_lane(sizes: list[int], n_lanes: int) -> None:
+    shards = [Shard(f"/{i}", str(i), size) for i, size in enumerate(sizes)]
+    dealt = deal(cut(shards, n_lanes), n_lanes, "seed")
+    lines = Counter(
+        (unit.shard.name, line) for units in dealt for unit in units for line in range(unit.part, 60, unit.n_parts)
+    )
+    assert lines == Counter(itertools.product(map(str, range(len(sizes))), range(60)))
+    if sum(sizes):
+        loads = [sum(unit.size for unit in units) for units in dealt]
+        largest = max(unit.size for units in dealt for unit in units)
+        assert max(loads) - min(loads) <= largest + 1e-6  # what LPT guarantees
+        assert min(map(len, dealt)) >= 1
+
+
+def test_one_shard_is_shared_evenly() -> None:
+    dealt = deal(cut([Shard("/a", "a", 999)], 16), 16, "seed")
+    assert [len(units) for units in dealt] == [1] * 16
+    assert {unit.n_parts for units in dealt for unit in units} == {16}
+    assert deal([Unit(Shard("/a", "a", 9), 0, 1)], 1, "seed")[0][0].part == 0
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_each_document_once_per_epoch(data: Any, tokenizer: Tokenizer, tmp_path_factory: Any, write_shard: Any) -> None:
+    """Any shard layout, any number of lanes, stopped and restored anywhere, blank lines and bad lines between."""
+    root = tmp_path_factory.mktemp("corpus")
+    names = ["one", "two"][: data.draw(st.integers(1, 2))]
+    corpus = {}
+    for name in names:
+        counts = data.draw(st.lists(st.integers(0, 12), min_size=1, max_size=4).filter(any))
+        corpus[name] = []
+        for i, n in enumerate(counts):
+            suffix = data.draw(st.sampled_from([".jsonl", ".jsonl.gz", ".jsonl.zst"]))
+            length = data.draw(st.integers(0, 60))
+            texts = [f"{name} {i} {j} " + "x" * (j * 7 % (length + 1)) for j in range(n)]
+            write_shard(root / name / f"{i}{suffix}", texts)
+            corpus[name] += texts
+    n_lanes = data.draw(st.integers(1, 6))
+    settings_ = config(
+        root, names, n_lanes=n_lanes, seq_len=data.draw(st.integers(1, 40)), seed=data.draw(st.integers(0, 9))
+    )
+    seen = {name: Counter[str]() for name in names}
+    for plan in plan_lanes(settings_, find_sources(settings_)):
+        lane, ids = Lane(plan, tokenizer), []
+        stop_every = data.draw(st.integers(1, 9))
+        for n in range(4000):
+            piece = next(lane, None)
+            if piece is None or all(s["epoch"] > 1 or s["dropped"] for s in lane.state()["sources"].values()):
+                break
+            assert len(piece) == settings_.seq_len + 1
+            ids += piece.tolist()
+            if n % stop_every == 0:
+                lane = Lane(plan, tokenizer, json.loads(json.dumps(lane.state())))
+        for name in names:
+            mine = [text for text in documents_in(ids, tokenizer) if text.startswith(name)]
+            epoch = len(set(mine))
+            for start in range(0, len(mine) - epoch + 1, epoch or 1):
+                assert len(set(mine[start : start + epoch])) == epoch  # no document twice within an epoch
+            seen[name].update(mine[:epoch])
+    assert seen == {name: Counter(texts) for name, texts in corpus.items()}
+
+
+def test_restored_bit_for_bit_inside_long_documents(tmp_path: Path, tokenizer: Tokenizer, write_shard: Any) -> None:
+    rng = random.Random(3)
+    for name, longest in (("short", 10), ("long", 500)):
+        for suffix in (".jsonl", ".jsonl.gz", ".jsonl.zst"):
+            texts = ["".join(rng.choices("abc dé漢\n", k=rng.randint(1, longest))) for _ in range(9)]
+            write_shard(tmp_path / name / f"a{suffix}", texts)
+    data = config(tmp_path, ["short", "long"], weights=[1, 3], n_lanes=2, seq_len=12)
+    for plan in plan_lanes(data, find_sources(data)):
+        lane = Lane(plan, tokenizer)
+        pieces, states = [], [lane.state()]
+        for _ in range(150):
+            pieces.append(next(lane).tolist())
+            states.append(json.loads(json.dumps(lane.state())))
+        for stop in range(0, 140, 7):
+            restored = Lane(plan, tokenizer, states[stop])
+            assert restored.state() == states[stop]
+            for n in range(stop, stop + 8):
+                assert next(restored).tolist() == pieces[n]
+                assert restored.state() == states[n + 1]
+
+
+def test_mixture_is_by_tokens(tmp_path: Path, tokenizer: Tokenizer, write_shard: Any) -> None:
+    write_shard(tmp_path / "short" / "a.jsonl", [f"{i:05d}" for i in range(50)])
+    write_shard(tmp_path / "long" / "a.jsonl", [f"{i:097d}" for i in range(50)])
+    data = config(tmp_path, ["short", "long"], weights=[3, 1], seq_len=99)
+    lane = lanes(data, tokenizer)[0]
+    for n in range(1, 101):
+        next(lane)
+        tokens = {name: source["tokens"] for name, source in lane.state()["sources"].items()}
+        # A source is behind by less than one document of the other, and ahead by less than one of its own.
+        assert abs(tokens["short"] - 0.75 * sum(tokens.values())) <= 99, n
+    assert lane.state()["sources"]["long"]["documents"] == tokens["long"] / 99
+    assert lane.state()["sources"]["short"]["bytes"] == tokens["short"] / 7 * 5
+
+
+def test_epochs_are_shuffled_by_seed(tmp_path: Path, tokenizer: Tokenizer, write_shard: Any) -> None:
+    for i in range(8):
+        write_shard(tmp_path / "a" / f"{i}.jsonl", [str(i)])
+
+    def order(seed: int) -> list[str]:
+        lane = lanes(config(tmp_path, ["a"], seed=seed, seq_len=2), tokenizer)[0]
+        return [tokenizer.decode(next(lane)[1:2].tolist()) for _ in range(24)]
+
+    first = order(0)
+    epochs = [first[:8], first[8:16], first[16:]]
+    assert all(sorted(epoch) == [str(i) for i in range(8)] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert order(0) == first != order(1)
+
+
+@pytest.mark.parametrize(
+    ("add_bos", "add_eos", "expected"), [(1, 1, [BOS, 0, EOS]), (1, 0, [BOS, 0]), (0, 1, [0, EOS])]
+)
+def test_borders(
+    tmp_path: Path, tokenizer: Tokenizer, write_shard: Any, add_bos: int, add_eos: int, expected: Any
+) -> None:
+    write_shard(tmp_path / "a" / "a.jsonl", ["!"])
+    lane = lanes(config(tmp_path, ["a"], add_bos=bool(add_bos), add_eos=bool(add_eos), seq_len=11), tokenizer)[0]
+    bang = tokenizer.encode("!")
+    wanted = [bang[0] if token == 0 else token for token in expected]
+    assert next(lane).tolist() == list(itertools.islice(itertools.cycle(wanted), 12))
+
+
+def test_a_tokenizer_without_bos(tmp_path: Path, byte_tokenizer: str, write_shard: Any) -> None:
+    nameless = tmp_path / "tokenizer.json"
+    nameless.write_text((Path(byte_tokenizer) / "tokenizer.json").read_text())
+    write_shard(tmp_path / "a" / "a.jsonl", ["!"])
+    with pytest.raises(DataError, match=r"names no BOS token; set data\.add_bos=false"):
+        lanes(config(tmp_path, ["a"]), load_tokenizer(nameless))
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n\n", b"bad\n" * 5])
+def test_no_documents_end_a_lane(tmp_path: Path, tokenizer: Tokenizer, content: bytes) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "a.jsonl").write_bytes(content)
+    lane = lanes(config(tmp_path, ["a"]), tokenizer)[0]
+    assert next(lane, None) is None
+    assert lane.state()["empty"]
+    assert lane.bad_records == content.count(b"bad")
+    assert "source 'a' has no document" in lane.notes[-1]
+    assert next(Lane(lane.plan, tokenizer, lane.state()), None) is None
+
+
+def test_documents_without_tokens_end_a_lane(tmp_path: Path, tokenizer: Tokenizer, write_shard: Any) -> None:
+    class Silent(Tokenizer):
+        bos_id = eos_id = None
+        path = ""
+
+        def encode(self, text: str) -> list[int]:
+            return []
+
+        def decode(self, ids: Any) -> str:
+            return ""
+
+    write_shard(tmp_path / "a" / "a.jsonl", ["one", "two"])
+    assert next(lanes(config(tmp_path, ["a"], add_bos=False, add_eos=False), Silent())[0], None) is None
+
+
+def test_a_source_too_small_for_a_lane_is_dropped_there(tmp_path: Path, tokenizer: Tokenizer, write_shard: Any) -> None:
+    write_shard(tmp_path / "big" / "a.jsonl", ["big"] * 40)
+    write_shard(tmp_path / "small" / "a.jsonl", ["small"])
+    found = lanes(config(tmp_path, ["small", "big"], n_lanes=3), tokenizer)
+    for lane in found:
+        for _ in range(20):
+            next(lane)
+    assert sorted(lane.state()["sources"]["small"]["dropped"] for lane in found) == [False, True, True]
+    assert sum("source 'small' has no document" in note for lane in found for note in lane.notes) == 2
+
+
+def test_bad_records_count_once_and_up_to_the_limit(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a").mkdir()
+    path = tmp_path / "a" / "a.jsonl"
+    path.write_bytes(b'{"text": "fine"}\nbad\n{"text": 5}\n')
+    lane = lanes(config(tmp_path, ["a"], max_bad_records=2), tokenizer)[0]
+    for _ in range(10):
+        next(lane)
+    assert lane.state()["sources"]["a"]["epoch"] > 5
+    assert lane.bad_records == 2  # in later epochs they are told again, and not counted again
+    assert lane.notes[0].startswith(f"skipped {path}, line 2: not JSON")
+    assert lane.notes.count(lane.notes[0]) > 5
+    with pytest.raises(DataError, match=rf"max_bad_records=1 bad records, the last one in {path}, line 3.*raise data"):
+        next(lanes(config(tmp_path, ["a"], max_bad_records=1), tokenizer)[0])
+
+
+def test_held_out_shards_cannot_be_trained_on(tmp_path: Path, write_shard: Any) -> None:
+    path = write_shard(tmp_path / "a" / "a.jsonl", ["x"])
+    with pytest.raises(DataError, match=r"a\.jsonl is both held out and part of source 'a'"):
+        find_sources(config(tmp_path, ["a"], heldout=[str(path)]))
+
+
+def test_heldout_is_the_joined_text_tokenized_once(
+    tmp_path: Path, tokenizer: Tokenizer, write_shard: Any, caplog: Any
+) -> None:
+    (tmp_path / "c.raw").write_bytes("\ufeff = WikiText =\r\n\n é\n".encode("utf-8"))
+    (tmp_path / "b.txt").write_text("plain\n")
+    write_shard(tmp_path / "a.jsonl.zst", ["one\n", "漢"])
+    with open(tmp_path / "d.jsonl", "w") as file:
+        file.write('{"text": "last"}\nbad\n')
+    heldout = load_heldout([str(tmp_path)], tokenizer)
+    joined = "one\n\n\n漢\n\nplain\n\n\n = WikiText =\r\n\n é\n\n\nlast"
+    assert tokenizer.decode(heldout.token_ids.tolist()) == joined
+    assert heldout.token_ids.tolist() == tokenizer.encode(joined)
+    assert (heldout.n_bytes, heldout.n_documents) == (len(joined.encode()), 5)
+    assert "line 2: not JSON" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.jsonl", b"bad\n"), ("a.txt", b""), ("a.txt", b"\xff")])
+def test_heldout_without_text(tmp_path: Path, tokenizer: Tokenizer, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=name if content == b"\xff" else "hold no text"):
+        load_heldout([str(tmp_path)], tokenizer)
