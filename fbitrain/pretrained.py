@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import fbitrain.model.hf  # noqa: F401 - registers the model_type of packed folders
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.errors import UserError
+from fbitrain.teacher import export_gguf
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,8 +47,6 @@ def model_folder(path: Path) -> Iterator[Path]:
     Raises UserError where there is no model, saying what there is instead.
     """
     if path.is_file() and path.suffix == ".gguf":
-        from fbitrain.teacher import export_gguf  # which loads the reader for GGUF
-
         with TemporaryDirectory(prefix="fbitrain-gguf-") as folder:
             export_gguf(path, Path(folder))
             yield Path(folder)

@@ -114,6 +114,8 @@ def _write_model(folder: Path, config: Config, model_config: LlamaConfig, tensor
     )
     generation.save_pretrained(folder)
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})  # in shards of 5 GB
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def _refuse_non_finite(tensors: Mapping[str, Tensor], dtype: str) -> None:

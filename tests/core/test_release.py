@@ -99,6 +99,7 @@ def test_what_lies_in_the_folders(run_dir: Path, tmp_path: Path, workspace: Any)
     assert kinds == {"weight": torch.float16, "weight_bits": torch.int32, "alpha": torch.float32, "beta": torch.float32}
     assert all(t.dtype == torch.float16 for t in load_file(out / "dense" / "model.safetensors").values())
     for name in ("dense", "packed"):
+        assert (out / name / "model.safetensors").stat().st_mode & 0o777 == 0o644
         tokenizer = AutoTokenizer.from_pretrained(out / name)
         text = "the model learns  one bit\n"
         assert tokenizer(text, add_special_tokens=False).input_ids == load_tokenizer(workspace.teacher).encode(text)
