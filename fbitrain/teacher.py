@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from fbitrain.data.gguf_tokenizer import read_metadata
 from fbitrain.data.shards import DataError
@@ -97,17 +97,14 @@ def teacher_vocab_size(path: str | Path) -> int:
     where = _locate(path)
     if where is not None and where.is_file():
         return _gguf_vocab_size(where)
-    if where is not None:
-        try:
-            vocab_size = json.loads((where / "config.json").read_text(encoding="utf-8")).get("vocab_size")
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{where / 'config.json'} of the teacher cannot be read ({error}); get it anew") from None
-        if isinstance(vocab_size, int):
-            return vocab_size
-    try:
-        return int(AutoConfig.from_pretrained(where or path, trust_remote_code=False).get_text_config().vocab_size)
-    except (*_LOAD_ERRORS, AttributeError) as error:
+    try:  # the bare values: no code that comes with a model is run for this
+        values, _ = PretrainedConfig.get_config_dict(where or path)
+    except _LOAD_ERRORS as error:
         raise _not_loadable(path, error) from error
+    size = values.get("vocab_size") or values.get("text_config", {}).get("vocab_size")
+    if not isinstance(size, int):
+        raise UserError(f"teacher {path} has no vocab_size in its config.json; it must be {SUPPORTED}")
+    return size
 
 
 def export_gguf(gguf_path: str | Path, out_dir: str | Path) -> bool:
