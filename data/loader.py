@@ -136,8 +136,8 @@ class TokenLoader:
         if drawn.error:
             raise DataError(drawn.error)
         bad_records = sum(lane["bad_records"] for lane in self._lane_states.values())
-        if bad_records > self._data.max_bad_records:
-            raise DataError(too_many_bad_records(self._data.max_bad_records, drawn.notes[-1]))
+        if drawn.last_bad and bad_records > self._data.max_bad_records:
+            raise DataError(too_many_bad_records(self._data.max_bad_records, drawn.last_bad))
 
     def _state(self) -> dict[str, Any]:
         return {

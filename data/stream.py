@@ -52,13 +52,14 @@ class Lane:
     """Iterates over sequences int64 [T+1]: consecutive, disjoint pieces of the lane's one running sequence of tokens.
 
     Ends only when no source has a document for this lane. `state()` after a sequence restores what follows it, bit for
-    bit. `notes` collects what the user should read; whoever drives the lane logs and clears it.
+    bit. `take_notes()` hands over what the user should read.
     """
 
     def __init__(self, plan: LanePlan, tokenizer: Tokenizer, state: dict[str, Any] | None = None) -> None:
         state = initial_state(plan) if state is None else state
         self.plan, self.tokenizer = plan, tokenizer
-        self.notes: list[str] = []
+        self._notes: list[str] = []
+        self._last_bad = ""
         self.sequences: int = state["sequences"]
         self.bad_records: int = state["bad_records"]
         self.empty: bool = state["empty"]
@@ -98,9 +99,16 @@ class Lane:
             "empty": self.empty,
         }
 
+    def take_notes(self) -> tuple[tuple[str, ...], str]:
+        """What there is to tell since the last call, and the last bad record among it (or nothing)."""
+        taken = tuple(self._notes), self._last_bad
+        self._notes, self._last_bad = [], ""
+        return taken
+
     def report(self, bad: BadRecord, count: bool) -> None:
         """Notes a bad record; one more than the limit ends the run."""
-        self.notes.append(f"skipped {bad}")
+        self._last_bad = str(bad)
+        self._notes.append(f"skipped {bad}")
         self.bad_records += count
         if self.bad_records > self.plan.max_bad_records:
             raise DataError(too_many_bad_records(self.plan.max_bad_records, str(bad)))
@@ -111,7 +119,7 @@ class Lane:
             reader = self._furthest_below(readers)
             record = reader.next_record()
             if record is None:
-                self.notes.append(f"lane {self.plan.lane}: source {reader.plan.name!r} has no document for it")
+                self._notes.append(f"lane {self.plan.lane}: source {reader.plan.name!r} has no document for it")
                 continue
             ids = self._wrapped(record.text)
             reader.count(record, len(ids))

@@ -42,7 +42,8 @@ class Drawn:
     lane: int
     tokens: npt.NDArray[np.int64] | None  # [T+1]; None: the lane has no documents
     state: dict[str, Any]  # of the lane, after these tokens
-    notes: tuple[str, ...]  # for the user's eyes
+    notes: tuple[str, ...] = ()  # for the user's eyes
+    last_bad: str = ""  # the last bad record among the notes
     error: str = ""
 
 
@@ -61,7 +62,7 @@ def produce(job: Job, tokenizer: Tokenizer) -> Iterator[Drawn]:
         try:
             lanes.append(Lane(plan, tokenizer, state))
         except DataError as error:
-            yield Drawn(plan.lane, None, state, (), str(error))
+            yield Drawn(plan.lane, None, state, error=str(error))
             return
     while lanes:
         for lane in list(lanes):
@@ -80,9 +81,8 @@ def _draw(lane: Lane) -> Drawn:
         tokens = next(lane, None)
     except DataError as data_error:
         error = str(data_error)
-    notes = tuple(lane.notes)
-    lane.notes.clear()
-    return Drawn(lane.plan.lane, tokens, lane.state(), notes, error)
+    notes, last_bad = lane.take_notes()
+    return Drawn(lane.plan.lane, tokens, lane.state(), notes, last_bad, error)
 
 
 class WorkerProcess:

@@ -101,10 +101,12 @@ def test_each_document_once_per_epoch(data: Any, tokenizer: Tokenizer, tmp_path_
         stop_every = data.draw(st.integers(1, 9))
         for n in range(4000):
             piece = next(lane, None)
-            if piece is None or all(s["epoch"] > 1 or s["dropped"] for s in lane.state()["sources"].values()):
+            if piece is None:
                 break
             assert len(piece) == settings_.seq_len + 1
             ids += piece.tolist()
+            if all(source["epoch"] > 1 or source["dropped"] for source in lane.state()["sources"].values()):
+                break
             if n % stop_every == 0:
                 lane = Lane(plan, tokenizer, json.loads(json.dumps(lane.state())))
         for name in names:
@@ -195,7 +197,7 @@ def test_no_documents_end_a_lane(tmp_path: Path, tokenizer: Tokenizer, content: 
     assert next(lane, None) is None
     assert lane.state()["empty"]
     assert lane.bad_records == content.count(b"bad")
-    assert "source 'a' has no document" in lane.notes[-1]
+    assert "source 'a' has no document" in lane.take_notes()[0][-1]
     assert next(Lane(lane.plan, tokenizer, lane.state()), None) is None
 
 
@@ -222,7 +224,7 @@ def test_a_source_too_small_for_a_lane_is_dropped_there(tmp_path: Path, tokenize
         for _ in range(20):
             next(lane)
     assert sorted(lane.state()["sources"]["small"]["dropped"] for lane in found) == [False, True, True]
-    assert sum("source 'small' has no document" in note for lane in found for note in lane.notes) == 2
+    assert sum("source 'small' has no document" in note for lane in found for note in lane.take_notes()[0]) == 2
 
 
 def test_bad_records_count_once_and_up_to_the_limit(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -234,8 +236,11 @@ def test_bad_records_count_once_and_up_to_the_limit(tmp_path: Path, tokenizer: T
         next(lane)
     assert lane.state()["sources"]["a"]["epoch"] > 5
     assert lane.bad_records == 2  # in later epochs they are told again, and not counted again
-    assert lane.notes[0].startswith(f"skipped {path}, line 2: not JSON")
-    assert lane.notes.count(lane.notes[0]) > 5
+    notes, last_bad = lane.take_notes()
+    assert notes[0].startswith(f"skipped {path}, line 2: not JSON")
+    assert notes.count(notes[0]) > 5
+    assert last_bad.startswith(f"{path}, line 3: field 'text' is not a string")
+    assert lane.take_notes() == ((), "")
     with pytest.raises(DataError, match=rf"max_bad_records=1 bad records, the last one in {path}, line 3.*raise data"):
         next(lanes(config(tmp_path, ["a"], max_bad_records=1), tokenizer)[0])
 

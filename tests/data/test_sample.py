@@ -1,0 +1,147 @@
+"""The sample corpus: real documents, none twice, none in training that is held out, made again the same."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fbitrain.data import sample
+from fbitrain.data.records import Record, read_records
+from fbitrain.data.sample_sources import Document, _readable_code
+from fbitrain.data.shards import DataError, find_shards
+
+MEGABYTES = 0.6
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sample") / "corpus"
+    assert sample.main(["--out", str(out), "--megabytes", str(MEGABYTES)]) == 0
+    return out
+
+
+def read(path: Path) -> list[str]:
+    found = [item for shard in find_shards([str(path)], "test") for item in read_records(shard)]
+    assert all(isinstance(item, Record) for item in found)
+    return [item.text for item in found if isinstance(item, Record)]
+
+
+def test_layout_sizes_and_manifest(made: Path) -> None:
+    names = sorted(path.relative_to(made).as_posix() for path in made.rglob("*") if path.is_file())
+    shards = ["docs/docs_00", "docs/docs_01", *(f"github/github_{i:02d}" for i in range(4)), "heldout"]
+    assert names == sorted([*(f"{name}.jsonl.zst" for name in shards), "manifest.json"])
+    files = json.loads((made / "manifest.json").read_text())["files"]
+    assert sum(file["text_bytes"] for file in files.values()) == pytest.approx(MEGABYTES * 1e6, rel=0.2)
+    assert (
+        sum(len(text.encode()) for text in read(made / "heldout.jsonl.zst")) == files["heldout.jsonl.zst"]["text_bytes"]
+    )
+    assert 0.05 < files["heldout.jsonl.zst"]["text_bytes"] / (MEGABYTES * 1e6) < 0.25
+    assert not made.with_name("corpus.tmp").exists()
+
+
+def test_held_out_documents_are_in_no_shard_and_none_is_there_twice(made: Path) -> None:
+    training = read(made / "github") + read(made / "docs")
+    heldout = read(made / "heldout.jsonl.zst")
+    assert len(heldout) >= 2
+    assert not set(training) & set(heldout)
+    assert len(set(training + heldout)) == len(training + heldout)
+
+
+def test_records_are_redpajama_like_and_real(made: Path) -> None:
+    import zstandard
+
+    raw = zstandard.ZstdDecompressor().decompress((made / "github" / "github_00.jsonl.zst").read_bytes())
+    record = json.loads(raw.splitlines()[0])
+    assert set(record) == {"text", "meta"}
+    assert {"source", "repo_name", "path", "license", "size"} <= set(record["meta"])
+    assert record["meta"]["size"] == str(len(record["text"].encode()))
+    assert record["meta"]["source"] == "github"
+    original = Path(sys.modules["json"].__file__ or "").parents[1] / record["meta"]["path"]
+    assert original.read_text(encoding="utf-8") == record["text"]  # so small a corpus is standard library only
+
+
+def test_made_again_the_same_and_by_another_seed_not(made: Path, tmp_path: Path) -> None:
+    assert sample.write_sample(tmp_path / "same", MEGABYTES, 0)
+    assert (tmp_path / "same" / "manifest.json").read_bytes() == (made / "manifest.json").read_bytes()
+    assert sample.write_sample(tmp_path / "other", MEGABYTES, 1)
+    assert set(read(tmp_path / "other" / "heldout.jsonl.zst")) != set(read(made / "heldout.jsonl.zst"))
+
+
+def test_reused_only_while_valid(made: Path, tmp_path: Path, capsys: Any) -> None:
+    import shutil
+
+    out = tmp_path / "copy"
+    shutil.copytree(made, out)
+    arguments = ["--out", str(out), "--megabytes", str(MEGABYTES)]
+    before = (out / "manifest.json").stat().st_mtime_ns
+    assert sample.main(arguments) == 0
+    assert "kept the valid sample corpus" in capsys.readouterr().out
+    assert (out / "manifest.json").stat().st_mtime_ns == before
+    shard = out / "docs" / "docs_01.jsonl.zst"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert sample.main(arguments) == 0
+    assert "wrote" in capsys.readouterr().out
+    assert shard.read_bytes() == (made / "docs" / "docs_01.jsonl.zst").read_bytes()
+    shard.unlink()
+    assert not sample.is_valid(out, json.loads((made / "manifest.json").read_text())["settings"])
+
+
+@pytest.mark.parametrize("manifest", [None, "{}", "not json"])
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, manifest: str | None, capsys: Any) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
+    assert sample.main(["--out", str(tmp_path), "--megabytes", "0.1"]) == 1
+    assert "is no sample corpus" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_failed_write_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sample, "_write_durably", full)
+    with pytest.raises(DataError, match="No space left on device"):
+        sample.write_sample(tmp_path / "out", 0.1, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_positive_to_collect(tmp_path: Path, capsys: Any) -> None:
+    assert sample.main(["--out", str(tmp_path / "out"), "--megabytes", "0"]) == 1
+    assert "must be positive" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"short",
+        b"x = 1\n" + b"\xff" * 300,
+        b"# This file was generated by a tool\n" + b"y = f(x)\n" * 40,
+        b"t = '" + b"x" * 500 + b"'\n",
+        b"t = [\n" + b"0, 12, 345, 6789,\n" * 40 + b"]\n",
+        b"a = '\0'\n" * 40,
+        b"y = f(x)\n" * 12_000,
+    ],
+)
+def test_what_is_no_hand_written_code(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.py").write_bytes(content)
+    assert _readable_code(tmp_path / "a.py") is None
+
+
+def test_hand_written_code(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("def f(x):\n    return x + 1\n" * 20)
+    assert _readable_code(tmp_path / "a.py") == "def f(x):\n    return x + 1\n" * 20
+
+
+def test_heldout_is_about_as_long_as_asked() -> None:
+    documents = [
+        Document(str(i), {"size": str(size), "content_hash": str(i)}) for i, size in enumerate([900, 50_000] * 50)
+    ]
+    chosen = sample.choose_heldout(documents, 9_500, seed=0)
+    assert sum(document.n_bytes for document in chosen) == 9_900  # the last one reaches the goal; none is long
+    assert chosen != sample.choose_heldout(documents, 9_500, seed=1)
+    assert sample.choose_heldout(documents, 0, seed=0) == []
