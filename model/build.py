@@ -66,6 +66,7 @@ def build_student(model: ModelConfig, binarize: BinarizeConfig, seed: int) -> tu
         config = llama_config(model)
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
         report = binarize_(lm, binarize, init_std=model.init_std)
+    _set_rotary_frequencies(lm, model)
     return lm, report
 
 
@@ -98,6 +99,15 @@ def pack_(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, BinaryLinear):
             model.set_submodule(name, PackedBinaryLinear.from_linear(module))
+
+
+def _set_rotary_frequencies(lm: LlamaForCausalLM, model: ModelConfig) -> None:
+    """theta^(-2i / head size) in fp32: zero.Init rounds new float tensors to bf16, which rotations do not survive."""
+    head_size = model.d_model // model.n_heads
+    exponents = torch.arange(0, head_size, 2).to(torch.float32) / head_size  # born as integers, zero.Init lets them be
+    rotary = lm.model.rotary_emb
+    rotary.inv_freq = (1.0 / model.rope_theta**exponents).to(rotary.inv_freq.device)
+    rotary.original_inv_freq = rotary.inv_freq.clone()
 
 
 def _binary(linear: nn.Linear, binarize: BinarizeConfig, init_std: float) -> BinaryLinear:

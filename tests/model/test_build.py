@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +72,22 @@ def test_report_is_one_line() -> None:
         "binarized 0/15 Linear layers (0 weights); kept model.layers.0.self_attn.q_proj, "
         "model.layers.0.self_attn.k_proj and 13 more (rule: binarize.enabled=false)"
     )
+
+
+def test_rotary_frequencies_stay_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where float tensors are born in bf16, as inside DeepSpeed's zero.Init."""
+    wanted = LlamaForCausalLM(llama_config(SMALL)).model.rotary_emb.inv_freq
+    arange = torch.arange
+
+    def rounding_arange(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = arange(*args, **kwargs)
+        return made.bfloat16() if made.is_floating_point() else made
+
+    assert torch.equal(build_student(SMALL, KEEP_HEAD, seed=0)[0].model.rotary_emb.inv_freq, wanted)
+    monkeypatch.setattr(torch, "arange", rounding_arange)
+    rotary = build_student(SMALL, KEEP_HEAD, seed=0)[0].model.rotary_emb
+    assert (rotary.inv_freq.dtype, rotary.original_inv_freq.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(rotary.inv_freq, wanted)
 
 
 def test_seed_decides_the_weights_and_nothing_else_changes() -> None:
