@@ -25,12 +25,14 @@ def make_inputs(
 
     labels_M = torch.randint(0, vocab, (n_tokens,), generator=generator)
     labels_M[torch.randperm(n_tokens, generator=generator)[:ignored]] = -100
+    hidden_MD, head_VD = normal(n_tokens, D), normal(vocab, D, scale=0.5)
     return {
-        "hidden_MD": normal(n_tokens, D).requires_grad_(),
-        "head_VD": normal(vocab, D, scale=0.5).requires_grad_(),
+        "hidden_MD": hidden_MD.clone().requires_grad_(),
+        "head_VD": head_VD.clone().requires_grad_(),
         "labels_M": labels_M,
-        "teacher_hidden_MD": normal(n_tokens, DT),
-        "teacher_head_VD": normal(vocab, DT, scale=0.6),
+        # Part of the teacher is the student, so that they agree on some tokens.
+        "teacher_hidden_MD": torch.cat((hidden_MD, normal(n_tokens, DT - D)), dim=1),
+        "teacher_head_VD": torch.cat((head_VD, normal(vocab, DT - D, scale=0.4)), dim=1),
     }
 
 
@@ -90,6 +92,8 @@ def test_equals_the_definition(kd_weight: float, ce_weight: float, temperature: 
     wanted, sums = naive(inputs, **weights)
     if kd_weight == 0:  # the teacher is not looked at
         sums |= {name: torch.zeros(()) for name in ("kd", "teacher_entropy", "teacher_label_ce", "top1_agreement")}
+    else:
+        assert 0 < float(metrics.top1_agreement) < float(metrics.tokens)
     assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     assert_metrics(metrics, sums, 1e-5)
     for got, exact in zip(gradients(loss, inputs), gradients(wanted, inputs), strict=True):
@@ -164,7 +168,7 @@ def test_labels_alone_need_no_teacher() -> None:
     loss, _ = distill_loss(
         inputs["hidden_MD"], inputs["head_VD"], inputs["labels_M"], None, None, kd_weight=0, ce_weight=2
     )
-    assert float(loss.detach()) == pytest.approx(float(naive(inputs, 0.0, 2.0, 1.0)[0]), rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(float(naive(inputs, 0.0, 2.0, 1.0)[0].detach()), rel=1e-5)
 
 
 def test_gradient_accumulation_scales_and_adds() -> None:
