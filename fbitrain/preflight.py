@@ -83,7 +83,7 @@ def _check_inputs(report: Report, config: Config) -> None:
             report.problems.append(str(error))
         else:
             size = sum(shard.size for shard in shards)
-            report.add("data", f"{source.name}: {len(shards)} shards, {size / GB:.3f} GB, weight {source.weight:g}")
+            report.add("data", f"{source.name}: {len(shards)} shards, {size / 1e6:,.1f} MB, weight {source.weight:g}")
     if config.eval.every and config.data.heldout:
         try:
             find_shards(config.data.heldout, "heldout", JSONL_SUFFIXES + TEXT_SUFFIXES)
