@@ -301,15 +301,19 @@ def test_workers_end_with_a_killed_parent(data: DataConfig, byte_tokenizer: str,
         "from fbitrain.data.config import *\n"
         f"loader = TokenLoader({dataclasses.replace(data, n_workers=1)!r}, {byte_tokenizer!r}, 0, 1, 1)\n"
         "next(loader)\n"
-        "print(loader._workers[0].process.pid, flush=True)\n"
-        "import time; time.sleep(60)\n"
+        "import os, sys\n"
+        "if os.fork():\n"
+        "    print(loader._workers[0].process.pid, flush=True)\n"
+        "sys.stdin.read()\n"  # both stay; the child, as a fork does, holds the worker's pipe open
+        "os._exit(0)\n"
     )
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as trainer:
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as trainer:
         assert trainer.stdout is not None
         worker = os.pidfd_open(int(trainer.stdout.readline()))
         trainer.kill()
-    readable = select.select([worker], [], [], 10.0)[0]  # a pidfd turns readable when its process ends
-    os.close(worker)
+        readable = select.select([worker], [], [], 10.0)[0]  # a pidfd turns readable when its process ends
+        os.close(worker)
     assert readable
 
 
