@@ -79,7 +79,7 @@ class Lane:
         length = self.plan.seq_len + 1
         while len(self._tokens) - self._start < length:
             if not self._append_document():
-                self.empty, self._tokens = True, []
+                self.empty, self._tokens, self._start = True, [], 0
                 raise StopIteration
         piece = np.array(self._tokens[self._start : self._start + length], dtype=np.int64)
         self._start += length
