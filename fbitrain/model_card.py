@@ -163,15 +163,19 @@ def _snippet(name: str, option: str) -> str:
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{name}"{option})
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}"{option})
 ```"""
 
 
 def _limits(config: Config, packed: bool) -> str:
-    bos = "Training put BOS before each document; a prompt should start with it too. " if config.data.add_bos else ""
-    speed = "In plain torch, `packed` saves memory, not time: it unpacks its bits at every call. " if packed else ""
-    return f"""## Limits
-
-A base model: it continues text, and was not tuned to follow instructions or to be safe. {bos}{speed}Its teacher's and
-its data's licences may bind its use.
-"""
+    lines = [
+        "## Limits",
+        "",
+        "A base model: it continues text, and was not tuned to follow instructions or to be safe.",
+        "Its teacher's and its data's licences may bind its use.",
+    ]
+    if config.data.add_bos:
+        lines.append("Training put BOS before each document; a prompt should start with it too.")
+    if packed:
+        lines.append("In plain torch `packed` saves memory, not time: it unpacks its bits at every call.")
+    return "\n".join(lines) + "\n"
