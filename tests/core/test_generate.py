@@ -152,3 +152,13 @@ def test_a_folder_without_a_model_is_one_sentence(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert words.get(where, str(folder)) in error
+
+
+def test_ctrl_c_is_no_error_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    assert run(interrupted, command.parser(), ["model"]) == 130
+    assert capsys.readouterr().err == "generate.py: interrupted\n"
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupted, command.parser(), ["model", "--debug"])
