@@ -24,6 +24,7 @@ if "DS_ACCELERATOR" not in os.environ and not torch.cuda.is_available():
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 
+COMMUNICATION_BUCKET = 2**24  # elements exchanged at a time: 32 MiB in bf16, enough to fill a network
 PREFIX = "lm."  # of parameter names inside Student; checkpoints use the LlamaForCausalLM's own names
 
 
@@ -87,7 +88,12 @@ def lr_at(config: Config, step: int) -> float:
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """DeepSpeed's JSON, derived from ours; nobody writes it by hand."""
     engine, train = config.engine, config.train
-    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    zero: dict[str, Any] = {
+        "stage": engine.zero_stage,
+        # DeepSpeed's default of 5e8 elements allocates and touches gigabytes in every step, whatever the model's size.
+        "reduce_bucket_size": COMMUNICATION_BUCKET,
+        "allgather_bucket_size": COMMUNICATION_BUCKET,
+    }
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
