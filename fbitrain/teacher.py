@@ -72,8 +72,8 @@ def load_teacher(
     it is not sharded: it stays on `device`, copied if it is tied to the embedding.
 
     Raises UserError if there is no such model, if it lacks weights, or if its logits are anything but hidden · headᵀ.
-    Raises RuntimeError inside a ZeRO-3 initialization context (HfDeepSpeedConfig, zero.Init), which would have taken
-    the weights away: load the teacher before the student.
+    Raises RuntimeError while an HfDeepSpeedConfig for ZeRO-3 is alive, which makes transformers take the weights apart:
+    load the teacher before it is made.
     """
     model = _load_model(path, dtype, trust_remote_code).requires_grad_(False).eval()
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
