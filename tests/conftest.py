@@ -78,6 +78,18 @@ class Launched:
         """To the launcher and all ranks at once: `deepspeed` alone would leave them behind as orphans."""
         os.killpg(self.process.pid, number)
 
+    def wait_for_all(self, timeout: float = 120.0) -> None:
+        """Until no process of the launch is left; the launcher itself may be gone long before its ranks."""
+        self.process.wait(timeout)
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            try:
+                os.killpg(self.process.pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.05)
+        pytest.fail(f"ranks are still there after {timeout} s:\n{self.output[-3000:]}")
+
     def wait_for(self, condition: Callable[[], bool], timeout: float = 120.0) -> None:
         """Polls until `condition` holds; fails the test if the launch ends first."""
         deadline = time.monotonic() + timeout
@@ -103,18 +115,24 @@ class Launcher:
         ranks: int = 2,
         script: Path | None = None,
         env: dict[str, str] | None = None,
+        deepspeed: bool = False,
         launcher_options: tuple[str, ...] = (),
         runs: Path | None = None,
         port: int | None = None,
     ) -> Launched:
+        """Starts a launch. Most tests spawn the ranks directly, which saves two imports of torch; with `deepspeed` the
+        real launcher does it, on `ranks` local ranks or as `launcher_options` say."""
         runs = runs or self._scratch / "runs"
         log = self._scratch / f"{name}-{len(self._running)}.log"
-        command = [
-            *(sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--master_port", str(port or free_port())),
-            *(launcher_options or ("--num_accelerators", str(ranks))),
-            *(str(script or ROOT / "launch" / "pretrain.py"), str(self._workspace.config)),
-            *(f"run.dir={runs}", f"run.name={name}", *overrides),
-        ]
+        port = port or free_port()
+        if deepspeed or launcher_options:
+            local = launcher_options or ("--num_accelerators", str(ranks))
+            launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--master_port", str(port), *local]
+        else:
+            launcher = [sys.executable, str(ROOT / "tests" / "launch" / "spawn_ranks.py"), str(ranks), str(port)]
+        pretrain = script or ROOT / "launch" / "pretrain.py"
+        options = (f"run.dir={runs}", f"run.name={name}", *overrides)
+        command = [*launcher, str(pretrain), str(self._workspace.config), *options]
         # The launcher looks for its own helpers on PATH.
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         with log.open("w") as out:

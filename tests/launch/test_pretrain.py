@@ -22,7 +22,7 @@ FAULTS = Path(__file__).with_name("faulty_pretrain.py")
 @pytest.fixture(scope="module")
 def reference(launch: Any) -> Any:
     """Six uninterrupted steps, stage 1, two ranks."""
-    return launch("reference", "engine.zero_stage=1")
+    return launch("reference", "engine.zero_stage=1", deepspeed=True)
 
 
 def assert_same_losses(found: dict[int, float], wanted: dict[int, float], relative: float) -> None:
@@ -66,7 +66,7 @@ def test_stages_agree(launch: Any, reference: Any, stage: int) -> None:
 
 
 def test_three_steps_kill_and_the_rest_are_the_same_run(launch: Any, reference: Any) -> None:
-    killed = launch.start("killed", env={"FAULT": "kill_at_step_4"}, script=FAULTS)
+    killed = launch.start("killed", env={"FAULT": "kill_at_step_4"}, script=FAULTS, deepspeed=True)
     assert killed.wait() != 0
     assert max(killed.losses) == 3
     again = launch("killed")
@@ -118,10 +118,10 @@ def test_bf16_offload_and_activation_checkpointing(launch: Any, reference: Any) 
 
 
 def test_sigterm_saves_at_the_step_border_and_the_rest_is_the_same_run(launch: Any, reference: Any) -> None:
-    run = launch.start("signalled", "checkpoint.every=100")
+    run = launch.start("signalled", "checkpoint.every=100", deepspeed=True)
     run.wait_for(lambda: bool(run.losses))
     run.signal(signal.SIGTERM)
-    run.wait()
+    run.wait_for_all()
     marker = json.loads((run.run_dir / "STOPPED.json").read_text())
     assert marker["reason"] == "signal SIGTERM"
     assert "the same command goes on from there" in run.output
