@@ -125,7 +125,12 @@ class SignTracker:
 
 def gather_scales(engine: Engine) -> dict[str, Tensor]:
     """On rank 0 every α and β, whole and flat, by name; empty elsewhere. Collective; for histograms."""
-    mine = [(f.name, f.start, f.weight.cpu()) for f in engine.fragments() if f.name.endswith((".alpha", ".beta"))]
+    # Copies: a pickled view takes its whole flat buffer along.
+    mine = [
+        (f.name, f.start, f.weight.to("cpu", copy=True))
+        for f in engine.fragments()
+        if f.name.endswith((".alpha", ".beta"))
+    ]
     everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(mine, everyone)
     pieces: dict[str, list[tuple[int, Tensor]]] = {}
