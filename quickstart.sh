@@ -92,6 +92,9 @@ supervise python launch/doctor.py --config "$CONFIG" --world-size "$ranks" || ex
 heading "5/9 training on $ranks $( ((gpus > 0)) && echo GPUs || echo CPU ranks)"
 supervise deepspeed -q --master_port "$(free_port)" --num_accelerators "$ranks" launch/pretrain.py "$CONFIG" ||
     fail "training stopped before its end; ./quickstart.sh goes on from the last checkpoint in $RUN/checkpoints."
+# A launcher that was killed itself can report success.
+[[ -f $RUN/FINISHED.json ]] ||
+    fail "training stopped before its end; ./quickstart.sh goes on from the last checkpoint in $RUN/checkpoints."
 
 heading "6/9 release"
 if newer "$RELEASE/dense/config.json" "$(last_checkpoint)" && newer "$RELEASE/packed/config.json" "$(last_checkpoint)"; then

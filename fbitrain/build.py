@@ -1,12 +1,14 @@
-"""From a Config to the parts that the loop works with; what can be checked cheaply is checked before anything is loaded."""
+"""From a Config to the parts that the loop works with; what can be checked cheaply is checked before loading."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
 
 from fbitrain import checkpoint, environment
@@ -18,7 +20,7 @@ from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.engine import Engine, device, resolve_precision, shard_teacher
 from fbitrain.errors import UserError
 from fbitrain.evaluate import heldout_windows
-from fbitrain.files import write_json, write_text
+from fbitrain.files import lock_folder, write_json, write_text
 from fbitrain.metrics import BatchLog, Interval, SignTracker, Writer, flops_per_token
 from fbitrain.model.build import BinarizeReport, build_student
 from fbitrain.ranks import agreed, say
@@ -49,17 +51,19 @@ class Parts:
     signs: SignTracker
     flops_per_token: float
     batch_log: BatchLog | None
+    blank_batch: Tensor  # int64 [micro_batch_size, seq_len + 1], what a rank whose stream failed goes on with
     rank: int
 
 
 def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerState]:
     """Checks everything that can be checked cheaply, then loads teacher, student and stream, and resumes."""
-    agreed(lambda: prepare_run_dir(config, world_size) if rank == 0 else None)
+    transformers.utils.logging.disable_progress_bar()  # every rank would draw its own, for a second's work
+    agreed(lambda: prepare_run_dir(config) if rank == 0 else None)
     tokenizer_path = config.distill.teacher if config.data.tokenizer == "teacher" else config.data.tokenizer
     tokenizer = agreed(lambda: check_vocabularies(config, tokenizer_path))
     heldout = agreed(lambda: load_windows(config, tokenizer))
     source = choose_checkpoint(config, rank)
-    data_states = checkpoint.data_states(source) if source else None
+    data_states = agreed(lambda: checkpoint.data_states(source)) if source else None
     # Opened before anything heavy is loaded: a missing or changed shard is found here.
     loader = agreed(
         lambda: TokenLoader(
@@ -70,8 +74,12 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
     engine, report = build_engine(config)
     state = TrainerState()
     if source:
-        state = agreed(lambda: checkpoint.resume(engine, config, source))
+        agreed(lambda: checkpoint.fill(engine, source))
+        state = checkpoint.trainer_state(source)
+        engine.fragments_changed(state.step)
         say(f"resumed from {source}")
+    # Only now, with every check behind us: a launch that is refused leaves the folder of a good run as it was.
+    agreed(lambda: record_start(config, world_size, state) if rank == 0 else None)
     at = engine.device
     weights = engine.matrix_weights()
     parts = Parts(
@@ -85,28 +93,71 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
         interval=Interval(at),
         signs=SignTracker(engine, [f"{name}.weight" for name in report.binarized], config.metrics.near_zero, at),
         flops_per_token=flops_per_token(config, weights, teacher.n_parameters if teacher else 0),
+        blank_batch=torch.zeros(config.train.micro_batch_size, config.data.seq_len + 1, dtype=torch.int64),
         batch_log=BatchLog(config.run_dir, rank) if config.debug.log_batches else None,
         rank=rank,
     )
     return parts, state
 
 
-def prepare_run_dir(config: Config, world_size: int) -> None:
-    """Prints and saves the resolved configuration; clears what interrupted saves left. Rank 0."""
+def finished(config: Config, rank: int) -> str:
+    """A sentence if the run has nothing left to train, found out before anything is loaded; else empty.
+
+    Raises UserError if the finished run is of another configuration.
+    """
+
+    def look() -> str:
+        latest = checkpoint.find_latest(config.run_dir) if config.train.resume == "auto" else None
+        if latest is None or checkpoint.damage(latest):
+            return ""
+        state = checkpoint.trainer_state(latest)
+        if state.step < config.train.total_steps:
+            return ""
+        checkpoint.require_same_config(latest, config)
+        write_finished(config, state)  # again, in case the run was killed between its last checkpoint and its marker
+        return f"nothing to do: {config.run_dir} is trained to step {state.step}, see {latest}"
+
+    found = [agreed(lambda: look() if rank == 0 else "")]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def write_finished(config: Config, state: TrainerState) -> None:
+    """The marker of a run that reached its last step; launchers do not pass exit codes on faithfully."""
+    marker = {"step": state.step, "tokens": state.tokens, "reason": "finished"}
+    write_json(config.run_dir / "FINISHED.json", marker)
+
+
+def prepare_run_dir(config: Config) -> None:
+    """Makes the folder ours, prints the resolved configuration, clears what interrupted saves left. Rank 0."""
     run_dir = config.run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if not lock_folder(run_dir):
+            raise UserError(
+                f"{run_dir} is being trained by another process; wait for it or end it, or choose another run.name"
+            )
         for leftover in checkpoint.discard_unfinished(run_dir):
             say(f"removed {leftover}, left by an interrupted save")
-        text = to_yaml(config)
-        print(text, flush=True)
-        write_text(run_dir / "config.yaml", text)
+    except OSError as error:
+        raise UserError(
+            f"the run folder {run_dir} cannot be written: {error.strerror}; choose another run.dir"
+        ) from None
+    print(to_yaml(config), flush=True)
+
+
+def record_start(config: Config, world_size: int, state: TrainerState) -> None:
+    """Saves configuration and environment; sets aside checkpoints that this run leaves behind. Rank 0."""
+    run_dir = config.run_dir
+    try:
+        checkpoint.abandon_newer(run_dir, state.step)
+        write_text(run_dir / "config.yaml", to_yaml(config))
         write_json(run_dir / "environment.json", environment.describe(world_size))
         for marker in ("FINISHED.json", "STOPPED.json"):
             (run_dir / marker).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"the run folder {run_dir} cannot be written: {error.strerror}; choose another run.dir"
+            f"the run folder {run_dir} cannot be written: {error.strerror}; free space or choose another"
         ) from None
 
 
@@ -168,6 +219,7 @@ def build_teacher(config: Config) -> Teacher | None:
 
 def build_engine(config: Config) -> tuple[Engine, BinarizeReport]:
     if config.debug.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
         torch.use_deterministic_algorithms(True)
     lm, report = build_student(config.model, config.binarize, config.train.seed)
     say(str(report))

@@ -17,6 +17,7 @@ import errno
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,11 +38,21 @@ if TYPE_CHECKING:
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 FORMAT = 1
+NETWORK_DISK_SECONDS = 20.0  # for one rank to see what another has written
 _NAME = re.compile(r"step_(\d{8})")
 
 # Keys that may differ between a checkpoint and the run that resumes it. The rest decides what the numbers mean.
 _FREE_SECTIONS = ("run.", "engine.", "checkpoint.", "metrics.", "eval.", "debug.", "optim.", "distill.")
-_FREE_KEYS = ("train.", "data.n_workers", "data.max_bad_records", "data.heldout", "model.preset")
+# The stream itself compares sources by their shards' names and sizes and tokenizers by what they do, wherever they lie.
+_FREE_KEYS = (
+    "train.",
+    "data.n_workers",
+    "data.max_bad_records",
+    "data.heldout",
+    "data.sources",
+    "data.tokenizer",
+    "model.preset",
+)
 
 
 @dataclass(frozen=True)
@@ -104,21 +115,39 @@ def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 
 
 def _finish(folder: Path, final: Path, engine: Engine, config: Config, state: TrainerState) -> None:
+    _require_every_rank(folder)
     shapes = {name: list(shape) for name, shape in engine.shapes().items()}
     write_json(folder / "trainer.json", {**asdict(state), "world_size": dist.get_world_size(), "shapes": shapes})
     write_text(folder / "config.yaml", to_yaml(config))
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     write_json(folder / "COMPLETE.json", {"format": FORMAT, "step": state.step, "files": sizes})
     fsync_folder(folder)
-    if final.exists():  # a repeated save of the same step, e.g. a stop signal right after a regular save
-        shutil.rmtree(final)
     folder.rename(final)
     fsync_folder(final.parent)
     if config.checkpoint.keep:
         for old in complete_checkpoints(config.run_dir)[: -config.checkpoint.keep]:
-            # The marker goes first: a removal that is interrupted must not leave a folder that looks whole.
-            (old / "COMPLETE.json").unlink()
-            shutil.rmtree(old)
+            _remove(old)
+
+
+def _require_every_rank(folder: Path) -> None:
+    """Raises OSError where the ranks did not write into one folder, which would show only at the first resume."""
+    for rank in range(dist.get_world_size()):
+        for name in (f"shard_rank{rank:05d}.safetensors", f"data_rank{rank:05d}.json"):
+            deadline = time.monotonic() + NETWORK_DISK_SECONDS
+            while not (folder / name).is_file():
+                if time.monotonic() > deadline:
+                    raise OSError(errno.ENOENT, f"{name} is not there; run.dir must be one folder shared by all nodes")
+                time.sleep(0.2)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Best effort: an old checkpoint that cannot be removed is no reason to stop a run."""
+    try:
+        # The marker goes first: a removal that is interrupted must not leave a folder that looks whole.
+        (checkpoint / "COMPLETE.json").unlink()
+        shutil.rmtree(checkpoint)
+    except OSError as error:
+        print(f"warning: the old checkpoint {checkpoint} could not be removed: {error}", flush=True)
 
 
 def _all_or_nothing(write: Callable[[], None], folder: Path) -> None:
@@ -176,12 +205,26 @@ def choose(config: Config) -> Path | None:
         if fault := damage(folder):
             raise UserError(f"train.resume={wish} is damaged: {fault}; choose another checkpoint")
         return folder
-    for folder in reversed(complete_checkpoints(config.run_dir)):
+    found = complete_checkpoints(config.run_dir)
+    for folder in reversed(found):
         fault = damage(folder)
         if not fault:
             return folder
         print(f"warning: {folder} is damaged ({fault}); trying the checkpoint before it", flush=True)
+    if found:
+        raise UserError(f"every checkpoint of {config.run_dir} is damaged; choose another run.name, or remove them")
     return None
+
+
+def abandon_newer(run_dir: Path, step: int) -> None:
+    """Renames the run's checkpoints after `step`: they are of a history that a run from `step` on leaves behind."""
+    for folder in complete_checkpoints(run_dir):
+        if int(folder.name.removeprefix("step_")) > step:
+            aside = folder.with_name(f"{folder.name}.abandoned")
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}+")
+            folder.rename(aside)
+            print(f"renamed {folder} to {aside.name}: this run goes on from step {step}", flush=True)
 
 
 def damage(folder: Path) -> str:
@@ -205,18 +248,21 @@ def damage(folder: Path) -> str:
     return ""
 
 
-def resume(engine: Engine, config: Config, folder: Path) -> TrainerState:
-    """Fills the engine's weights and optimizer state from `folder`. Every rank calls it.
+def fill(engine: Engine, folder: Path) -> None:
+    """Reads this rank's slices of weights and optimizer state; `engine.fragments_changed` then makes them count.
 
     Raises UserError if the checkpoint does not hold a parameter of this model.
     """
-    trainer = json.loads((folder / "trainer.json").read_text())
     reader = ShardReader(folder)
     for fragment in engine.fragments(everything_local=True):
         for kind in KINDS:
             reader.read_into(getattr(fragment, kind), kind, fragment.name, fragment.start)
-    engine.fragments_changed(trainer["step"])
-    return TrainerState(trainer["step"], trainer["tokens"])
+
+
+def trainer_state(folder: Path) -> TrainerState:
+    """The loop's state at a complete checkpoint."""
+    saved = json.loads((folder / "trainer.json").read_text())
+    return TrainerState(saved["step"], saved["tokens"])
 
 
 def data_states(folder: Path) -> list[dict[str, Any]]:

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fbitrain.data.config import DataConfig, data_problems
+from fbitrain.config_checks import NO_DECAY_KINDS, semantic_problems
+from fbitrain.data.config import DataConfig
 from fbitrain.errors import UserError
-from fbitrain.model.config import PRESETS, BinarizeConfig, ModelConfig, binarize_problems, model_problems
-
-PRECISIONS = ("auto", "bf16", "fp32")
-NO_DECAY_KINDS = ("scales", "norms", "embeddings")
+from fbitrain.model.config import PRESETS, BinarizeConfig, ModelConfig
 
 
 class ConfigError(UserError):
@@ -169,18 +168,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     Raises ConfigError with every problem found: unreadable file, unknown keys (with the nearest field), wrong types,
     impossible or contradictory values for `world_size` ranks.
     """
-    where = str(path)
     raw = _read_yaml(Path(path))
     problems: list[str] = []
     for override in overrides:
         _apply_override(raw, override, problems)
-    values = OmegaConf.to_container(raw)
-    preset = _preset_values(values, problems)
-    config = _typed(values, preset, problems)
-    if config is not None:
-        problems.extend(semantic_problems(config, world_size))
-    if problems or config is None:
-        raise ConfigError(where, problems)
+    try:
+        values = OmegaConf.to_container(raw, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(path), [f"an interpolation cannot be resolved: {_first_line(error)}"]) from None
+    config, unread = _typed(values, _preset_values(values, problems), problems)
+    # A field that could not be read has its default here: what follows from that is no news to the user.
+    problems.extend(p for p in semantic_problems(config, world_size) if not any(name in p for name in unread))
+    if problems:
+        raise ConfigError(str(path), problems)
     return config
 
 
@@ -208,91 +208,6 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
 
 
-def semantic_problems(config: Config, world_size: int) -> Iterator[str]:
-    """Yields one sentence per impossible value or contradiction between fields."""
-    yield from model_problems(config.model)
-    if config.binarize.enabled:
-        yield from binarize_problems(config.binarize, config.model)
-    yield from data_problems(config.data)
-    yield from _train_problems(config, world_size)
-    yield from _optim_problems(config)
-    yield from _engine_problems(config)
-
-
-def _train_problems(config: Config, world_size: int) -> Iterator[str]:
-    train, data, distill = config.train, config.data, config.distill
-    for section, name, least in (
-        ("train", "total_steps", 1),
-        ("train", "micro_batch_size", 1),
-        ("train", "global_batch_tokens", 1),
-        ("checkpoint", "every", 1),
-        ("checkpoint", "keep", 0),
-        ("metrics", "every", 1),
-        ("eval", "every", 0),
-        ("eval", "sample_tokens", 0),
-        ("distill", "chunk_tokens", 1),
-    ):
-        value = getattr(getattr(config, section), name)
-        if value < least:
-            yield f"{section}.{name}={value} must be at least {least}"
-    if config.eval.every and config.eval.max_tokens < data.seq_len:
-        yield f"eval.max_tokens={config.eval.max_tokens} is less than one window of data.seq_len={data.seq_len} tokens"
-    portion = train.micro_batch_size * data.seq_len * world_size
-    if portion > 0 and train.global_batch_tokens % portion:
-        yield (
-            f"train.global_batch_tokens={train.global_batch_tokens} is not a multiple of "
-            f"micro_batch_size*seq_len*world_size={train.micro_batch_size}*{data.seq_len}*{world_size}={portion}"
-        )
-    if world_size > data.n_lanes:
-        yield f"data.n_lanes={data.n_lanes} is less than the {world_size} ranks of this run; every rank needs a lane"
-    if data.seq_len > config.model.max_seq_len:
-        yield f"data.seq_len={data.seq_len} is longer than model.max_seq_len={config.model.max_seq_len}"
-    if distill.kd_weight < 0 or distill.ce_weight < 0 or distill.kd_weight + distill.ce_weight <= 0:
-        yield "distill.kd_weight and distill.ce_weight must not be negative, and one of them must be positive"
-    if not distill.temperature > 0:
-        yield f"distill.temperature={distill.temperature} must be positive"
-    if distill.kd_weight > 0 and not distill.teacher:
-        yield "distill.teacher is empty; name the teacher, or set distill.kd_weight=0 to train on labels alone"
-    if distill.host not in ("replicated", "zero3"):
-        yield f"distill.host={distill.host!r} is unknown; choose replicated or zero3"
-    if not distill.teacher and data.tokenizer == "teacher":
-        yield "data.tokenizer=teacher needs distill.teacher; name a tokenizer folder or file instead"
-
-
-def _optim_problems(config: Config) -> Iterator[str]:
-    optim = config.optim
-    if not optim.lr > 0:
-        yield f"optim.lr={optim.lr} must be positive"
-    if not 0 <= optim.min_lr <= optim.lr:
-        yield f"optim.min_lr={optim.min_lr} must lie between 0 and optim.lr={optim.lr}"
-    if not 0 <= optim.warmup_steps <= config.train.total_steps:
-        yield f"optim.warmup_steps={optim.warmup_steps} must lie in 0 to train.total_steps={config.train.total_steps}"
-    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
-        yield f"optim.betas={optim.betas} must be two numbers in [0, 1)"
-    for name in ("weight_decay", "max_grad_norm"):
-        if getattr(optim, name) < 0:
-            yield f"optim.{name}={getattr(optim, name)} must not be negative"
-    for kind in optim.no_decay:
-        if kind not in NO_DECAY_KINDS:
-            yield f"optim.no_decay has {kind!r}; choose from {', '.join(NO_DECAY_KINDS)}"
-
-
-def _engine_problems(config: Config) -> Iterator[str]:
-    engine = config.engine
-    if engine.zero_stage not in (0, 1, 2, 3):
-        yield f"engine.zero_stage={engine.zero_stage} is unknown; choose 0, 1, 2 or 3"
-    if engine.precision not in PRECISIONS:
-        yield f"engine.precision={engine.precision!r} is unknown; choose one of {', '.join(PRECISIONS)}"
-    if engine.zero_stage == 0 and engine.precision != "fp32":
-        yield f"engine.zero_stage=0 needs engine.precision=fp32, not {engine.precision}; in bf16 choose stage 1"
-    if engine.zero_stage == 0 and engine.offload_optimizer:
-        yield "engine.offload_optimizer needs engine.zero_stage 1, 2 or 3"
-    if engine.comm_timeout_s < 1:
-        yield f"engine.comm_timeout_s={engine.comm_timeout_s} must be at least 1"
-    if engine.threads_per_rank < 0:
-        yield f"engine.threads_per_rank={engine.threads_per_rank} must not be negative"
-
-
 def _read_yaml(path: Path) -> DictConfig:
     try:
         raw = OmegaConf.load(path)
@@ -315,35 +230,37 @@ def _apply_override(raw: DictConfig, override: str, problems: list[str]) -> None
         parsed = OmegaConf.create(f"value: {value}" if value else "value: ''")
         OmegaConf.update(raw, key, OmegaConf.select(parsed, "value"))
     except (OmegaConfBaseException, yaml.YAMLError, AssertionError, ValueError, IndexError, TypeError) as error:
-        problems.append(f"override {override!r} cannot be applied: {str(error).splitlines()[0]}")
+        problems.append(f"override {override!r} cannot be applied: {_first_line(error)}")
 
 
-def _preset_values(values: Any, problems: list[str]) -> dict[str, Any]:
-    model = values.get("model") if isinstance(values, dict) else None
+def _preset_values(values: Any, problems: list[str]) -> Mapping[str, Any]:
+    model = values.get("model")
     name = model.get("preset") if isinstance(model, dict) else None
     if not name:
         return {}
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         problems.append(f"model.preset={name!r} is unknown; choose one of {', '.join(PRESETS)}")
         return {}
     return PRESETS[name]
 
 
-def _typed(values: Any, preset: Mapping[str, Any], problems: list[str]) -> Config | None:
-    """`values` over `preset` over the defaults, as a Config; None (and reasons in `problems`) where it does not fit."""
-    found_before = len(problems)
+def _typed(values: Any, preset: Mapping[str, Any], problems: list[str]) -> tuple[Config, list[str]]:
+    """`values` over `preset` over the defaults, and the names of the fields whose value has the wrong type.
+
+    Reasons for whatever does not fit go to `problems`.
+    """
     tree = OmegaConf.structured(Config)
     _unlock(tree)
     for key, value in preset.items():
         OmegaConf.update(tree, f"model.{key}", value)
-    _merge(tree, Config, values, "", problems)
-    # A preset's problem alone still lets the other checks run.
-    if any("preset" not in problem for problem in problems[found_before:]):
-        return None
-    return cast(Config, OmegaConf.to_object(tree))
+    unread: list[str] = []
+    _merge(tree, Config, values, "", problems, unread)
+    return cast(Config, OmegaConf.to_object(tree)), unread
 
 
-def _merge(tree: DictConfig, cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> None:
+def _merge(
+    tree: DictConfig, cls: type, values: Mapping[str, Any], prefix: str, problems: list[str], unread: list[str]
+) -> None:
     hints = get_type_hints(cls)
     known = {f.name for f in fields(cls)}
     for key, value in values.items():
@@ -352,18 +269,20 @@ def _merge(tree: DictConfig, cls: type, values: Mapping[str, Any], prefix: str, 
             problems.append(f"{name} is not a field of {cls.__name__}{_hint(str(key), known, prefix)}")
         elif is_dataclass(hints[key]):
             if isinstance(value, Mapping):
-                _merge(tree, cast(type, hints[key]), value, f"{name}.", problems)
+                _merge(tree, cast(type, hints[key]), value, f"{name}.", problems, unread)
             else:
+                unread.append(f"{name}.")
                 problems.append(f"{name} is a section, but it is given as {value!r}")
         elif (args := get_args(hints[key])) and is_dataclass(args[0]):
-            _merge_list(tree, cast(type, args[0]), value, name, problems)
-        else:
-            _set(tree, name, value, hints[key], problems)
+            _merge_list(tree, cast(type, args[0]), value, name, problems, unread)
+        elif not _set(tree, name, value, hints[key], problems):
+            unread.append(name)
 
 
-def _merge_list(tree: DictConfig, cls: type, value: Any, name: str, problems: list[str]) -> None:
+def _merge_list(tree: DictConfig, cls: type, value: Any, name: str, problems: list[str], unread: list[str]) -> None:
     """A list of sections such as data.sources: each item is checked as a section of its own."""
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+        unread.append(name)
         problems.append(
             f"{name} must be a list of sections, each with the fields {', '.join(f.name for f in fields(cls))}"
         )
@@ -373,18 +292,32 @@ def _merge_list(tree: DictConfig, cls: type, value: Any, name: str, problems: li
         node = OmegaConf.structured(cls)
         _unlock(node)
         found_before = len(problems)
-        _merge(node, cls, item, "", problems)
+        inside: list[str] = []
+        _merge(node, cls, item, "", problems, inside)
+        unread += [f"{name}[{i}].{field_name}" for field_name in inside]
         problems[found_before:] = [f"{name}[{i}].{problem}" for problem in problems[found_before:]]
         items.append(node)
     OmegaConf.update(tree, name, items, merge=False)
 
 
-def _set(tree: DictConfig, name: str, value: Any, hint: Any, problems: list[str]) -> None:
+def _set(tree: DictConfig, name: str, value: Any, hint: Any, problems: list[str]) -> bool:
+    """Whether `value` fits the field `name`; a float must be a number that can be computed with."""
     try:
         OmegaConf.update(tree, name, value, merge=False)
     except OmegaConfBaseException:
         wanted = getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
         problems.append(f"{name}={value!r} is not of type {wanted}")
+        return False
+    stored = OmegaConf.select(tree, name)
+    numbers = list(stored) if isinstance(stored, ListConfig) else [stored]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        problems.append(f"{name}={numbers if isinstance(stored, ListConfig) else stored} is not a finite number")
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def _hint(key: str, known: set[str], prefix: str) -> str:

@@ -5,6 +5,7 @@ Everything above this file sees an `Engine`: forward, backward, step, and this r
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fbitrain.config import Config
+from fbitrain.errors import UserError
+from fbitrain.ranks import on_all_ranks
 from fbitrain.student import Student
 
 if "DS_ACCELERATOR" not in os.environ and not torch.cuda.is_available():
@@ -24,6 +27,7 @@ if "DS_ACCELERATOR" not in os.environ and not torch.cuda.is_available():
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 COMMUNICATION_BUCKET = 2**24  # elements exchanged at a time: 32 MiB in bf16, enough to fill a network
 PREFIX = "lm."  # of parameter names inside Student; checkpoints use the LlamaForCausalLM's own names
 
@@ -50,11 +54,18 @@ def init_distributed(config: Config) -> tuple[int, int]:
     # DeepSpeed would compile an operator here that only inference uses; without it no compiler is needed to train.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(seconds=config.engine.comm_timeout_s)
-    if torch.cuda.is_available():
+    if on_gpu():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False, timeout=timeout)
     _set_threads(config)
+    if not on_gpu():
+        _keep_freed_memory()
     return dist.get_rank(), dist.get_world_size()
+
+
+def on_gpu() -> bool:
+    """Whether ranks compute on GPUs; DS_ACCELERATOR=cpu says no on a machine that has some."""
+    return bool(get_accelerator().device_name() == "cuda")
 
 
 def device() -> torch.device:
@@ -71,7 +82,7 @@ def resolve_precision(precision: str) -> torch.dtype:
 
 def native_bf16() -> bool:
     """Whether bf16 matrix products run in hardware; emulated, they are some 60 times slower than fp32 (docs/log.md)."""
-    if torch.cuda.is_available():
+    if on_gpu():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
@@ -95,7 +106,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "allgather_bucket_size": COMMUNICATION_BUCKET,
     }
     if engine.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu()}
     return {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": config.grad_accum_steps(world_size),
@@ -196,6 +207,8 @@ class Engine:
                 self._grad_norm = nn.utils.get_total_norm(
                     [p.grad for p in self.student.parameters() if p.grad is not None]
                 )
+                if not torch.isfinite(self._grad_norm):  # the other stages skip such an update by themselves
+                    raise on_all_ranks(UserError("the gradient is not finite; stopped before the update"))
         self._deepspeed.step()
         if boundary and self.config.engine.zero_stage > 0:
             self._grad_norm = self._deepspeed.get_global_grad_norm()
@@ -214,7 +227,8 @@ class Engine:
     def matrix_weights(self) -> int:
         """Weights that every token is multiplied with: all matrices but the embedding table."""
         kinds = ((parameter_kind(name), math.prod(shape)) for name, shape in self.shapes().items())
-        return sum(n for kind, n in kinds if kind == "matrices")
+        tied_head = self.config.model.vocab_size * self.config.model.d_model if self.config.model.tie_embeddings else 0
+        return tied_head + sum(n for kind, n in kinds if kind == "matrices")
 
     # -- this rank's slices of weights and optimizer state ------------------------------------------------------------
 
@@ -313,6 +327,14 @@ def _set_threads(config: Config) -> None:
     if not threads:
         threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1")))
     torch.set_num_threads(threads)
+
+
+def _keep_freed_memory() -> None:
+    """glibc returns large blocks at once and faults them in again for the next tensor: a tenth of a CPU step."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _set_timeouts(seconds: int) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+_held: list[IO[str]] = []  # open for as long as the process lives
 
 
 def write_text(path: Path, text: str) -> None:
@@ -33,6 +36,18 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+def lock_folder(path: Path) -> bool:
+    """Holds `path` for this process until it ends, however it ends; False if another process holds it."""
+    handle = (path / ".lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        return False
+    _held.append(handle)
+    return True
 
 
 def fsync_file(path: Path) -> None:

@@ -61,6 +61,10 @@ class Interval:
         self._sums[-1] += grad_norm
         self._steps += 1
 
+    def gradients_finite(self) -> bool:
+        """Whether every gradient norm since the last log line is a number; the same answer on every rank."""
+        return bool(torch.isfinite(self._sums[-1]))
+
     def close(self, distilling: bool) -> dict[str, float]:
         """Means over the interval and all ranks, then starts a new one. Collective."""
         self.pause()
@@ -101,7 +105,9 @@ class SignTracker:
         return (f for f in self._engine.fragments() if f.name in wanted)
 
     def look(self) -> dict[str, float]:
-        """Shares in [0, 1], total and per layer. Collective."""
+        """Shares in [0, 1], total and per layer; nothing if no weight is binary. Collective."""
+        if not self._names:
+            return {}
         index = {name: i for i, name in enumerate(self._names)}
         counts = torch.zeros(3, len(self._names), dtype=torch.float64)  # flipped, near zero, all
         for fragment in self._fragments():
@@ -151,18 +157,18 @@ def flops_per_token(config: Config, matrix_weights: int, teacher_weights: int) -
     return 6 * matrix_weights + attention + 2 * teacher_weights
 
 
-def peak_tflops(config: Config) -> float:
+def peak_tflops(config: Config, device: torch.device) -> float:
     """The rank's peak in TFLOP/s: configured, or looked up by the GPU's name; 0 if unknown."""
-    if config.metrics.peak_tflops or not torch.cuda.is_available():
+    if config.metrics.peak_tflops or device.type != "cuda":
         return config.metrics.peak_tflops
     name = torch.cuda.get_device_name()
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), 0.0)
 
 
-def memory_scalars() -> dict[str, float]:
+def memory_scalars(device: torch.device) -> dict[str, float]:
     """This rank's memory in GiB."""
     scalars = {"memory/resident_gib": psutil.Process().memory_info().rss / 2**30}
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         scalars["memory/device_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return scalars
 
@@ -178,9 +184,9 @@ class Writer:
         if not self._active:
             return
         self._path = run_dir / "metrics.jsonl"
-        write_text(self._path, "".join(line + "\n" for line in lines_up_to(self._path, step)))
+        write_text(self._path, "".join(line + "\n" for line in lines_up_to(self._path, step or -1)))
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else 0)
 
     def scalars(self, step: int, tokens: int, scalars: Mapping[str, float]) -> None:
         if self._active:
@@ -198,6 +204,8 @@ class Writer:
     def histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
         if self._active:
             for name, tensor in values.items():
+                if not torch.isfinite(tensor).all():
+                    continue
                 kind = name.rsplit(".", 1)[-1]
                 self._board.add_histogram(f"{kind}/{name.removeprefix('model.')}", tensor.numpy(), step)
             self._board.flush()

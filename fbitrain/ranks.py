@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from types import FrameType
@@ -13,6 +14,10 @@ from fbitrain.data.shards import DataError
 from fbitrain.errors import UserError
 
 T = TypeVar("T")
+
+
+class StreamError(UserError):
+    """The data stream of one rank failed; every rank raises it."""
 
 
 class StopSignal:
@@ -29,19 +34,25 @@ class StopSignal:
         if not self.requested:
             self.requested = True
             self.name = signal.Signals(number).name
-            print(f"{self.name}: saving at the end of this step, then stopping", flush=True)
+            # Not print: the signal may have come in the middle of one.
+            os.write(1, f"{self.name}: saving at the end of this step, then stopping\n".encode())
 
 
 def agreed(work: Callable[[], T]) -> T:
     """Runs `work` on every rank; if it raises a user's error on any, all raise it, so that none waits for ever."""
     result: T
+    fault: Exception | None = None
     message = ""
     try:
         result = work()
     except (UserError, DataError) as error:
         message = str(error)
+    except Exception as error:  # a fault of ours must not leave the other ranks waiting either
+        fault, message = error, f"rank {dist.get_rank()} failed: {type(error).__name__}: {error}"
     messages: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(messages, message)
+    if fault:
+        raise fault
     for found in messages:
         if found:
             raise on_all_ranks(UserError(found))

@@ -17,15 +17,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fbitrain import checkpoint
-from fbitrain.build import Heldout, Parts, build
+from fbitrain.build import Heldout, Parts, build, finished, write_finished
 from fbitrain.checkpoint import TrainerState
 from fbitrain.config import Config
+from fbitrain.data.shards import DataError
 from fbitrain.engine import init_distributed, lr_at
 from fbitrain.errors import UserError
 from fbitrain.evaluate import bits_per_byte
 from fbitrain.files import write_json
 from fbitrain.metrics import gather_scales, memory_scalars, peak_tflops
-from fbitrain.ranks import StopSignal, on_all_ranks, say
+from fbitrain.ranks import StopSignal, StreamError, on_all_ranks, say
 
 
 def train(config: Config) -> None:
@@ -34,42 +35,57 @@ def train(config: Config) -> None:
     Raises UserError for what the user can mend; one that is raised on all ranks has `on_all_ranks` set.
     """
     rank, world_size = init_distributed(config)
+    if done := finished(config, rank):
+        say(done)
+        dist.destroy_process_group()
+        return
     stop = StopSignal()
     parts, state = build(config, rank, world_size)
     if state.step == 0 and config.eval.every:
         evaluate(parts, state)
-    if state.step >= config.train.total_steps:
-        say(f"nothing to do: {config.run_dir} is already trained to step {state.step}")
     bar = tqdm(total=config.train.total_steps, initial=state.step, unit="step", disable=None if rank == 0 else True)
-    saved_step = state.step if checkpoint.find_latest(config.run_dir) else -1
-    parts.interval.run()
+    saved_step = state.step
     data_state: Mapping[str, Any] = {}
+    parts.interval.run()
     while state.step < config.train.total_steps and not stop.agreed:
-        data_state = train_step(parts, state, stop)
+        try:
+            data_state = train_step(parts, state, stop)
+        except StreamError as error:
+            if state.step > saved_step:
+                save(parts, state, data_state)
+            raise on_all_ranks(error) from None
         state = TrainerState(state.step + 1, state.tokens + config.train.global_batch_tokens)
         bar.update()
         last = state.step == config.train.total_steps
         if state.step % config.metrics.every == 0 or last:
             log(parts, state, bar)
-        if config.eval.every and (state.step % config.eval.every == 0 or last):
-            evaluate(parts, state)
-        if state.step % config.checkpoint.every == 0 or last:
+        # Saving comes before evaluating: a launcher gives a stopped run half a minute.
+        if state.step % config.checkpoint.every == 0 or last or stop.agreed:
             saved_step = save(parts, state, data_state)
-    if state.step > max(saved_step, 0):
-        save(parts, state, data_state)
+        if config.eval.every and (last or (state.step % config.eval.every == 0 and not stop.agreed)):
+            evaluate(parts, state)
     bar.close()
     finish(parts, state, stop)
 
 
 def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[str, Any]:
-    """One optimizer step; returns the data state after its last batch."""
+    """One optimizer step; returns the data state after its last batch.
+
+    Raises StreamError on all ranks, before the update, if the stream of any of them fails.
+    """
     config, engine, teacher = parts.config, parts.engine, parts.teacher
     lr = lr_at(config, state.step + 1)
     n_micro_batches = config.grad_accum_steps(engine.world_size)
     data_state: Mapping[str, Any] = {}
+    failure = ""
     finite = torch.ones((), dtype=torch.bool, device=engine.device)
     for i in range(n_micro_batches):
-        batch, data_state = next(parts.loader)
+        batch = parts.blank_batch
+        if not failure:
+            try:
+                batch, data_state = next(parts.loader)
+            except DataError as error:  # the other ranks are in the middle of a step: take part in it, then tell them
+                failure = str(error)
         if parts.batch_log:
             parts.batch_log.add(state.step + 1, batch)
         batch = batch.to(engine.device, non_blocking=True)
@@ -80,17 +96,22 @@ def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[s
         finite &= torch.isfinite(loss.detach())
         if i == n_micro_batches - 1:
             # The one host wait of a step, where DeepSpeed is about to wait for the gradient norm anyway.
-            agree_to_go_on(parts, state, stop, finite)
+            agree_to_go_on(parts, state, stop, finite, failure)
         engine.end_micro_batch(lr)
     parts.interval.add_step(engine.grad_norm())
     return data_state
 
 
-def agree_to_go_on(parts: Parts, state: TrainerState, stop: StopSignal, finite: Tensor) -> None:
-    """All ranks learn if any loss is not finite (then all raise, before the update) or any rank was told to stop."""
-    flags = torch.stack([~finite, torch.tensor(stop.requested, device=finite.device)]).to(torch.int32)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    broken, stop.agreed = (bool(flag) for flag in flags.tolist())
+def agree_to_go_on(parts: Parts, state: TrainerState, stop: StopSignal, finite: Tensor, failure: str) -> None:
+    """All ranks learn if any rank was told to stop, and raise, before the update, if any loss or stream is broken."""
+    flags = [~finite, torch.tensor(bool(failure)), torch.tensor(stop.requested)]
+    shared = torch.stack([flag.to(finite.device) for flag in flags]).to(torch.int32)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    broken, failed, stop.agreed = (bool(flag) for flag in shared.tolist())
+    if failed:
+        failures: list[str] = [""] * parts.engine.world_size
+        dist.all_gather_object(failures, failure)
+        raise StreamError(next(message for message in failures if message))
     if broken:
         latest = checkpoint.find_latest(parts.config.run_dir)
         raise on_all_ranks(
@@ -102,28 +123,37 @@ def agree_to_go_on(parts: Parts, state: TrainerState, stop: StopSignal, finite: 
         )
 
 
+def require_finite_gradients(parts: Parts, state: TrainerState) -> None:
+    """DeepSpeed skips an update whose gradient norm is not finite and goes on; a run should not."""
+    if not parts.interval.gradients_finite():
+        raise on_all_ranks(
+            UserError(
+                f"a gradient norm up to step {state.step} is not finite; nothing was saved, older checkpoints stay. "
+                "Lower optim.lr or check the data, then start again"
+            )
+        )
+
+
 # -- what happens between steps ---------------------------------------------------------------------------------------
 
 
 def log(parts: Parts, state: TrainerState, bar: tqdm[Any]) -> None:
     """One line of scalars to metrics.jsonl, TensorBoard and the console."""
+    require_finite_gradients(parts, state)
     scalars = parts.interval.close(distilling=parts.teacher is not None)
     parts.interval.pause()
     scalars["optim/lr"] = lr_at(parts.config, state.step)
     achieved = scalars["speed/tokens_per_s"] * parts.flops_per_token / parts.engine.world_size / 1e12
     scalars["speed/tflops_per_rank"] = achieved
-    if peak := peak_tflops(parts.config):
+    if peak := peak_tflops(parts.config, parts.engine.device):
         scalars["speed/mfu"] = achieved / peak
-    scalars |= parts.signs.look() | memory_scalars() | data_scalars(parts.loader.stats())
+    scalars |= parts.signs.look() | memory_scalars(parts.engine.device) | data_scalars(parts.loader.stats())
     parts.writer.scalars(state.step, state.tokens, scalars)
-    if not math.isfinite(scalars["optim/grad_norm"]):
-        raise on_all_ranks(
-            UserError(f"the gradient of a step up to {state.step} is not finite; lower optim.lr or check the data")
-        )
     line = (
         f"step {state.step}/{parts.config.train.total_steps} | loss {scalars['train/loss']:.4f} | "
         f"lr {scalars['optim/lr']:.2e} | grad norm {scalars['optim/grad_norm']:.2f} | "
-        f"signs flipped {scalars['signs/flipped']:.2%} | {scalars['speed/tokens_per_s']:.0f} tokens/s"
+        + (f"signs flipped {scalars['signs/flipped']:.2%} | " if "signs/flipped" in scalars else "")
+        + f"{scalars['speed/tokens_per_s']:.0f} tokens/s"
     )
     if parts.rank == 0:
         bar.write(line, file=sys.stdout)
@@ -160,7 +190,8 @@ def evaluate(parts: Parts, state: TrainerState) -> None:
         say(f"step {state.step} | held-out perplexity {perplexity:.1f} | {bits:.3f} bits/byte")
     samples = {}
     for i, prompt in enumerate(config.eval.prompts if config.eval.sample_tokens else ()):
-        ids = torch.tensor([parts.tokenizer.encode(prompt)], device=engine.device)
+        start = [parts.tokenizer.bos_id] if config.data.add_bos else []
+        ids = torch.tensor([[*start, *parts.tokenizer.encode(prompt)]], device=engine.device)
         samples[f"sample/{i}"] = parts.tokenizer.decode(
             engine.student.greedy(ids, config.eval.sample_tokens, engine)[0].tolist()
         )
@@ -191,6 +222,7 @@ def heldout_nll(parts: Parts, heldout: Heldout) -> tuple[float, int]:
 def save(parts: Parts, state: TrainerState, data_state: Mapping[str, Any]) -> int:
     """Writes the checkpoint of this step; returns the step."""
     parts.interval.pause()
+    require_finite_gradients(parts, state)
     started = time.perf_counter()
     try:
         folder = checkpoint.save(parts.engine, parts.config, state, data_state)
@@ -205,11 +237,13 @@ def finish(parts: Parts, state: TrainerState, stop: StopSignal) -> None:
     """Closes the parts and leaves FINISHED.json or STOPPED.json: launchers do not pass exit codes on faithfully."""
     parts.writer.close()
     parts.loader.close()
-    done = state.step >= parts.config.train.total_steps
-    if parts.rank == 0:
-        marker = {"step": state.step, "tokens": state.tokens, "reason": "finished" if done else f"signal {stop.name}"}
-        write_json(parts.config.run_dir / ("FINISHED.json" if done else "STOPPED.json"), marker)
-    if not done:
-        say(f"stopped by {stop.name} after step {state.step}; the same command goes on from there")
+    if state.step >= parts.config.train.total_steps:
+        if parts.rank == 0:
+            write_finished(parts.config, state)
+    else:
+        if parts.rank == 0:
+            marker = {"step": state.step, "tokens": state.tokens, "reason": f"signal {stop.name}"}
+            write_json(parts.config.run_dir / "STOPPED.json", marker)
+        say(f"stopped by {stop.name} after step {state.step}; with train.resume=auto it goes on from there")
     dist.barrier()
     dist.destroy_process_group()

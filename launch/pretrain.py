@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 
 from fbitrain.config import ConfigError, load_config
 from fbitrain.errors import UserError
@@ -21,7 +22,8 @@ def main(arguments: argparse.Namespace) -> int:
         train(config)
     except UserError as error:
         if rank != 0 and (error.on_all_ranks or isinstance(error, ConfigError)) and not arguments.debug:
-            return 1  # rank 0 says it
+            time.sleep(2.0)  # rank 0 says it; the launcher ends all ranks with the first that leaves
+            return 1
         raise
     return 0
 

@@ -1,4 +1,4 @@
-"""What a student model is: its shape (ModelConfig), how it is binarized (BinarizeConfig), and the named presets. No torch."""
+"""What a student is: its shape (ModelConfig), how it is binarized (BinarizeConfig), the named presets. No torch."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ class BinarizeConfig:
     beta: bool = True  # learn the shift β; must be false for scale=group
     group_size: int = 128  # weights per scale along K; only for scale=group
     ste: str = "identity"  # straight-through estimator: identity (FBI-LLM) or clip (|w| <= 1)
-    skip: list[str] = field(default_factory=lambda: ["lm_head"])  # module names (exact, or last component) kept in full precision
+    # Modules kept in full precision, by qualified name or its last component.
+    skip: list[str] = field(default_factory=lambda: ["lm_head"])
 
 
-# arXiv 2407.07093, table of model configurations, and the JSON files released with the paper; `tiny` is ours, for the quickstart.
+# From arXiv 2407.07093 and the configurations released with it; `tiny` is ours, for the quickstart.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"n_layers": 6, "n_heads": 6, "d_model": 384, "d_ff": 1024, "max_seq_len": 2048},
     "130m": {"n_layers": 12, "n_heads": 12, "d_model": 768, "d_ff": 2048, "max_seq_len": 2048},
@@ -58,7 +59,8 @@ def model_problems(model: ModelConfig) -> Iterator[str]:
         if model.d_model % model.n_heads:
             yield f"model.d_model={model.d_model} is not a multiple of model.n_heads={model.n_heads}"
         elif (model.d_model // model.n_heads) % 2:
-            yield f"model.d_model/n_heads={model.d_model // model.n_heads} is odd; rotary embeddings need an even head size"
+            head_size = model.d_model // model.n_heads
+            yield f"model.d_model/n_heads={head_size} is odd; rotary embeddings need an even head size"
         if model.n_kv_heads < 0 or (model.n_kv_heads and model.n_heads % model.n_kv_heads):
             yield f"model.n_kv_heads={model.n_kv_heads} does not divide model.n_heads={model.n_heads}"
     for name in ("rope_theta", "norm_eps", "init_std"):
@@ -79,5 +81,6 @@ def binarize_problems(binarize: BinarizeConfig, model: ModelConfig) -> Iterator[
             yield f"binarize.group_size={binarize.group_size} must be at least 1"
         else:
             for name in ("d_model", "d_ff"):
-                if getattr(model, name) % binarize.group_size:
-                    yield f"model.{name}={getattr(model, name)} is not a multiple of binarize.group_size={binarize.group_size}"
+                width, size = getattr(model, name), binarize.group_size
+                if width % size:
+                    yield f"model.{name}={width} is not a multiple of binarize.group_size={size}"

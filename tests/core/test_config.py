@@ -312,3 +312,29 @@ def test_torch_is_imported_neither_by_a_good_config_nor_by_a_bad_one(minimal: Pa
 
 def test_the_defaults_are_a_config() -> None:
     assert Config().grad_accum_steps(1) == 2**19 // (8 * 2048)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optim.lr=inf", "optim.lr=inf is not a finite number"),
+        ("optim.weight_decay=nan", "optim.weight_decay=nan is not a finite number"),
+        ("optim.betas=[0.9,nan]", "optim.betas=[0.9, nan] is not a finite number"),
+        ("model.preset=[a]", "model.preset=['a'] is unknown"),
+        ("eval.prompts=['${nothing}']", "an interpolation cannot be resolved"),
+    ],
+)
+def test_values_that_nothing_can_be_computed_with(minimal: Path, override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal, [override])
+    assert sentence in str(caught.value)
+
+
+def test_unknown_keys_do_not_hide_impossible_values(minimal: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal, ["optim.lrr=1", "optim.min_lr=7", "train.total_steps=abc"])
+    said = str(caught.value)
+    assert "did you mean optim.lr?" in said
+    assert "optim.min_lr=7" in said
+    assert "train.total_steps='abc' is not of type int" in said
+    assert "optim.warmup_steps" not in said, "what follows from the default of an unread field is no news"

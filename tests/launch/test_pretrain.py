@@ -65,6 +65,25 @@ def test_stages_agree(launch: Any, reference: Any, stage: int) -> None:
     assert_same_losses(run.losses, reference.losses, 2e-4)
 
 
+def test_a_teacher_cut_over_the_ranks_says_the_same(launch: Any, reference: Any) -> None:
+    run = launch("zero3-teacher", "distill.host=zero3", "engine.zero_stage=3")
+    assert_same_losses(run.losses, reference.losses, 2e-4)
+
+
+@pytest.mark.slow
+def test_compiled_layers_learn_the_same(launch: Any, reference: Any) -> None:
+    run = launch("compiled", "train.compile=true")
+    assert_same_losses(run.losses, reference.losses, 2e-4)
+
+
+def test_a_finished_run_is_left_alone(launch: Any, reference: Any) -> None:
+    before = (reference.run_dir / "metrics.jsonl").read_bytes()
+    again = launch("reference")
+    assert f"nothing to do: {reference.run_dir} is trained to step 6" in again.output
+    assert "Loading" not in again.output
+    assert (reference.run_dir / "metrics.jsonl").read_bytes() == before
+
+
 def test_three_steps_kill_and_the_rest_are_the_same_run(launch: Any, reference: Any) -> None:
     killed = launch.start("killed", env={"FAULT": "kill_at_step_4"}, script=FAULTS, deepspeed=True)
     assert killed.wait() != 0
@@ -161,6 +180,47 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(launch: Any
     assert not (run.run_dir / "checkpoints" / "step_00000003").exists()
 
 
+def test_a_stream_that_fails_on_one_rank_stops_all_and_loses_nothing(
+    launch: Any, workspace: Any, tmp_path: Path
+) -> None:
+    """Four shards for four lanes, one of them corrupt in the middle: only the rank of that lane meets it."""
+    lines = (workspace.path / "shards" / "alpha" / "0.jsonl").read_text().splitlines()
+    for shard in range(4):
+        broken = [*lines[:9], "{not json", *lines[9:]] if shard == 3 else lines
+        (tmp_path / f"{shard}.jsonl").write_text("\n".join(broken) + "\n")
+    run = launch(
+        "stream",
+        f"data.sources=[{{name: one, paths: [{tmp_path}]}}]",
+        *("data.max_bad_records=0", "checkpoint.every=100", "train.total_steps=60"),
+        expect=1,
+    )
+    assert run.output.count("more than data.max_bad_records=0 bad records") == 1
+    assert "Traceback" not in run.output
+    last = max(run.losses)
+    assert last > 0
+    assert (run.run_dir / "checkpoints" / f"step_{last:08d}" / "COMPLETE.json").is_file()
+
+
+def test_a_run_that_goes_back_sets_its_later_checkpoints_aside(launch: Any, reference: Any) -> None:
+    run_dir = launch._scratch / "runs" / "back"
+    shutil.copytree(reference.run_dir, run_dir)
+    run = launch("back", f"train.resume={run_dir}/checkpoints/step_00000003", "checkpoint.every=2")
+    assert "renamed" in run.output
+    names = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+    assert names == ["step_00000003", "step_00000004", "step_00000006", "step_00000006.abandoned"]
+    assert run.losses == reference.losses
+
+
+def test_a_refused_launch_leaves_the_run_as_it_was(launch: Any, reference: Any) -> None:
+    run_dir = launch._scratch / "runs" / "refused"
+    shutil.copytree(reference.run_dir, run_dir)
+    before = (run_dir / "config.yaml").read_bytes()
+    run = launch("refused", "model.n_layers=1", "train.total_steps=9", expect=1)
+    assert "belongs to another configuration" in run.output
+    assert (run_dir / "config.yaml").read_bytes() == before
+    assert (run_dir / "FINISHED.json").is_file()
+
+
 def test_a_full_disk_leaves_the_older_checkpoint_and_names_the_disk(launch: Any, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -207,3 +267,22 @@ def test_two_launchers_on_two_nodes_make_one_run(launch: Any, reference: Any, tm
     ]
     assert [node.wait() for node in nodes] == [0, 0], "\n".join(node.output[-2000:] for node in nodes)
     assert_same_losses(nodes[0].losses, reference.losses, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optim.lrr=1", "optim.lrr is not a field of OptimConfig; did you mean optim.lr?"),
+        ("distill.teacher=/nowhere/teacher", "/nowhere/teacher"),
+        ("model.vocab_size=77", "has vocab_size="),
+        ("data.sources=[{name: gone, paths: [/nowhere/*.jsonl]}]", "'/nowhere/*.jsonl' of source 'gone'"),
+        ("data.tokenizer=/nowhere/tokenizer.json", "/nowhere/tokenizer.json"),
+        ("train.resume=/nowhere/step_00000001", "/nowhere/step_00000001 is not a complete checkpoint"),
+    ],
+)
+def test_bad_input_is_one_sentence(launch: Any, override: str, sentence: str) -> None:
+    run = launch("bad", override, "engine.comm_timeout_s=30", expect=1)
+    said = [line for line in run.output.splitlines() if line.startswith("pretrain.py: ")]
+    assert len(said) == 1, run.output
+    assert sentence in said[0]
+    assert "Traceback" not in run.output

@@ -1,0 +1,102 @@
+"""Which values make no sense, alone or together: one sentence each. Wrong keys and types are config.py's. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fbitrain.data.config import data_problems
+from fbitrain.model.config import binarize_problems, model_problems
+
+if TYPE_CHECKING:
+    from fbitrain.config import Config
+
+PRECISIONS = ("auto", "bf16", "fp32")
+NO_DECAY_KINDS = ("scales", "norms", "embeddings")
+
+
+def semantic_problems(config: Config, world_size: int) -> Iterator[str]:
+    """Yields one sentence per impossible value or contradiction between fields."""
+    yield from model_problems(config.model)
+    if config.binarize.enabled:
+        yield from binarize_problems(config.binarize, config.model)
+    yield from data_problems(config.data)
+    yield from _train_problems(config, world_size)
+    yield from _optim_problems(config)
+    yield from _engine_problems(config)
+
+
+def _train_problems(config: Config, world_size: int) -> Iterator[str]:
+    train, data, distill = config.train, config.data, config.distill
+    for section, name, least in (
+        ("train", "total_steps", 1),
+        ("train", "micro_batch_size", 1),
+        ("train", "global_batch_tokens", 1),
+        ("checkpoint", "every", 1),
+        ("checkpoint", "keep", 0),
+        ("metrics", "every", 1),
+        ("eval", "every", 0),
+        ("eval", "sample_tokens", 0),
+        ("distill", "chunk_tokens", 1),
+    ):
+        value = getattr(getattr(config, section), name)
+        if value < least:
+            yield f"{section}.{name}={value} must be at least {least}"
+    if "" in config.eval.prompts:
+        yield "eval.prompts has an empty prompt; give it a word, or take it out"
+    if config.eval.every and config.eval.max_tokens < data.seq_len:
+        yield f"eval.max_tokens={config.eval.max_tokens} is less than one window of data.seq_len={data.seq_len} tokens"
+    portion = train.micro_batch_size * data.seq_len * world_size
+    if portion > 0 and train.global_batch_tokens % portion:
+        yield (
+            f"train.global_batch_tokens={train.global_batch_tokens} is not a multiple of "
+            f"micro_batch_size*seq_len*world_size={train.micro_batch_size}*{data.seq_len}*{world_size}={portion}"
+        )
+    if world_size > data.n_lanes:
+        yield f"data.n_lanes={data.n_lanes} is less than the {world_size} ranks of this run; every rank needs a lane"
+    if data.seq_len > config.model.max_seq_len:
+        yield f"data.seq_len={data.seq_len} is longer than model.max_seq_len={config.model.max_seq_len}"
+    if distill.kd_weight < 0 or distill.ce_weight < 0 or distill.kd_weight + distill.ce_weight <= 0:
+        yield "distill.kd_weight and distill.ce_weight must not be negative, and one of them must be positive"
+    if not distill.temperature > 0:
+        yield f"distill.temperature={distill.temperature} must be positive"
+    if distill.kd_weight > 0 and not distill.teacher:
+        yield "distill.teacher is empty; name the teacher, or set distill.kd_weight=0 to train on labels alone"
+    if distill.host not in ("replicated", "zero3"):
+        yield f"distill.host={distill.host!r} is unknown; choose replicated or zero3"
+    if not distill.teacher and data.tokenizer == "teacher":
+        yield "data.tokenizer=teacher needs distill.teacher; name a tokenizer folder or file instead"
+
+
+def _optim_problems(config: Config) -> Iterator[str]:
+    optim = config.optim
+    if not optim.lr > 0:
+        yield f"optim.lr={optim.lr} must be positive"
+    if not 0 <= optim.min_lr <= optim.lr:
+        yield f"optim.min_lr={optim.min_lr} must lie between 0 and optim.lr={optim.lr}"
+    if not 0 <= optim.warmup_steps <= config.train.total_steps:
+        yield f"optim.warmup_steps={optim.warmup_steps} must lie in 0 to train.total_steps={config.train.total_steps}"
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        yield f"optim.betas={optim.betas} must be two numbers in [0, 1)"
+    for name in ("weight_decay", "max_grad_norm"):
+        if getattr(optim, name) < 0:
+            yield f"optim.{name}={getattr(optim, name)} must not be negative"
+    for kind in optim.no_decay:
+        if kind not in NO_DECAY_KINDS:
+            yield f"optim.no_decay has {kind!r}; choose from {', '.join(NO_DECAY_KINDS)}"
+
+
+def _engine_problems(config: Config) -> Iterator[str]:
+    engine = config.engine
+    if engine.zero_stage not in (0, 1, 2, 3):
+        yield f"engine.zero_stage={engine.zero_stage} is unknown; choose 0, 1, 2 or 3"
+    if engine.precision not in PRECISIONS:
+        yield f"engine.precision={engine.precision!r} is unknown; choose one of {', '.join(PRECISIONS)}"
+    if engine.zero_stage == 0 and engine.precision != "fp32":
+        yield f"engine.zero_stage=0 needs engine.precision=fp32, not {engine.precision}; in bf16 choose stage 1"
+    if engine.zero_stage == 0 and engine.offload_optimizer:
+        yield "engine.offload_optimizer needs engine.zero_stage 1, 2 or 3"
+    if engine.comm_timeout_s < 1:
+        yield f"engine.comm_timeout_s={engine.comm_timeout_s} must be at least 1"
+    if engine.threads_per_rank < 0:
+        yield f"engine.threads_per_rank={engine.threads_per_rank} must not be negative"
