@@ -7,13 +7,14 @@ import hashlib
 import importlib.metadata
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from fbitrain.data.plan import shuffle_key
 
+PINNED_PACKAGES = ("torch", "transformers")
 MIN_BYTES, MAX_BYTES = 256, 100_000
 MAX_LINE = 400  # characters; longer lines are data, not code
 MAX_DIGITS = 0.15  # share of characters; more of them make a table
@@ -43,14 +44,17 @@ class Document:
 
 
 def code_documents(seed: int) -> Iterator[Document]:
-    """Python sources: all of the standard library, then the installed packages, each in seeded order.
+    """Python sources: of PINNED_PACKAGES, then the standard library, then the other packages, each in seeded order.
 
-    The library comes first because it is the same wherever this Python version is installed.
+    The first come first because this project pins their versions: they are the same text on every machine.
     """
-    library = Path(sysconfig.get_path("stdlib"))
-    yield from _sources(library, seed, {})
-    packages = Path(sysconfig.get_path("purelib"))
-    yield from _sources(packages, seed, _licences())
+    library, packages = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
+    installed = set(_python_files(packages))
+    pinned = {path for path in installed if Path(path).parts[0] in PINNED_PACKAGES}
+    licences = _licences()
+    yield from _sources(packages, pinned, seed, licences)
+    yield from _sources(library, _python_files(library), seed, None)
+    yield from _sources(packages, installed - pinned, seed, licences)
 
 
 def prose_documents(seed: int) -> Iterator[Document]:
@@ -70,15 +74,20 @@ def prose_documents(seed: int) -> Iterator[Document]:
             yield _document(text, "docs", name, f"{name}/METADATA", _licence(found[name]))
 
 
-def _sources(root: Path, seed: int, licences: dict[str, str]) -> Iterator[Document]:
-    """Readable Python files below `root`, in an order that depends on the seed and their relative paths alone."""
-    for path in sorted(_python_files(root), key=lambda path: shuffle_key(seed, "code", path)):
+def _sources(root: Path, paths: Iterable[str], seed: int, licences: dict[str, str] | None) -> Iterator[Document]:
+    """The readable ones of `paths` below `root`, in an order that depends on seed and paths alone.
+
+    `licences` goes by package; without it `root` is the standard library.
+    """
+    for path in sorted(paths, key=lambda path: shuffle_key(seed, "code", path)):
         text = _readable_code(root / path)
         if text is None:
             continue
         package = Path(path).parts[0].removesuffix(".py")
-        repository = package if licences else "python/cpython"
-        yield _document(text, "github", repository, path, licences.get(package, "") if licences else PYTHON_LICENCE)
+        if licences is None:
+            yield _document(text, "github", "python/cpython", path, PYTHON_LICENCE)
+        else:
+            yield _document(text, "github", package, path, licences.get(package, ""))
 
 
 def _python_files(root: Path) -> Iterator[str]:

@@ -43,7 +43,7 @@ class BinarizeConfig:
 
 # From arXiv 2407.07093 and the configurations released with it; `tiny` is ours, for the quickstart.
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"n_layers": 6, "n_heads": 6, "d_model": 384, "d_ff": 1024, "max_seq_len": 2048},
+    "tiny": {"n_layers": 4, "n_heads": 4, "d_model": 256, "d_ff": 704, "max_seq_len": 2048},
     "130m": {"n_layers": 12, "n_heads": 12, "d_model": 768, "d_ff": 2048, "max_seq_len": 2048},
     "1.3b": {"n_layers": 24, "n_heads": 32, "d_model": 2048, "d_ff": 5632, "max_seq_len": 2048},
     "7b": {"n_layers": 32, "n_heads": 32, "d_model": 4096, "d_ff": 11008, "max_seq_len": 2048},
