@@ -31,7 +31,7 @@ from fbitrain.data.plan import shuffle_key
 from fbitrain.data.sample_sources import Document, code_documents, prose_documents
 from fbitrain.data.shards import DataError
 
-VERSION = 4
+VERSION = 5
 DOCS_SHARE = 0.1  # of the text; the rest is code
 SHARDS = {"github": 4, "docs": 2}
 HELDOUT_BYTES = 300_000  # of text, and at most a tenth of all
