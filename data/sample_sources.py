@@ -46,8 +46,8 @@ class Document:
 def code_documents(seed: int) -> Iterator[Document]:
     """Python sources: of PINNED_PACKAGES, then the standard library, then the other packages, each in seeded order.
 
-    The first come first because this project pins their versions: they are the same text on every machine. They are also
-    of one style, so that a run of minutes already learns something of it.
+    The first come first because this project pins their versions: they are the same text on every machine. They are
+    also of one style, so that a run of minutes already learns something of it.
     """
     library, packages = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
     installed = set(_python_files(packages))
