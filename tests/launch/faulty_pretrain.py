@@ -44,10 +44,10 @@ def kill_in_second_save() -> None:
 def nan_on_rank_1_at_step_3() -> None:
     agree = train.agree_to_go_on
 
-    def poisoned(parts: Any, state: Any, stop: Any, finite: Any) -> None:
+    def poisoned(parts: Any, state: Any, stop: Any, finite: Any, failure: str) -> None:
         if state.step == 2 and RANK == 1:
             finite = finite & False
-        agree(parts, state, stop, finite)
+        agree(parts, state, stop, finite, failure)
 
     train.agree_to_go_on = poisoned
 

@@ -143,7 +143,7 @@ def test_sigterm_saves_at_the_step_border_and_the_rest_is_the_same_run(launch: A
     run.wait_for_all()
     marker = json.loads((run.run_dir / "STOPPED.json").read_text())
     assert marker["reason"] == "signal SIGTERM"
-    assert "the same command goes on from there" in run.output
+    assert "with train.resume=auto it goes on from there" in run.output
     again = launch("signalled", "checkpoint.every=100")
     assert not (run.run_dir / "STOPPED.json").exists()
     assert again.losses == reference.losses
