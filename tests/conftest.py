@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import setuptools  # noqa: F401 - replaces distutils; imported after it, as torch.compile would, it refuses to
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [

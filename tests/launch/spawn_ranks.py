@@ -32,6 +32,7 @@ def main(n_ranks: int, port: str, command: list[str]) -> int:
         if process.returncode:
             for other in waiting.values():
                 other.kill()
+                other.wait()
             return abs(process.returncode)
     return 0
 
