@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import transformers
 from torch import Tensor
 
@@ -23,7 +22,8 @@ from fbitrain.evaluate import heldout_windows
 from fbitrain.files import lock_folder, write_json, write_text
 from fbitrain.metrics import BatchLog, Interval, SignTracker, Writer, flops_per_token
 from fbitrain.model.build import BinarizeReport, build_student
-from fbitrain.ranks import agreed, say
+from fbitrain.ranks import agreed, from_rank_0, say
+from fbitrain.release_tokenizer import tokenizer_source
 from fbitrain.student import Student
 from fbitrain.teacher import Teacher, load_teacher, teacher_vocab_size
 
@@ -59,10 +59,10 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
     """Checks everything that can be checked cheaply, then loads teacher, student and stream, and resumes."""
     transformers.utils.logging.disable_progress_bar()  # every rank would draw its own, for a second's work
     agreed(lambda: prepare_run_dir(config) if rank == 0 else None)
-    tokenizer_path = config.distill.teacher if config.data.tokenizer == "teacher" else config.data.tokenizer
+    tokenizer_path = tokenizer_source(config)
     tokenizer = agreed(lambda: check_vocabularies(config, tokenizer_path))
     heldout = agreed(lambda: load_windows(config, tokenizer))
-    source = choose_checkpoint(config, rank)
+    source = choose_checkpoint(config)
     data_states = agreed(lambda: checkpoint.data_states(source)) if source else None
     # Opened before anything heavy is loaded: a missing or changed shard is found here.
     loader = agreed(
@@ -100,7 +100,7 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
     return parts, state
 
 
-def finished(config: Config, rank: int) -> str:
+def finished(config: Config) -> str:
     """A sentence if the run has nothing left to train, found out before anything is loaded; else empty.
 
     Raises UserError if the finished run is of another configuration.
@@ -108,18 +108,15 @@ def finished(config: Config, rank: int) -> str:
 
     def look() -> str:
         latest = checkpoint.find_latest(config.run_dir) if config.train.resume == "auto" else None
-        if latest is None or checkpoint.damage(latest):
+        # By its name first: to look for damage is to read the whole checkpoint, and `choose` will do that again.
+        if latest is None or checkpoint.step_of(latest) < config.train.total_steps or checkpoint.damage(latest):
             return ""
         state = checkpoint.trainer_state(latest)
-        if state.step < config.train.total_steps:
-            return ""
         checkpoint.require_same_config(latest, config)
         write_finished(config, state)  # again, in case the run was killed between its last checkpoint and its marker
         return f"nothing to do: {config.run_dir} is trained to step {state.step}, see {latest}"
 
-    found = [agreed(lambda: look() if rank == 0 else "")]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    return from_rank_0(look)
 
 
 def write_finished(config: Config, state: TrainerState) -> None:
@@ -191,11 +188,9 @@ def load_windows(config: Config, tokenizer: Tokenizer) -> Heldout | None:
     return Heldout(windows, text.n_bytes / len(text.token_ids))
 
 
-def choose_checkpoint(config: Config, rank: int) -> Path | None:
+def choose_checkpoint(config: Config) -> Path | None:
     """Rank 0 looks, because reading a whole checkpoint to verify it is enough work for one."""
-    found = [agreed(lambda: checkpoint.choose(config) if rank == 0 else None)]
-    dist.broadcast_object_list(found, src=0)
-    folder = found[0]
+    folder = from_rank_0(lambda: checkpoint.choose(config))
     if folder:
         remark = agreed(lambda: checkpoint.require_same_config(folder, config))
         if remark:

@@ -8,7 +8,7 @@ under any ZeRO stage can read what any other wrote. A folder counts only once CO
       data_rank00000.json           where this rank's stream stands
       trainer.json                  step, tokens, and each parameter's shape
       config.yaml                   the resolved configuration
-      COMPLETE.json                 every file's size and every shard's checksums
+      COMPLETE.json                 every file's size; a shard's checksums are in its own metadata
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ class TrainerState:
 
 def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
@@ -219,7 +224,7 @@ def choose(config: Config) -> Path | None:
 def abandon_newer(run_dir: Path, step: int) -> None:
     """Renames the run's checkpoints after `step`: they are of a history that a run from `step` on leaves behind."""
     for folder in complete_checkpoints(run_dir):
-        if int(folder.name.removeprefix("step_")) > step:
+        if step_of(folder) > step:
             aside = folder.with_name(f"{folder.name}.abandoned")
             while aside.exists():
                 aside = aside.with_name(f"{aside.name}+")

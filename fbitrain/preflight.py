@@ -12,10 +12,11 @@ import torch
 from fbitrain.build import check_vocabularies
 from fbitrain.config import Config
 from fbitrain.data.shards import JSONL_SUFFIXES, TEXT_SUFFIXES, DataError, find_shards
-from fbitrain.engine import native_bf16
+from fbitrain.engine import resolve_precision
 from fbitrain.errors import UserError
 from fbitrain.estimate import RankMemory, TeacherSize, rank_memory, read_teacher_size, tokens_in_total
 from fbitrain.model.size import ParameterCount, count_parameters
+from fbitrain.release_tokenizer import tokenizer_source
 
 GB = 1e9
 CHECKPOINT_BYTES = 12  # per parameter: an fp32 weight and its two Adam moments
@@ -43,9 +44,7 @@ def inspect_run(config: Config, *, world_size: int, ranks_here: int) -> Report:
     _describe_tokens(report, config, world_size)
     _check_inputs(report, config)
     _check_disk(report, config, count)
-    precision = config.engine.precision
-    if precision == "auto":
-        precision = "bf16" if native_bf16() else "fp32"
+    precision = "bf16" if resolve_precision(config.engine.precision) is torch.bfloat16 else "fp32"
     teacher, remark = _teacher_size(config)
     memory = rank_memory(config, count.total, world_size=world_size, precision=precision, teacher=teacher)
     _describe_memory(report, config, memory, f"over {world_size} ranks, {precision}", remark)
@@ -71,9 +70,8 @@ def _describe_tokens(report: Report, config: Config, world_size: int) -> None:
 
 def _check_inputs(report: Report, config: Config) -> None:
     """Teacher, tokenizer and shards: there, and made for each other."""
-    tokenizer = config.data.tokenizer
     try:
-        check_vocabularies(config, config.distill.teacher if tokenizer == "teacher" else tokenizer)
+        check_vocabularies(config, tokenizer_source(config))
     except (UserError, DataError) as error:
         report.problems.append(str(error))
     for source in config.data.sources:

@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from types import FrameType
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
@@ -57,6 +57,13 @@ def agreed(work: Callable[[], T]) -> T:
         if found:
             raise on_all_ranks(UserError(found))
     return result
+
+
+def from_rank_0(work: Callable[[], T]) -> T:
+    """Runs `work` on rank 0 alone and gives its result to every rank; a user's error there is raised on all."""
+    found = [agreed(lambda: work() if dist.get_rank() == 0 else None)]
+    dist.broadcast_object_list(found, src=0)
+    return cast(T, found[0])
 
 
 def on_all_ranks(error: UserError) -> UserError:

@@ -23,7 +23,7 @@ from fbitrain.config import Config
 from fbitrain.data.shards import DataError
 from fbitrain.engine import init_distributed, lr_at
 from fbitrain.errors import UserError
-from fbitrain.evaluate import bits_per_byte
+from fbitrain.evaluate import bits_per_byte, perplexity_of
 from fbitrain.files import write_json
 from fbitrain.metrics import gather_scales, memory_scalars, peak_tflops
 from fbitrain.ranks import StopSignal, StreamError, on_all_ranks, say
@@ -35,7 +35,7 @@ def train(config: Config) -> None:
     Raises UserError for what the user can mend; one that is raised on all ranks has `on_all_ranks` set.
     """
     rank, world_size = init_distributed(config)
-    if done := finished(config, rank):
+    if done := finished(config):
         say(done)
         dist.destroy_process_group()
         return
@@ -182,7 +182,7 @@ def evaluate(parts: Parts, state: TrainerState) -> None:
         nll, count = heldout_nll(parts, parts.heldout)
         scalars = {
             "heldout/nll": nll / count,
-            "heldout/perplexity": math.exp(min(nll / count, 700.0)),
+            "heldout/perplexity": perplexity_of(nll / count),
             "heldout/bits_per_byte": bits_per_byte(nll, count, parts.heldout.bytes_per_token),
         }
         parts.writer.scalars(state.step, state.tokens, scalars)

@@ -37,6 +37,14 @@ def run(
         return 1
 
 
+def positive(text: str) -> int:
+    """argparse type of a whole number that is at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
 def _errors_for_the_user() -> tuple[type[Exception], ...]:
     # Imported this late because a command that has nothing to report need not load the data room.
     from fbitrain.data.shards import DataError

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from importlib import metadata
 
-from fbitrain.launch.cli import run
+from fbitrain.launch.cli import positive, run
 
 GB = 1e9
 TOOLS = ("g++", "clang++", "nvcc", "ninja")
@@ -130,13 +130,6 @@ def tool_version(name: str) -> str:
 
 def print_line(label: str, text: str) -> None:
     print(f"{label:<10} {text}")
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
 
 
 def parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fbitrain.errors import UserError
-from fbitrain.launch.cli import run
+from fbitrain.launch.cli import positive, run
 
 if TYPE_CHECKING:
     from fbitrain.pretrained import Pretrained
@@ -129,13 +129,6 @@ def parser() -> argparse.ArgumentParser:
     commands.add_argument("--limit", type=positive, help="documents per task, for a quick look")
     commands.add_argument("--out", type=Path, metavar="JSON", help="write the figures to this file")
     return commands
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
 
 
 if __name__ == "__main__":
