@@ -54,6 +54,11 @@ class Parts:
     blank_batch: Tensor  # int64 [micro_batch_size, seq_len + 1], what a rank whose stream failed goes on with
     rank: int
 
+    def close(self) -> None:
+        """Ends the tokenizer processes and writes out what the writer still holds, however the run ended."""
+        self.loader.close()
+        self.writer.close()
+
 
 def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerState]:
     """Checks everything that can be checked cheaply, then loads teacher, student and stream, and resumes."""

@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -41,6 +42,15 @@ def train(config: Config) -> None:
         return
     stop = StopSignal()
     parts, state = build(config, rank, world_size)
+    with closing(parts):
+        run_steps(parts, state, stop)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_steps(parts: Parts, state: TrainerState, stop: StopSignal) -> None:
+    """All steps that are left, with what happens between them."""
+    config, rank = parts.config, parts.rank
     if state.step == 0 and config.eval.every:
         evaluate(parts, state)
     bar = tqdm(total=config.train.total_steps, initial=state.step, unit="step", disable=None if rank == 0 else True)
@@ -65,7 +75,7 @@ def train(config: Config) -> None:
         if config.eval.every and (last or (state.step % config.eval.every == 0 and not stop.agreed)):
             evaluate(parts, state)
     bar.close()
-    finish(parts, state, stop)
+    leave_marker(parts, state, stop)
 
 
 def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[str, Any]:
@@ -233,10 +243,8 @@ def save(parts: Parts, state: TrainerState, data_state: Mapping[str, Any]) -> in
     return state.step
 
 
-def finish(parts: Parts, state: TrainerState, stop: StopSignal) -> None:
-    """Closes the parts and leaves FINISHED.json or STOPPED.json: launchers do not pass exit codes on faithfully."""
-    parts.writer.close()
-    parts.loader.close()
+def leave_marker(parts: Parts, state: TrainerState, stop: StopSignal) -> None:
+    """FINISHED.json or STOPPED.json: launchers do not pass exit codes on faithfully."""
     if state.step >= parts.config.train.total_steps:
         if parts.rank == 0:
             write_finished(parts.config, state)
@@ -245,5 +253,3 @@ def finish(parts: Parts, state: TrainerState, stop: StopSignal) -> None:
             marker = {"step": state.step, "tokens": state.tokens, "reason": f"signal {stop.name}"}
             write_json(parts.config.run_dir / "STOPPED.json", marker)
         say(f"stopped by {stop.name} after step {state.step}; with train.resume=auto it goes on from there")
-    dist.barrier()
-    dist.destroy_process_group()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from typing import Any
 
 from fbitrain import checkpoint, train
@@ -53,4 +52,4 @@ def nan_on_rank_1_at_step_3() -> None:
 
 
 globals()[os.environ["FAULT"]]()
-sys.exit(run(pretrain.main, pretrain.parser()))
+pretrain.leave(run(pretrain.main, pretrain.parser()))
