@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+KINDS = ("text", "token_ids")
 
 
 @dataclass(frozen=True)
@@ -11,9 +14,23 @@ class SourceConfig:
     """One subset of the corpus, e.g. RedPajama's `arxiv`."""
 
     name: str = ""
-    paths: list[str] = field(default_factory=list)  # files, folders or globs of .jsonl, .jsonl.gz, .jsonl.zst
+    paths: list[str] = field(default_factory=list)  # files, folders, globs or URLs (https, s3, hf) of .jsonl, .parquet
+    url_lists: list[str] = field(default_factory=list)  # files or URLs with one shard's URL per line, e.g. urls.txt
+    include: list[str] = field(default_factory=list)  # of the listed URLs only these, e.g. "*/arxiv/*"; empty: all
+    skip: list[str] = field(default_factory=list)  # shards to leave out, by name or pattern, e.g. "train_07?.jsonl"
+    checksums: list[str] = field(default_factory=list)  # files or URLs in sha256sum's format, checked after a download
     weight: float = 1.0  # share of the token stream, relative to the other sources' weights
-    text_key: str = "text"  # the record's field that holds the document
+    kind: str = "text"  # or "token_ids": records are ready-made sequences of ids, as Amber's
+    text_key: str = "text"  # the record's field (parquet: column) that holds the document
+    ids_key: str = "token_ids"  # the record's field that holds the ids
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """Weights that hold from one step on, until the next phase."""
+
+    from_step: int = 0  # optimizer steps done when the phase begins
+    weights: dict[str, float] = field(default_factory=dict)  # source name -> weight; 0 rests it, unnamed keep theirs
 
 
 @dataclass(frozen=True)
@@ -21,14 +38,21 @@ class DataConfig:
     """The training stream (docs/design.md, The stream) and the held-out documents."""
 
     sources: list[SourceConfig] = field(default_factory=list)
+    phases: list[PhaseConfig] = field(default_factory=list)  # a curriculum; empty: the sources' weights throughout
+    pretokenized: str = ""  # folder of fbitrain.data.pretokenize: its tokens instead of the sources' text
     heldout: list[str] = field(default_factory=list)  # shards never trained on; perplexity is measured here
+    heldout_fraction: float = 0.0  # of documents, by a hash of their text, that the stream leaves out (data.holdout)
+    duplicates: str = ""  # file of fbitrain.data.duplicates: the documents it lists are left out
     tokenizer: str = (
         "teacher"  # "teacher", a folder with tokenizer.json, a tokenizer.json, a SentencePiece .model, or a .gguf
     )
     seq_len: int = 2048  # tokens the model sees per sequence; a packed sequence holds seq_len + 1
-    seed: int = 0  # orders the shards; the same seed gives the same stream
+    seed: int = 0  # orders shards and documents; the same seed gives the same stream
+    shuffle_block: int = 1000  # documents shuffled among each other (of at most 2 MiB together); 1: as they lie
     n_lanes: int = 16  # independent sub-streams dealt over ranks; world_size may change between 1 and this
     n_workers: int = 1  # tokenizer processes per rank; 0 tokenizes in the training process
+    cache_dir: str = ".cache/shards"  # where remote shards are kept; may be shared by all processes of a node
+    cache_gb: float = 100.0  # the most that the cache may hold; the shards least recently used make room
     add_bos: bool = True  # BOS before each document
     add_eos: bool = True  # EOS after each document
     max_bad_records: int = (
@@ -47,12 +71,36 @@ def data_problems(data: DataConfig) -> Iterator[str]:
             yield f"{where}.name is empty; every source needs a name"
         elif names.index(source.name) != i:
             yield f"{where}.name={source.name!r} is used twice; every source needs its own name"
-        if not source.paths:
-            yield f"{where}.paths is empty; list the shards of source {source.name!r}"
+        if not (source.paths or source.url_lists or data.pretokenized):
+            yield f"{where}.paths is empty; list the shards of source {source.name!r}, or give its url_lists"
         if not source.weight > 0:
             yield f"{where}.weight={source.weight} must be positive"
-    for name, least in (("seq_len", 1), ("n_lanes", 1), ("n_workers", 0), ("max_bad_records", 0)):
+        if source.kind not in KINDS:
+            yield f"{where}.kind={source.kind!r} must be {' or '.join(KINDS)}"
+    yield from _phase_problems(data, names)
+    if not 0 <= data.heldout_fraction < 1:
+        yield f"data.heldout_fraction={data.heldout_fraction} must be at least 0 and less than 1"
+    if not data.cache_gb > 0:
+        yield f"data.cache_gb={data.cache_gb} must be positive"
+    least_values = {"seq_len": 1, "n_lanes": 1, "shuffle_block": 1, "n_workers": 0, "max_bad_records": 0}
+    for name, least in least_values.items():
         if getattr(data, name) < least:
             yield f"data.{name}={getattr(data, name)} must be at least {least}"
     if not (data.add_bos or data.add_eos):
         yield "data.add_bos and data.add_eos are both false; documents would run into each other, set one of them"
+
+
+def _phase_problems(data: DataConfig, names: list[str]) -> Iterator[str]:
+    before = -1
+    for i, phase in enumerate(data.phases):
+        where = f"data.phases[{i}]"
+        if phase.from_step <= before:
+            yield f"{where}.from_step={phase.from_step} must be more than {before}, where the phase before it begins"
+        before = phase.from_step
+        for name, weight in phase.weights.items():
+            if name not in names:
+                yield f"{where}.weights names {name!r}, which is no source; the sources are {', '.join(names)}"
+            if not 0 <= weight < math.inf:
+                yield f"{where}.weights.{name}={weight} must be a number and not negative"
+        if all(phase.weights.get(source.name, source.weight) == 0 for source in data.sources):
+            yield f"{where}.weights are all 0; give at least one source a positive weight"
