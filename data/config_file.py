@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, cast
 
 import yaml
@@ -16,7 +16,7 @@ from fbitrain.data.config import DataConfig, PhaseConfig, SourceConfig, data_pro
 from fbitrain.data.shards import DataError
 
 
-def read_data_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[DataConfig, str]:
+def read_data_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DataConfig, str]:
     """The `data:` section of `path` under dotted `overrides`, and where its tokenizer is.
 
     The tokenizer is data.tokenizer, or distill.teacher where that says "teacher" ("" if the file names no teacher: not
@@ -39,7 +39,7 @@ def read_data_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()
     return data, data.tokenizer if data.tokenizer != "teacher" else str(teacher or "")
 
 
-def _read_yaml(path: str | os.PathLike[str]) -> DictConfig:
+def _read_yaml(path: str | Path) -> DictConfig:
     try:
         tree = OmegaConf.load(path)
     except FileNotFoundError:
@@ -63,7 +63,7 @@ def _apply(tree: DictConfig, override: str) -> None:
         raise DataError(f"override {override!r} cannot be applied ({_first_line(error)}); correct it") from None
 
 
-def _typed(path: str | os.PathLike[str], section: Any) -> DataConfig:
+def _typed(path: str | Path, section: Any) -> DataConfig:
     if not isinstance(section, dict):
         raise DataError(f"{path}: data is a section, but it is given as {section!r}; list its fields below it")
     try:
