@@ -1,94 +1,161 @@
-"""Documents out of one shard: .jsonl, .jsonl.gz or .jsonl.zst, from any line on, surviving what is damaged.
+"""Documents out of one shard: lines of .jsonl, .jsonl.gz or .jsonl.zst, rows of .parquet, surviving what is damaged.
 
-A damaged line or a damaged file never ends the reading of a corpus. It comes out as a BadRecord in the place where a
+A damaged record or a damaged file never ends the reading of a corpus. It comes out as a BadRecord in the place where a
 document would have been, for the caller to count and report.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+import codecs
+import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import orjson
-import zstandard
 
+from fbitrain.data.documents import START, BadRecord, Document, Entry, Position
+from fbitrain.data.line_files import Damaged, read_lines
 from fbitrain.data.shards import DataError, Shard
+from fbitrain.data.table_files import Cell, read_cells
 
-CHUNK_BYTES = 1 << 18
+PARQUET_SUFFIX = ".parquet"
 UTF8_BOM = b"\xef\xbb\xbf"
-# `zstd --long=31` needs windows of 2 GiB to be read back; the decoder allocates only what a frame asks for.
-ZSTD_MAX_WINDOW = 1 << 31
-GZIP_WBITS = 31
+SURROGATES = re.compile("[\ud800-\udfff]")
+REPLACEMENT = "\ufffd"
+# An invalid sequence becomes half a surrogate pair at first, which no valid text holds: so it can be counted.
+MARK_INVALID = "fbitrain.mark_invalid"
+codecs.register_error(MARK_INVALID, lambda error: ("\udfff", error.end))  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
-class Position:
-    """Where a line begins."""
+class RecordFormat:
+    """How a record holds its document: SourceConfig's `kind`, and the name of the field or column."""
 
-    line: int = 0  # counted from 0
-    offset: int = 0  # bytes before it, after decompression
+    kind: str = "text"
+    key: str = "text"
+
+
+class _Flaw(Exception):
+    """The record holds no document. The message is a BadRecord's reason."""
+
+
+def read_entries(
+    path: str, format: RecordFormat, start: Position = START, part: int = 0, n_parts: int = 1
+) -> Iterator[Entry | BadRecord]:
+    """The records on lines `part`, `part + n_parts`, … of `path`, in order, from `start` on, where a record begins.
+
+    Blank lines are no records; a byte order mark at the start of the file is dropped. Where the file is cut off, its
+    compression is damaged, or it lacks the column, the last item is a BadRecord; it is given to one part only, the one
+    that owned the lost line.
+    """
+    line, offset = start.line, start.offset
+    try:
+        if path.endswith(PARQUET_SUFFIX):
+            for cell in read_cells(path, format.key, line):
+                if line % n_parts == part:
+                    yield Entry(Position(line), Position(line + 1), cell.size, cell)
+                line += 1
+            return
+        for raw in read_lines(path, offset):
+            end = offset + len(raw) + 1
+            if line % n_parts == part:
+                content = raw.removeprefix(UTF8_BOM) if line == 0 else raw
+                if content and not content.isspace():
+                    yield Entry(Position(line, offset), Position(line + 1, end), len(raw), content)
+            line, offset = line + 1, end
+    except Damaged as error:
+        if line % n_parts == part:
+            yield BadRecord(path, line, f"the rest of the file is lost: {error}")
+
+
+def decode(entry: Entry, format: RecordFormat, path: str) -> Document | BadRecord:
+    """The document in `entry`, which `read_entries` gave with the same `format`; `path` is what a BadRecord names."""
+    try:
+        value = entry.raw.value if isinstance(entry.raw, Cell) else _field(entry.raw, format.key)
+        return _ready_made(value, format.key) if format.kind == "token_ids" else _text(value, format.key)
+    except _Flaw as flaw:
+        return BadRecord(path, entry.at.line, str(flaw))
+
+
+def _field(raw: bytes, key: str) -> Any:
+    """The value of field `key` of the JSON object in `raw`. Raises _Flaw."""
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        value = _lenient_json(raw)
+    if not isinstance(value, dict):
+        raise _Flaw(f"not a JSON object but {type(value).__name__}")
+    if key not in value:
+        raise _Flaw(f"has no field {key!r}")
+    return value[key]
+
+
+def _lenient_json(raw: bytes) -> Any:
+    """What orjson refuses and a corpus holds: invalid UTF-8, halves of surrogate pairs, NaN in the metadata."""
+    try:
+        return json.loads(raw.decode("utf-8", errors=MARK_INVALID))
+    except (ValueError, RecursionError) as error:
+        raise _Flaw(f"not JSON: {error}") from None
+
+
+def _text(value: Any, key: str) -> Document:
+    """A string, or its UTF-8 bytes, as a document; what is not Unicode in it is replaced and counted. Raises _Flaw."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", errors=MARK_INVALID)
+    if not isinstance(value, str):
+        raise _Flaw(f"field {key!r} is not a string but {type(value).__name__}")
+    if not value:
+        raise _Flaw(f"field {key!r} is empty")
+    try:
+        return Document(value, n_bytes=len(value.encode()))
+    except UnicodeEncodeError:
+        value, n_replaced = SURROGATES.subn(REPLACEMENT, value)
+        return Document(value, n_bytes=len(value.encode()), n_replaced=n_replaced)
+
+
+def _ready_made(value: Any, key: str) -> Document:
+    """A list of token ids as a document, uint32 [n]. Raises _Flaw."""
+    if not isinstance(value, list):
+        raise _Flaw(f"field {key!r} is not a list of token ids but {type(value).__name__}")
+    if not value:
+        raise _Flaw(f"field {key!r} is empty")
+    if wrong := set(map(type, value)) - {int}:  # true is an int to numpy
+        raise _Flaw(f"field {key!r} holds {min(kind.__name__ for kind in wrong)} where a token id should be")
+    try:
+        token_ids: npt.NDArray[np.uint32] = np.array(value, dtype=np.uint32)
+    except OverflowError:
+        raise _Flaw(f"field {key!r} holds a number that is no token id: {_no_token_id(value)}") from None
+    return Document(token_ids=token_ids, bordered=False)
+
+
+def _no_token_id(ids: list[int]) -> int:
+    return next(i for i in ids if not 0 <= i <= np.iinfo(np.uint32).max)
 
 
 @dataclass(frozen=True)
 class Record:
-    """One document."""
+    """One text document and where it stood."""
 
     at: Position
-    after: Position  # where the next line begins
+    after: Position
     text: str
 
 
-@dataclass(frozen=True)
-class BadRecord:
-    """A line that holds no document, or the place where the rest of a file is lost."""
-
-    path: str
-    line: int  # counted from 0
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.path}, line {self.line + 1}: {self.reason}"
-
-
-class _Decompressor(Protocol):
-    """What zlib's and zstandard's objects for one frame (gzip: member) have in common."""
-
-    @property
-    def eof(self) -> bool: ...
-    @property
-    def unused_data(self) -> bytes: ...
-    def decompress(self, data: bytes, /) -> bytes: ...
-
-
-class _Damaged(Exception):
-    """The file cannot be read beyond this point."""
-
-
 def read_records(
-    shard: Shard, text_key: str = "text", start: Position = Position(), part: int = 0, n_parts: int = 1
+    shard: Shard, text_key: str = "text", start: Position = START, part: int = 0, n_parts: int = 1
 ) -> Iterator[Record | BadRecord]:
-    """The documents in lines `part`, `part + n_parts`, … of `shard`, in order, from line `start` on.
-
-    Blank lines are passed over, and a byte order mark at the start of the file is dropped. A plain .jsonl is entered
-    at `start.offset`, a compressed one is decompressed and skipped up to `start.line`. Where a file is cut off or its
-    compression is damaged the last item is a BadRecord; it is given to one part only, the one that owned the lost line.
-    """
-    at = start
-    try:
-        for raw in _lines_from(shard, start):
-            after = Position(at.line + 1, at.offset + len(raw) + 1)
-            if at.line % n_parts == part:
-                text = _document(raw.removeprefix(UTF8_BOM) if at.line == 0 else raw, text_key)
-                if isinstance(text, _Flaw):
-                    yield BadRecord(shard.path, at.line, text.reason)
-                elif text is not None:
-                    yield Record(at, after, text)
-            at = after
-    except (_Damaged, OSError, zlib.error, zstandard.ZstdError) as error:
-        if at.line % n_parts == part:
-            yield BadRecord(shard.path, at.line, f"the rest of the file is lost: {error}")
+    """The text documents of `read_entries`, decoded."""
+    format = RecordFormat("text", text_key)
+    for entry in read_entries(shard.path, format, start, part, n_parts):
+        document = entry if isinstance(entry, BadRecord) else decode(entry, format, shard.path)
+        if isinstance(entry, Entry) and isinstance(document, Document):
+            yield Record(entry.at, entry.after, document.text)
+        elif isinstance(document, BadRecord):
+            yield document
 
 
 def read_record(shard: Shard, text_key: str, at: Position) -> Record:
@@ -97,89 +164,3 @@ def read_record(shard: Shard, text_key: str, at: Position) -> Record:
     if not isinstance(record, Record) or record.at != at:
         raise DataError(f"{shard.path}, line {at.line + 1}: the document of the checkpoint is no longer there")
     return record
-
-
-@dataclass(frozen=True)
-class _Flaw:
-    reason: str
-
-
-def _document(raw: bytes, text_key: str) -> str | _Flaw | None:
-    """The text in one line, None for a blank line, or what is wrong with it."""
-    if not raw.strip():
-        return None
-    try:
-        value = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        try:
-            raw.decode("utf-8")
-        except UnicodeDecodeError as decode_error:
-            return _Flaw(f"not UTF-8: {decode_error.reason} at byte {decode_error.start}")
-        return _Flaw(f"not JSON: {error}")
-    if not isinstance(value, dict):
-        return _Flaw(f"not a JSON object but {type(value).__name__}")
-    if text_key not in value:
-        return _Flaw(f"has no field {text_key!r}")
-    text = value[text_key]
-    if not isinstance(text, str):
-        return _Flaw(f"field {text_key!r} is not a string but {type(text).__name__}")
-    return text or _Flaw(f"field {text_key!r} is empty")
-
-
-def _lines_from(shard: Shard, start: Position) -> Iterator[bytes]:
-    """Lines without their newline, from line `start.line` on."""
-    with open(shard.path, "rb") as file:
-        if shard.path.endswith(".zst"):
-            lines = _lines(_decompressed(file, _new_zstd))
-        elif shard.path.endswith(".gz"):
-            lines = _lines(_decompressed(file, lambda: zlib.decompressobj(wbits=GZIP_WBITS)))
-        else:
-            file.seek(start.offset)
-            yield from _lines(iter(lambda: file.read(CHUNK_BYTES), b""))
-            return
-        for line, raw in enumerate(lines):
-            if line >= start.line:
-                yield raw
-
-
-def _new_zstd() -> _Decompressor:
-    return zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW).decompressobj()
-
-
-def _decompressed(file: BinaryIO, new_decompressor: Callable[[], _Decompressor]) -> Iterator[bytes]:
-    """The content of all frames. Raises _Damaged where the last frame has no end.
-
-    zstandard's own stream reader takes a cut file for a complete one; only a frame's `eof` tells them apart.
-    """
-    frame: _Decompressor | None = None
-    n_frames = 0
-    while data := file.read(CHUNK_BYTES):
-        while data:
-            if frame is None:
-                # Zero bytes after a complete frame are padding (gzip permits it).
-                data = data.lstrip(b"\0") if n_frames else data
-                if not data:
-                    break
-                frame = new_decompressor()
-            yield frame.decompress(data)
-            data = b""
-            if frame.eof:
-                data, frame, n_frames = frame.unused_data, None, n_frames + 1
-    if frame is not None:
-        raise _Damaged("it is cut off in the middle of a compressed frame")
-    if not n_frames:
-        raise _Damaged("it is empty, which no compressed file is")
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Chunks cut at newlines; a line may span any number of chunks."""
-    pieces: list[bytes] = []
-    for chunk in chunks:
-        first, *others = chunk.split(b"\n")
-        pieces.append(first)
-        if others:
-            yield b"".join(pieces)
-            yield from others[:-1]
-            pieces = [others[-1]]
-    if last := b"".join(pieces):
-        yield last
