@@ -1,0 +1,87 @@
+"""Rows of documents in bucket files on disk, and the copies among them: the memory that this takes is the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+# uint64 [n, 4]: two halves of a 128-bit hash, the place (places order the corpus), UTF-8 bytes of the text.
+Rows = npt.NDArray[np.uint64]
+HIGH, LOW, PLACE, N_BYTES = range(4)
+COLUMNS = 4
+ROW_BYTES = 8 * COLUMNS
+N_BUCKETS = 256
+HASH_BYTES = 8  # of HIGH, by which buckets may be split further
+
+
+class Buckets:
+    """Files to which arrays are dealt. A context manager; `paths` may be read after it has closed them."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.paths = [folder / f"{i:02x}" for i in range(N_BUCKETS)]
+        self._files = [path.open("wb") for path in self.paths]
+
+    def add(self, items: npt.NDArray[np.uint64], buckets: npt.NDArray[Any]) -> None:
+        """Appends item i (a row, or a number) to file buckets[i], in their order."""
+        order = np.argsort(buckets, kind="stable")
+        items = items[order]
+        borders = np.searchsorted(buckets[order], np.arange(N_BUCKETS + 1))
+        for file, start, end in zip(self._files, borders, borders[1:], strict=False):
+            if start != end:
+                file.write(items[start:end].data)
+
+    def __enter__(self) -> Buckets:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files:
+            file.close()
+
+
+def hash_byte(rows: Rows, i: int) -> npt.NDArray[np.uint8]:
+    """Byte i of each row's hash, the most significant first."""
+    return (rows[:, HIGH] >> np.uint64(8 * (HASH_BYTES - 1 - i))).astype(np.uint8)
+
+
+def read_rows(path: Path, n_rows: int) -> Iterator[Rows]:
+    """The rows of a file, up to `n_rows` at a time."""
+    with path.open("rb") as file:
+        while len(rows := np.fromfile(file, np.uint64, n_rows * COLUMNS)):
+            yield rows.reshape(-1, COLUMNS)
+
+
+def copies(path: Path, n_rows: int, depth: int = 1) -> Iterator[tuple[Rows, npt.NDArray[np.uint64]]]:
+    """The rows of a bucket whose hash occurs in it before them, and the place of the first row with that hash [n].
+
+    The file holds its rows in the order of their places; it is removed. About `n_rows` are in memory at a time: a
+    larger bucket is split by byte `depth` of the hash, and where nothing is left to split by, which means that one text
+    is repeated that often, it is gone through with its first row in hand.
+    """
+    if path.stat().st_size > n_rows * ROW_BYTES and depth < HASH_BYTES:
+        with Buckets(path.with_name(f"{path.name}_split")) as buckets:
+            for rows in read_rows(path, n_rows):
+                buckets.add(rows, hash_byte(rows, depth))
+        path.unlink()
+        for part in buckets.paths:
+            yield from copies(part, n_rows, depth + 1)
+        return
+    firsts = np.empty((0, COLUMNS), np.uint64)
+    for rows in read_rows(path, n_rows):
+        firsts, later, first_places = _split_copies(np.concatenate([firsts, rows]))
+        yield later, first_places
+    path.unlink()
+
+
+def _split_copies(rows: Rows) -> tuple[Rows, Rows, npt.NDArray[np.uint64]]:
+    """The first row of each hash, the other rows, and for each of the others the place of its first."""
+    rows = rows[np.lexsort((rows[:, PLACE], rows[:, LOW], rows[:, HIGH]))]
+    is_first = np.ones(len(rows), bool)
+    is_first[1:] = (rows[1:, HIGH] != rows[:-1, HIGH]) | (rows[1:, LOW] != rows[:-1, LOW])
+    firsts = rows[is_first]
+    first_of = np.cumsum(is_first) - 1  # for each row, which of `firsts` is its own
+    return firsts, rows[~is_first], firsts[first_of[~is_first], PLACE]
