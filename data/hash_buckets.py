@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -19,28 +19,36 @@ HASH_BYTES = 8  # of HIGH, by which buckets may be split further
 
 
 class Buckets:
-    """Files to which arrays are dealt. A context manager; `paths` may be read after it has closed them."""
+    """Files to which arrays are dealt, made when they are needed. To be read when the context has closed them."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
-        self.paths = [folder / f"{i:02x}" for i in range(N_BUCKETS)]
-        self._files = [path.open("wb") for path in self.paths]
+        self._folder = folder
+        self._files: dict[int, BinaryIO] = {}
+
+    def paths(self) -> list[Path]:
+        """The files that hold something, in the order of the buckets."""
+        return [self._path(bucket) for bucket in sorted(self._files)]
 
     def add(self, items: npt.NDArray[np.uint64], buckets: npt.NDArray[Any]) -> None:
-        """Appends item i (a row, or a number) to file buckets[i], in their order."""
+        """Appends item i (a row, or a number) to file buckets[i], which is below N_BUCKETS, in their order."""
         order = np.argsort(buckets, kind="stable")
         items = items[order]
-        borders = np.searchsorted(buckets[order], np.arange(N_BUCKETS + 1))
-        for file, start, end in zip(self._files, borders, borders[1:], strict=False):
-            if start != end:
-                file.write(items[start:end].data)
+        numbers, starts = np.unique(buckets[order], return_index=True)
+        for bucket, part in zip(numbers.tolist(), np.split(items, starts[1:]), strict=False):
+            if bucket not in self._files:
+                self._files[bucket] = self._path(bucket).open("wb")
+            self._files[bucket].write(part.data)
 
     def __enter__(self) -> Buckets:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self._files:
+        for file in self._files.values():
             file.close()
+
+    def _path(self, bucket: int) -> Path:
+        return self._folder / f"{bucket:02x}"
 
 
 def hash_byte(rows: Rows, i: int) -> npt.NDArray[np.uint8]:
@@ -67,7 +75,7 @@ def copies(path: Path, n_rows: int, depth: int = 1) -> Iterator[tuple[Rows, npt.
             for rows in read_rows(path, n_rows):
                 buckets.add(rows, hash_byte(rows, depth))
         path.unlink()
-        for part in buckets.paths:
+        for part in buckets.paths():
             yield from copies(part, n_rows, depth + 1)
         return
     firsts = np.empty((0, COLUMNS), np.uint64)
