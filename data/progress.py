@@ -1,0 +1,89 @@
+"""How far jobs in several processes have come: one bar, with the time that is left.
+
+A job's size is that of its shard as it lies on disk. What the process that does it can count is bytes of records, more
+of them where the shard is compressed: how many more is learned from the jobs that are finished.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+REFRESH_SECONDS = 1.0
+FIRST_RATIO = 3.0  # bytes of records per byte of shard, until a job has finished
+MOST_UNFINISHED = 0.95  # of its size is what an unfinished job may count, however wrong the ratio is
+COUNTED, FINISHED = 0, 1  # columns of the shared file
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One job's place in the shared file: for the process that does the job."""
+
+    path: str
+    i: int
+    n: int
+
+    def add(self, n_bytes: int) -> None:
+        _shared(self.path, self.n)[self.i, COUNTED] += n_bytes
+
+    def finish(self) -> None:
+        _shared(self.path, self.n)[self.i, FINISHED] = 1
+
+
+class ProgressBar:
+    """Shows the slots of jobs of `sizes` bytes behind `done` bytes that were there before, until it is closed."""
+
+    def __init__(self, path: Path, sizes: Sequence[float], done: float, description: str) -> None:
+        self._path, self._sizes, self._done = path, np.array(sizes, dtype=np.float64), done
+        self._counts: npt.NDArray[np.int64] = np.memmap(path, np.int64, mode="w+", shape=(max(len(sizes), 1), 2))
+        total = int(self._sizes.sum() + done)
+        self._bar = tqdm(total=total, initial=int(done), unit="B", unit_scale=True, smoothing=0, desc=description)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._refresh, daemon=True)
+        self._thread.start()
+
+    def slot(self, i: int) -> Slot:
+        return Slot(str(self._path), i, len(self._counts))
+
+    def position(self) -> float:
+        """Bytes of shards done, those of unfinished jobs estimated."""
+        if not len(self._sizes):
+            return self._done
+        counted, finished = self._counts[:, COUNTED], self._counts[:, FINISHED] > 0
+        size_finished = self._sizes[finished].sum()
+        ratio = max(counted[finished].sum() / size_finished, 1e-3) if size_finished else FIRST_RATIO
+        unfinished = np.minimum(counted / ratio, self._sizes * MOST_UNFINISHED)
+        return float(self._done + np.where(finished, self._sizes, unfinished).sum())
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        self._thread.join()
+        self._show()
+        self._bar.close()
+        self._path.unlink(missing_ok=True)
+
+    def _refresh(self) -> None:
+        while not self._closing.wait(REFRESH_SECONDS):
+            self._show()
+
+    def _show(self) -> None:
+        self._bar.n = int(self.position())
+        self._bar.refresh()
+
+
+@functools.lru_cache(maxsize=1)
+def _shared(path: str, n: int) -> npt.NDArray[np.int64]:
+    return np.memmap(path, np.int64, mode="r+", shape=(n, 2))
