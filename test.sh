@@ -9,6 +9,7 @@ source launch/setup_env.sh
 selection=(-m "not slow")
 if [[ ${1:-} == --all ]]; then
     selection=()
+    export HYPOTHESIS_PROFILE=nightly
     shift
 fi
 

@@ -15,11 +15,11 @@ class SourceConfig:
 
     name: str = ""
     paths: list[str] = field(default_factory=list)  # files, folders, globs or URLs (https, s3, hf) of .jsonl, .parquet
+    weight: float = 1.0  # share of the token stream, relative to the other sources' weights
     url_lists: list[str] = field(default_factory=list)  # files or URLs with one shard's URL per line, e.g. urls.txt
     include: list[str] = field(default_factory=list)  # of the listed URLs only these, e.g. "*/arxiv/*"; empty: all
     skip: list[str] = field(default_factory=list)  # shards to leave out, by name or pattern, e.g. "train_07?.jsonl"
     checksums: list[str] = field(default_factory=list)  # files or URLs in sha256sum's format, checked after a download
-    weight: float = 1.0  # share of the token stream, relative to the other sources' weights
     kind: str = "text"  # or "token_ids": records are ready-made sequences of ids, as Amber's
     text_key: str = "text"  # the record's field (parquet: column) that holds the document
     ids_key: str = "token_ids"  # the record's field that holds the ids

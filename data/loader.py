@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fbitrain.data.config import DataConfig
+from fbitrain.data.duplicates import DuplicateList
+from fbitrain.data.fingerprint import ShardList, fingerprint, require_same_shards, shard_list
 from fbitrain.data.plan import LanePlan, find_sources, plan_lanes
-from fbitrain.data.shards import DataError, fingerprint, require_same_shards
+from fbitrain.data.shards import DataError, Shard
+from fbitrain.data.source_reader import SourceState
 from fbitrain.data.stream import border_tokens, initial_state, too_many_bad_records
+from fbitrain.data.token_shards import TokenIndex
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
-from fbitrain.data.worker import Drawn, Job, WorkerProcess, produce
+from fbitrain.data.worker import Drawn, Feed, Job, LaneFeed, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+COUNTED = ("documents", "bytes", "tokens", "heldout", "duplicates", "replaced")
 
 
 class TokenLoader:
-    """Iterates over (batch int64 [micro_batch_size, seq_len + 1], state), without end.
+    """Iterates over batches int64 [micro_batch_size, seq_len + 1], without end; `state()` is the place behind the last.
 
     The state is a JSON-serialisable dict. The list of the states of all ranks of a saved run, given as `states`,
     continues that run: on as many ranks bit for bit, on another number with the lanes dealt anew and every document
     still read once per epoch. Sequences that workers prepared but nobody drew are not in the state. micro_batch_size,
-    n_workers and the sources' weights may change between runs; a changed weight counts for the whole run's mixture, so
-    the stream then catches up.
+    n_workers, the mixture's weights and text or pretokenized shards may change between runs; new weights concern what
+    comes after. `saved_shards` is the saved run's shard_list(), by which a changed shard is named.
+
+    `sequences_per_step`, over all ranks, is needed where data.phases says at which steps the mixture changes.
 
     Raises DataError for missing or changed shards, a state that does not fit, more bad records than allowed, a rank
     without documents, and a tokenizer process that died.
@@ -42,59 +52,92 @@ class TokenLoader:
         rank: int,
         world_size: int,
         micro_batch_size: int,
+        *,
         states: Sequence[Mapping[str, Any]] | None = None,
+        saved_shards: ShardList | None = None,
+        sequences_per_step: int = 0,
+        log_documents: bool = False,
     ) -> None:
         if data.n_lanes < world_size:
             raise DataError(f"data.n_lanes={data.n_lanes} is less than the {world_size} ranks; every rank needs a lane")
-        self._data, self._rank = data, rank
+        self._data, self._rank, self._world_size = data, rank, world_size
         self._micro_batch_size = micro_batch_size
         tokenizer = load_tokenizer(tokenizer_path)
         border_tokens(tokenizer, data.add_bos, data.add_eos)
+        if data.pretokenized:
+            TokenIndex(data.pretokenized).require_tokenizer(tokenizer.fingerprint)
         sources = find_sources(data)
+        self._shards = shard_list(sources)
+        if data.duplicates:
+            DuplicateList(data.duplicates).require_shards(sources)
         self._identity = _identity(data, tokenizer) | {
-            "fingerprint": {name: fingerprint(shards) for name, shards in sources.items()},
-            "world_size": world_size,
+            "fingerprint": {name: fingerprint(shards) for name, shards in sources.items()}
         }
-        plans = plan_lanes(data, sources)[rank::world_size]
-        self._lane_states = {str(plan.lane): initial_state(plan) for plan in plans}
+        plans = plan_lanes(data, sources, sequences_per_step=sequences_per_step, log_documents=log_documents)
+        mine = plans[rank::world_size]
+        self._mixture = {"sequences_per_step": sequences_per_step, "phases": [list(p.weights) for p in mine[0].phases]}
+        self._drawn = 0  # sequences that all ranks together have drawn
+        saved = {plan.lane: initial_state(plan) for plan in mine}
         first = rank
         if states is not None:
-            _require_continuable(self._identity, states)
-            saved = _merge_lanes(states, data.n_lanes)
-            self._lane_states = {lane: saved[lane] for lane in self._lane_states}
+            _require_continuable(self._identity, states, sources, saved_shards)
+            saved, self._drawn = _continued(states, mine, world_size, self._mixture)
             first = _next_lane(states, rank, world_size)
-        self._turn = _in_turn([plan for plan in plans if not self._lane_states[str(plan.lane)]["empty"]], first)
-        self._feeds = self._open_feeds(tokenizer)
-        self._workers = [feed for feed in self._feeds.values() if isinstance(feed, WorkerProcess)]
+        self._empty = {lane: state for lane, state in saved.items() if state["empty"]}
+        self._feeds = self._open_feeds(_in_turn(mine, first), saved, tokenizer)
+        # A lane that was found empty is not drawn again; its feed knows.
+        self._turn = [plan.lane for plan in _in_turn(mine, first) if not saved[plan.lane]["empty"]]
+        self._documents: list[str] = []
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+    def __iter__(self) -> Iterator[torch.Tensor]:
         return self
 
-    def __next__(self) -> tuple[torch.Tensor, dict[str, Any]]:
+    def __next__(self) -> torch.Tensor:
         sequences = [self._draw() for _ in range(self._micro_batch_size)]
-        return torch.from_numpy(np.stack(sequences)), self._state()
+        self._drawn += self._micro_batch_size * self._world_size
+        return torch.from_numpy(np.stack(sequences, dtype=np.int64))
+
+    def state(self) -> dict[str, Any]:
+        """What continues the stream behind the last batch: JSON-serialisable, a few kilobytes per lane at most."""
+        return {
+            **self._identity,
+            "world_size": self._world_size,
+            "mixture": self._mixture,
+            "drawn": self._drawn,
+            "next_lane": self._turn[0],
+            "lanes": {str(lane): state for lane, state in sorted(self._lane_states().items())},
+        }
+
+    def shard_list(self) -> ShardList:
+        """The shards of this run, to be kept beside the states."""
+        return self._shards
 
     def stats(self) -> dict[str, Any]:
-        """Counters of this rank since the run began: documents, bytes, tokens per source, bad_records.
+        """Counters of this rank: per source documents, bytes, tokens, what was left out and why, and epochs.
 
-        `epochs` are completed passes, averaged over the rank's lanes. What was read and not yet drawn is not counted.
+        They count since the run began; `epochs` are completed passes, averaged over the rank's lanes. The cache's
+        counters are of this process and its workers. What was read and not yet drawn is not counted.
         """
-        lanes = list(self._lane_states.values())
-        names = [source.name for source in self._data.sources]
-        counters: dict[str, Any] = {
-            key: {name: sum(lane["sources"][name][key] for lane in lanes) for name in names}
-            for key in ("documents", "bytes", "tokens")
-        }
-        counters["epochs"] = {
-            name: sum(lane["sources"][name]["epoch"] for lane in lanes) / len(lanes) for name in names
-        }
-        counters["bad_records"] = sum(lane["bad_records"] for lane in lanes)
-        return counters
+        lanes = list(self._lane_states().values())
+        stats: dict[str, Any] = {key: {} for key in (*COUNTED, "epochs")}
+        for source in self._data.sources:
+            states = [SourceState.from_list(lane["sources"][source.name]) for lane in lanes]
+            for key in COUNTED:
+                stats[key][source.name] = sum(getattr(state, key) for state in states)
+            stats["epochs"][source.name] = sum(state.epoch for state in states) / len(states)
+        stats["bad_records"] = self._bad_records()
+        stats["cache"] = dict(sum((Counter(feed.counters()) for feed in set(self._feeds.values())), Counter()))
+        return stats
+
+    def take_documents(self) -> list[str]:
+        """With log_documents, `source/shard:line` of each document begun in the batches since the last call."""
+        taken, self._documents = self._documents, []
+        return taken
 
     def close(self) -> None:
         """Ends the tokenizer processes. May be called twice."""
-        for worker in self._workers:
-            worker.close()
+        for feed in set(self._feeds.values()):
+            feed.close()
 
     def __enter__(self) -> TokenLoader:
         return self
@@ -104,27 +147,44 @@ class TokenLoader:
     ) -> None:
         self.close()
 
-    def _open_feeds(self, tokenizer: Tokenizer) -> dict[int, Iterator[Drawn]]:
+    def _open_feeds(
+        self, plans: Sequence[LanePlan], states: Mapping[int, dict[str, Any]], tokenizer: Tokenizer
+    ) -> dict[int, Feed]:
         """For each lane, where its sequences come from. A feed serves its lanes in the order in which we draw them."""
-        feeds: dict[int, Iterator[Drawn]] = {}
-        n_feeds = max(1, min(self._data.n_workers, len(self._turn)))
+        data = self._data
+        feeds: dict[int, Feed] = {}
+        alive = [plan for plan in plans if not states[plan.lane]["empty"]]
+        # Ready-made tokens need no process: sending them through a pipe would cost more than reading them.
+        n_workers = 0 if data.pretokenized else data.n_workers
+        n_feeds = max(1, min(n_workers, len(alive)))
         for i in range(n_feeds):
-            plans = self._turn[i::n_feeds]
-            job = Job(tuple((plan, self._lane_states[str(plan.lane)]) for plan in plans), tokenizer.path)
-            feed = WorkerProcess(job) if self._data.n_workers else produce(job, tokenizer)
-            feeds |= {plan.lane: feed for plan in plans}
+            served = alive[i::n_feeds]
+            job = Job(
+                lanes=tuple((plan, states[plan.lane]) for plan in served),
+                tokenizer_path=tokenizer.path,
+                cache_dir=data.cache_dir,
+                cache_bytes=int(data.cache_gb * 1e9),
+                duplicates=data.duplicates,
+                stride=len(plans) * self._world_size,
+            )
+            feed = WorkerProcess(job) if n_workers else LaneFeed(job, tokenizer)
+            feeds |= {plan.lane: feed for plan in served}
         return feeds
 
-    def _draw(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _draw(self) -> npt.NDArray[np.int32]:
         while self._turn:
-            plan = self._turn.pop(0)
-            drawn = next(self._feeds[plan.lane])
-            assert drawn.lane == plan.lane or drawn.error, "a feed lost its order"
-            self._lane_states[str(drawn.lane)] = drawn.state
+            lane = self._turn.pop(0)
+            drawn = self._feeds[lane].draw()
+            assert drawn.lane == lane or drawn.error, "a feed lost its order"
             self._report(drawn)
             if drawn.tokens is not None:
-                self._turn.append(plan)
+                self._turn.append(lane)
                 return drawn.tokens
+            if self._data.phases:
+                raise DataError(
+                    f"lane {lane} has no documents, and data.phases need some in every lane; give more data, or fewer "
+                    "data.n_lanes"
+                )
         raise DataError(
             f"rank {self._rank} has no documents left: the sources hold none, or too few for data.n_lanes="
             f"{self._data.n_lanes} lanes; give more data, or fewer lanes (not fewer than ranks)"
@@ -135,17 +195,15 @@ class TokenLoader:
             logger.warning("rank %d: %s", self._rank, note)
         if drawn.error:
             raise DataError(drawn.error)
-        bad_records = sum(lane["bad_records"] for lane in self._lane_states.values())
-        if drawn.last_bad and bad_records > self._data.max_bad_records:
+        self._documents += drawn.documents
+        if drawn.last_bad and self._bad_records() > self._data.max_bad_records:
             raise DataError(too_many_bad_records(self._data.max_bad_records, drawn.last_bad))
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            **self._identity,
-            "next_lane": self._turn[0].lane,
-            "lanes": dict(self._lane_states),
-            "stats": self.stats(),
-        }
+    def _lane_states(self) -> dict[int, dict[str, Any]]:
+        return self._empty | {lane: feed.state(lane) for lane, feed in self._feeds.items()}
+
+    def _bad_records(self) -> int:
+        return sum(state["bad_records"] for state in self._lane_states().values())
 
 
 def _identity(data: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -157,27 +215,55 @@ def _identity(data: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         "seq_len": data.seq_len,
         "add_bos": data.add_bos,
         "add_eos": data.add_eos,
+        "shuffle_block": data.shuffle_block,
+        "heldout_fraction": data.heldout_fraction,
         "tokenizer": tokenizer.fingerprint,
     }
 
 
-def _require_continuable(identity: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> None:
+def _require_continuable(
+    identity: Mapping[str, Any],
+    states: Sequence[Mapping[str, Any]],
+    sources: Mapping[str, Sequence[Shard]],
+    saved_shards: ShardList | None,
+) -> None:
     """Raises DataError naming the first thing in which `states` are not of this configuration."""
     for state in states:
-        for key in ("version", "n_lanes", "seed", "seq_len", "add_bos", "add_eos", "tokenizer"):
+        for key in identity.keys() - {"fingerprint"}:
             if state.get(key) != identity[key]:
                 raise DataError(
                     f"the checkpoint's data state has {key}={state.get(key)}, this run has {key}={identity[key]}; "
                     "resume with the same settings, or start a new run"
                 )
-        saved, now = state["fingerprint"], identity["fingerprint"]
-        if saved.keys() != now.keys():
+        saved = state["fingerprint"]
+        if saved.keys() != sources.keys():
             raise DataError(
-                f"the checkpoint's sources are {', '.join(sorted(saved))}, this run's are {', '.join(sorted(now))}; "
-                "resume with the same sources, or start a new run"
+                f"the checkpoint's sources are {', '.join(sorted(saved))}, this run's are "
+                f"{', '.join(sorted(sources))}; resume with the same sources, or start a new run"
             )
-        for name, shards in now.items():
-            require_same_shards(name, saved[name], shards)
+        for name, shards in sources.items():
+            require_same_shards(name, saved[name], shards, saved_shards[name] if saved_shards else None)
+
+
+def _continued(
+    states: Sequence[Mapping[str, Any]], plans: Sequence[LanePlan], world_size: int, mixture: Mapping[str, Any]
+) -> tuple[dict[int, dict[str, Any]], int]:
+    """The states of our lanes among those of all saved ranks, and the sequences drawn by all of them."""
+    before = states[0]
+    every = _merge_lanes(states, before["n_lanes"])
+    drawn, per_step = before["drawn"], mixture["sequences_per_step"]
+    if per_step and before["mixture"]["sequences_per_step"] not in (0, per_step):
+        drawn = drawn // before["mixture"]["sequences_per_step"] * per_step  # as many steps, of another size
+    lanes = {plan.lane: copy.deepcopy(every[str(plan.lane)]) for plan in plans}
+    for position, (lane, state) in enumerate(lanes.items()):
+        if before["mixture"]["phases"] != mixture["phases"]:
+            for name, values in state["sources"].items():
+                source = SourceState.from_list(values)
+                source.phase_tokens = 0
+                state["sources"][name] = source.to_list()
+        if drawn != before["drawn"] or world_size != before["world_size"]:
+            state["sequence"] = drawn + position * world_size + lane % world_size
+    return lanes, drawn
 
 
 def _merge_lanes(states: Sequence[Mapping[str, Any]], n_lanes: int) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Tokenizer processes: a few lanes each, producing sequences ahead of the training process that draws them.
+"""Feeds: lanes drawn in this process, or by tokenizer processes that produce sequences ahead of it.
 
 A worker is a plain child process joined by one pipe. The pipe is the bounded queue: a full one makes the worker wait, a
 closed one makes it leave, and one that ends tells the parent that the worker is gone. multiprocessing is not used
@@ -15,16 +15,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from fbitrain.data.cache import ShardCache
+from fbitrain.data.duplicates import DuplicateList
 from fbitrain.data.plan import LanePlan
 from fbitrain.data.shards import DataError
+from fbitrain.data.source_reader import Shelf
 from fbitrain.data.stream import Lane
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -40,55 +44,85 @@ class Drawn:
     """What came out of a lane: a sequence, or the news that there is none, or the error that ends the run."""
 
     lane: int
-    tokens: npt.NDArray[np.int64] | None  # [T+1]; None: the lane has no documents
-    state: dict[str, Any]  # of the lane, after these tokens
+    tokens: npt.NDArray[np.int32] | None  # [T+1]; None: the lane has no documents
     notes: tuple[str, ...] = ()  # for the user's eyes
     last_bad: str = ""  # the last bad record among the notes
     error: str = ""
+    documents: tuple[str, ...] = ()  # those that begin in this sequence, if the plan asks for them
 
 
 @dataclass(frozen=True)
 class Job:
-    """A worker's task: lanes in the order in which they are drawn, each with the state it goes on from."""
+    """Lanes in the order in which they are drawn, each with the state it goes on from, and what they share."""
 
     lanes: tuple[tuple[LanePlan, dict[str, Any]], ...]
     tokenizer_path: str
+    cache_dir: str
+    cache_bytes: int
+    duplicates: str
+    stride: int  # see Lane
 
 
-def produce(job: Job, tokenizer: Tokenizer) -> Iterator[Drawn]:
-    """Draws from the lanes in turn; from a lane without documents once. Ends only with the last lane or an error."""
-    lanes = []
-    for plan, state in job.lanes:
+class Feed(Protocol):
+    """Where the sequences of some lanes come from; they are drawn in turn."""
+
+    def draw(self) -> Drawn: ...
+    def state(self, lane: int) -> dict[str, Any]: ...  # after the last sequence drawn from it
+    def counters(self) -> Mapping[str, int]: ...  # of the shard cache
+    def close(self) -> None: ...
+
+
+class LaneFeed:
+    """The lanes themselves, in this process. From a lane without documents nothing is drawn a second time."""
+
+    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+        self._states = {plan.lane: state for plan, state in job.lanes}
+        self._cache = ShardCache(job.cache_dir, job.cache_bytes)
+        shelf = Shelf(self._cache, DuplicateList(job.duplicates) if job.duplicates else None)
+        self._pending = deque(job.lanes)  # not opened before they are drawn: opening may read much, or fail
+        self._open = lambda plan, state: Lane(plan, tokenizer, shelf, state, job.stride)
+        self._turn: deque[Lane] = deque()
+        self._lanes: dict[int, Lane] = {}
+
+    def draw(self) -> Drawn:
+        lane: Lane | None = None
+        number = self._pending[0][0].lane if self._pending else self._turn[0].plan.lane
+        tokens, error = None, ""
         try:
-            lanes.append(Lane(plan, tokenizer, state))
-        except DataError as error:
-            yield Drawn(plan.lane, None, state, error=str(error))
-            return
-    while lanes:
-        for lane in list(lanes):
-            drawn = _draw(lane)
-            yield drawn
-            if drawn.error:
-                return
-            if drawn.tokens is None:
-                lanes.remove(lane)
+            if self._pending:
+                lane = self._lanes[number] = self._open(*self._pending.popleft())
+            else:
+                lane = self._turn.popleft()
+            tokens = next(lane, None)
+        except DataError as data_error:
+            error = str(data_error)
+        if lane is None:
+            return Drawn(number, None, error=error)
+        if tokens is not None:
+            self._turn.append(lane)
+        notes, last_bad = lane.take_notes()
+        return Drawn(number, tokens, notes, last_bad, error, lane.take_documents())
 
+    def state(self, lane: int) -> dict[str, Any]:
+        return self._lanes[lane].state() if lane in self._lanes else self._states[lane]
 
-def _draw(lane: Lane) -> Drawn:
-    error = ""
-    tokens = None
-    try:
-        tokens = next(lane, None)
-    except DataError as data_error:
-        error = str(data_error)
-    notes, last_bad = lane.take_notes()
-    return Drawn(lane.plan.lane, tokens, lane.state(), notes, last_bad, error)
+    def counters(self) -> Mapping[str, int]:
+        return self._cache.counters()
+
+    def exhausted(self) -> bool:
+        """Whether no lane is left to draw from."""
+        return not (self._pending or self._turn)
+
+    def close(self) -> None:
+        """Nothing to end."""
 
 
 class WorkerProcess:
-    """The parent's end of one worker. Iterates over what its lanes give."""
+    """A feed of lanes that another process draws from, ahead of us."""
 
     def __init__(self, job: Job) -> None:
+        self._states = {plan.lane: state for plan, state in job.lanes}
+        self._counters: Mapping[str, int] = {}
         reader, writer = os.pipe()
         _widen(writer)
         try:
@@ -103,19 +137,24 @@ class WorkerProcess:
         except BrokenPipeError:
             raise self._died() from None
 
-    def __iter__(self) -> Iterator[Drawn]:
-        return self
-
-    def __next__(self) -> Drawn:
+    def draw(self) -> Drawn:
         while not self._connection.poll(POLL_SECONDS):
             # Normally the pipe's end tells; another child of ours that inherited it would keep it open.
             if self.process.poll() is not None and not self._connection.poll():
                 raise self._died()
         try:
-            drawn: Drawn = self._connection.recv()
-            return drawn
+            drawn: Drawn
+            drawn, state, self._counters = self._connection.recv()
         except (EOFError, OSError):
             raise self._died() from None
+        self._states[drawn.lane] = state
+        return drawn
+
+    def state(self, lane: int) -> dict[str, Any]:
+        return self._states[lane]
+
+    def counters(self) -> Mapping[str, int]:
+        return self._counters
 
     def close(self) -> None:
         """Ends the worker; it holds nothing that is worth a farewell."""
@@ -161,8 +200,12 @@ def main(arguments: Sequence[str]) -> None:
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     with Connection(int(arguments[0]), readable=False) as connection:
         try:
-            for drawn in produce(job, load_tokenizer(job.tokenizer_path)):
-                connection.send(drawn)
+            feed = LaneFeed(job, load_tokenizer(job.tokenizer_path))
+            while not feed.exhausted():
+                drawn = feed.draw()
+                connection.send((drawn, feed.state(drawn.lane), feed.counters()))
+                if drawn.error:
+                    return
         except BrokenPipeError:
             return  # the loader was closed
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from fbitrain import checkpoint, environment
 from fbitrain.checkpoint import TrainerState
 from fbitrain.config import Config, to_yaml
+from fbitrain.data.heldout_text import load_heldout
 from fbitrain.data.loader import TokenLoader
-from fbitrain.data.stream import load_heldout
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.engine import Engine, device, resolve_precision, shard_teacher
 from fbitrain.errors import UserError
 from fbitrain.evaluate import heldout_windows
 from fbitrain.files import lock_folder, write_json, write_text
-from fbitrain.metrics import BatchLog, Interval, SignTracker, Writer, flops_per_token
+from fbitrain.metrics import BatchLog, DocumentLog, Interval, SignTracker, Writer, flops_per_token
 from fbitrain.model.build import BinarizeReport, build_student
 from fbitrain.ranks import agreed, from_rank_0, say
 from fbitrain.release_tokenizer import tokenizer_source
@@ -51,6 +51,7 @@ class Parts:
     signs: SignTracker
     flops_per_token: float
     batch_log: BatchLog | None
+    document_log: DocumentLog | None
     blank_batch: Tensor  # int64 [micro_batch_size, seq_len + 1], what a rank whose stream failed goes on with
     rank: int
 
@@ -68,13 +69,8 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
     tokenizer = agreed(lambda: check_vocabularies(config, tokenizer_path))
     heldout = agreed(lambda: load_windows(config, tokenizer))
     source = choose_checkpoint(config)
-    data_states = agreed(lambda: checkpoint.data_states(source)) if source else None
     # Opened before anything heavy is loaded: a missing or changed shard is found here.
-    loader = agreed(
-        lambda: TokenLoader(
-            config.data, tokenizer_path, rank, world_size, config.train.micro_batch_size, states=data_states
-        )
-    )
+    loader = agreed(lambda: open_stream(config, tokenizer_path, rank, world_size, source))
     teacher = agreed(lambda: build_teacher(config))
     engine, report = build_engine(config)
     state = TrainerState()
@@ -100,6 +96,7 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
         flops_per_token=flops_per_token(config, weights, teacher.n_parameters if teacher else 0),
         blank_batch=torch.zeros(config.train.micro_batch_size, config.data.seq_len + 1, dtype=torch.int64),
         batch_log=BatchLog(config.run_dir, rank) if config.debug.log_batches else None,
+        document_log=DocumentLog(config.run_dir, rank) if config.debug.log_documents else None,
         rank=rank,
     )
     return parts, state
@@ -183,6 +180,22 @@ def check_vocabularies(config: Config, tokenizer_path: str) -> Tokenizer:
     if problems:
         raise UserError("config error: " + "; ".join(problems))
     return tokenizer
+
+
+def open_stream(config: Config, tokenizer_path: str, rank: int, world_size: int, source: Path | None) -> TokenLoader:
+    """The training stream from its beginning, or from where the checkpoint `source` left it."""
+    states, saved_shards = checkpoint.data_states(source) if source else (None, None)
+    return TokenLoader(
+        config.data,
+        tokenizer_path,
+        rank,
+        world_size,
+        config.train.micro_batch_size,
+        states=states,
+        saved_shards=saved_shards,
+        sequences_per_step=config.train.global_batch_tokens // config.data.seq_len,
+        log_documents=config.debug.log_documents,
+    )
 
 
 def load_windows(config: Config, tokenizer: Tokenizer) -> Heldout | None:

@@ -34,7 +34,8 @@ from fbitrain.errors import UserError
 from fbitrain.files import fsync_folder, fsync_tree, write_json, write_text
 
 if TYPE_CHECKING:
-    from fbitrain.engine import Engine
+    from fbitrain.data.fingerprint import ShardList
+from fbitrain.engine import Engine
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 FORMAT = 1
@@ -50,6 +51,10 @@ _FREE_KEYS = (
     "data.max_bad_records",
     "data.heldout",
     "data.sources",
+    "data.phases",
+    "data.pretokenized",
+    "data.duplicates",
+    "data.cache_",
     "data.tokenizer",
     "model.preset",
 )
@@ -86,7 +91,7 @@ def find_latest(run_dir: Path) -> Path | None:
 # -- saving -----------------------------------------------------------------------------------------------------------
 
 
-def save(engine: Engine, config: Config, state: TrainerState, data_state: Mapping[str, Any]) -> Path:
+def save(engine: Engine, config: Config, state: TrainerState, data_state: Mapping[str, Any], shards: ShardList) -> Path:
     """Writes the checkpoint of `state.step` and removes old ones beyond checkpoint.keep. Every rank calls it.
 
     Raises UserError on all ranks, with older checkpoints untouched, when any rank cannot write.
@@ -98,7 +103,7 @@ def save(engine: Engine, config: Config, state: TrainerState, data_state: Mappin
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()
     _all_or_nothing(lambda: _write_shard(folder, rank, engine, data_state), folder)
-    _all_or_nothing(lambda: _finish(folder, final, engine, config, state) if rank == 0 else None, folder)
+    _all_or_nothing(lambda: _finish(folder, final, engine, config, state, shards) if rank == 0 else None, folder)
     return final
 
 
@@ -119,11 +124,12 @@ def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
             yield f"{kind}|{fragment.name}|{fragment.start}", getattr(fragment, kind).to("cpu", copy=True)
 
 
-def _finish(folder: Path, final: Path, engine: Engine, config: Config, state: TrainerState) -> None:
+def _finish(folder: Path, final: Path, engine: Engine, config: Config, state: TrainerState, shards: ShardList) -> None:
     _require_every_rank(folder)
     shapes = {name: list(shape) for name, shape in engine.shapes().items()}
     write_json(folder / "trainer.json", {**asdict(state), "world_size": dist.get_world_size(), "shapes": shapes})
     write_text(folder / "config.yaml", to_yaml(config))
+    write_json(folder / "data_shards.json", shards)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     write_json(folder / "COMPLETE.json", {"format": FORMAT, "step": state.step, "files": sizes})
     fsync_folder(folder)
@@ -270,9 +276,10 @@ def trainer_state(folder: Path) -> TrainerState:
     return TrainerState(saved["step"], saved["tokens"])
 
 
-def data_states(folder: Path) -> list[dict[str, Any]]:
-    """Where the streams of all the ranks that saved stood."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("data_rank*.json"))]
+def data_states(folder: Path) -> tuple[list[dict[str, Any]], ShardList]:
+    """Where the streams of all the ranks that saved stood, and the shards they read."""
+    states = [json.loads(path.read_text()) for path in sorted(folder.glob("data_rank*.json"))]
+    return states, json.loads((folder / "data_shards.json").read_text())
 
 
 def require_same_config(folder: Path, new: Config) -> str:

@@ -134,6 +134,7 @@ class DebugConfig:
 
     deterministic: bool = False  # torch.use_deterministic_algorithms
     log_batches: bool = False  # write a hash of every micro-batch to batches_rankNNNNN.jsonl in the run folder
+    log_documents: bool = False  # write the ids of the documents that begin in each step to documents_rankNNNNN.jsonl
 
 
 @dataclass(frozen=True)

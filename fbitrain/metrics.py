@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -226,6 +226,17 @@ class BatchLog:
     def add(self, step: int, batch: Tensor) -> None:
         digest = hashlib.sha256(batch.numpy().tobytes()).hexdigest()
         self._file.write(json.dumps({"step": step, "sha256": digest}) + "\n")
+        self._file.flush()
+
+
+class DocumentLog:
+    """debug.log_documents: which documents begin in each step's batches, so that none is missed or read twice."""
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self._file = (run_dir / f"documents_rank{rank:05d}.jsonl").open("a", encoding="utf-8")
+
+    def add(self, step: int, documents: Sequence[str]) -> None:
+        self._file.write(json.dumps({"step": step, "documents": documents}) + "\n")
         self._file.flush()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -11,7 +11,8 @@ import torch
 
 from fbitrain.build import check_vocabularies
 from fbitrain.config import Config
-from fbitrain.data.shards import JSONL_SUFFIXES, TEXT_SUFFIXES, DataError, find_shards
+from fbitrain.data.plan import find_sources
+from fbitrain.data.shards import DataError
 from fbitrain.engine import resolve_precision
 from fbitrain.errors import UserError
 from fbitrain.estimate import RankMemory, TeacherSize, rank_memory, read_teacher_size, tokens_in_total
@@ -76,17 +77,13 @@ def _check_inputs(report: Report, config: Config) -> None:
         report.problems.append(str(error))
     for source in config.data.sources:
         try:
-            shards = find_shards(source.paths, source.name)
+            shards = find_sources(replace(config.data, sources=[source]))[source.name]
         except DataError as error:
             report.problems.append(str(error))
         else:
-            size = sum(shard.size for shard in shards)
-            report.add("data", f"{source.name}: {len(shards)} shards, {size / 1e6:,.1f} MB, weight {source.weight:g}")
-    if config.eval.every and config.data.heldout:
-        try:
-            find_shards(config.data.heldout, "heldout", JSONL_SUFFIXES + TEXT_SUFFIXES)
-        except DataError as error:
-            report.problems.append(str(error))
+            sizes = [shard.size for shard in shards if shard.size >= 0]
+            size = f"{sum(sizes) / 1e6:,.1f} MB" if sizes else "size not known yet"
+            report.add("data", f"{source.name}: {len(shards)} shards, {size}, weight {source.weight:g}")
 
 
 def _check_disk(report: Report, config: Config, count: ParameterCount) -> None:

@@ -86,14 +86,13 @@ def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[s
     config, engine, teacher = parts.config, parts.engine, parts.teacher
     lr = lr_at(config, state.step + 1)
     n_micro_batches = config.grad_accum_steps(engine.world_size)
-    data_state: Mapping[str, Any] = {}
     failure = ""
     finite = torch.ones((), dtype=torch.bool, device=engine.device)
     for i in range(n_micro_batches):
         batch = parts.blank_batch
         if not failure:
             try:
-                batch, data_state = next(parts.loader)
+                batch = next(parts.loader)
             except DataError as error:  # the other ranks are in the middle of a step: take part in it, then tell them
                 failure = str(error)
         if parts.batch_log:
@@ -109,7 +108,9 @@ def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[s
             agree_to_go_on(parts, state, stop, finite, failure)
         engine.end_micro_batch(lr)
     parts.interval.add_step(engine.grad_norm())
-    return data_state
+    if parts.document_log:
+        parts.document_log.add(state.step + 1, parts.loader.take_documents())
+    return parts.loader.state()
 
 
 def agree_to_go_on(parts: Parts, state: TrainerState, stop: StopSignal, finite: Tensor, failure: str) -> None:
@@ -235,7 +236,7 @@ def save(parts: Parts, state: TrainerState, data_state: Mapping[str, Any]) -> in
     require_finite_gradients(parts, state)
     started = time.perf_counter()
     try:
-        folder = checkpoint.save(parts.engine, parts.config, state, data_state)
+        folder = checkpoint.save(parts.engine, parts.config, state, data_state, parts.loader.shard_list())
     except UserError as error:
         raise on_all_ranks(error) from None
     say(f"saved {folder} in {time.perf_counter() - started:.1f} s")

@@ -19,8 +19,10 @@ import hypothesis
 import pytest
 import setuptools  # noqa: F401 - replaces distutils; imported after it, as torch.compile would, it refuses to
 
-hypothesis.settings.register_profile("fixed", derandomize=True)
-hypothesis.settings.load_profile("fixed")
+# ./test.sh draws the same 50 examples every time, ./test.sh --all 500 new ones.
+hypothesis.settings.register_profile("fixed", derandomize=True, max_examples=50)
+hypothesis.settings.register_profile("nightly", max_examples=500, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [

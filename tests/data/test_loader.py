@@ -43,25 +43,23 @@ def data(tmp_path_factory: pytest.TempPathFactory, write_shard: Any) -> DataConf
 
 
 def rank_loader(data: DataConfig, tokenizer: str, rank: int = 0, world_size: int = 1, **more: Any) -> TokenLoader:
-    return TokenLoader(data, tokenizer, rank, world_size, **{"micro_batch_size": 2, "states": None, **more})
+    return TokenLoader(data, tokenizer, rank, world_size, **{"micro_batch_size": 2, **more})
 
 
 def take(loader: TokenLoader, n: int) -> tuple[list[list[list[int]]], Any]:
     """`n` batches as lists, and the last state as a file would give it back."""
-    batches, state = [], None
-    for _ in range(n):
-        batch, state = next(loader)
-        batches.append(batch.tolist())
-    return batches, json.loads(json.dumps(state))
+    batches = [next(loader).tolist() for _ in range(n)]
+    return batches, json.loads(json.dumps(loader.state()))
 
 
 def test_batches_are_int64_of_seq_len_plus_1(data: DataConfig, byte_tokenizer: str) -> None:
     with rank_loader(data, byte_tokenizer, micro_batch_size=3) as loader:
-        batch, state = next(loader)
+        batch = next(loader)
+        state, stats = loader.state(), loader.stats()
     assert (batch.dtype, tuple(batch.shape)) == (torch.int64, (3, 32))
-    assert state["next_lane"] == 3
-    assert state["stats"] == loader.stats()
-    assert set(state["stats"]["tokens"]) == {"web", "code"}
+    assert (state["next_lane"], state["drawn"]) == (3, 3)
+    assert set(stats["tokens"]) == {"web", "code"}
+    assert sum(stats["tokens"].values()) >= 96
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -100,16 +98,12 @@ def test_micro_batch_size_may_change(data: DataConfig, byte_tokenizer: str) -> N
 
 
 def by_lane(loader: TokenLoader, n: int) -> tuple[dict[str, list[int]], Any]:
-    """Tokens drawn from each lane (known from the lanes' own counts), and the last state."""
+    """Tokens drawn from each lane (the one drawn last is the last in turn), and the last state."""
     drawn: dict[str, list[int]] = {}
-    counts = {lane: state["sequences"] for lane, state in loader._lane_states.items()}
-    state = None
     for _ in range(n):
-        batch, state = next(loader)
-        (lane,) = [lane for lane, now in state["lanes"].items() if now["sequences"] > counts[lane]]
-        counts[lane] += 1
-        drawn.setdefault(lane, []).extend(batch[0].tolist())
-    return drawn, json.loads(json.dumps(state))
+        batch = next(loader)
+        drawn.setdefault(str(loader._turn[-1]), []).extend(batch[0].tolist())
+    return drawn, json.loads(json.dumps(loader.state()))
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
@@ -141,7 +135,7 @@ def test_each_document_once_per_epoch_over_all_ranks(data: DataConfig, byte_toke
     for rank in range(2):  # all lanes from the start, as the rank that owns them sees them
         loader = rank_loader(data, byte_tokenizer, rank, 2, micro_batch_size=1)
         tokens, state = by_lane(loader, 900)
-        assert all(source["epoch"] >= 1 for lane in state["lanes"].values() for source in lane["sources"].values())
+        assert all(source[0] >= 1 for lane in state["lanes"].values() for source in lane["sources"].values())  # epochs
         for ids in tokens.values():
             text = loader_text(ids)
             documents.update(dict.fromkeys(text, 1))
@@ -193,9 +187,12 @@ def test_other_tokenizers_sources_and_ranks_are_refused(data: DataConfig, byte_t
 def test_changed_shards_are_refused(tmp_path: Path, byte_tokenizer: str, write_shard: Any) -> None:
     data = corpus(tmp_path, write_shard, 9)
     _, state = take(rank_loader(data, byte_tokenizer), 1)
+    saved = rank_loader(data, byte_tokenizer).shard_list()
     with open(tmp_path / "web" / "0.jsonl", "a") as file:
         file.write("\n")
     with pytest.raises(DataError, match=r"'web'.*0\.jsonl had \d+ bytes and has \d+"):
+        rank_loader(data, byte_tokenizer, states=[state], saved_shards=saved)
+    with pytest.raises(DataError, match=r"'web'.*their sizes differ"):
         rank_loader(data, byte_tokenizer, states=[state])
 
 
@@ -257,13 +254,14 @@ def test_state_is_small(tmp_path: Path, byte_tokenizer: str, write_shard: Any) -
     for i in range(7):
         write_shard(tmp_path / f"source_{i}" / "a.jsonl.zst", ["text " * 50] * 40)
         sources.append(SourceConfig(f"source_{i}", [str(tmp_path / f"source_{i}")], 1.0 + i))
-    data = DataConfig(sources, seq_len=64, n_lanes=16, n_workers=0)
-    _, state = take(rank_loader(data, byte_tokenizer), 40)
-    assert len(json.dumps(state)) < 32_000
+    data = DataConfig(sources, seq_len=64, n_lanes=64, n_workers=0)
+    _, state = take(rank_loader(data, byte_tokenizer), 160)
+    assert len(state["lanes"]) == 64
+    assert len(json.dumps(state)) < 64_000
 
 
 def workers(loader: TokenLoader) -> list[WorkerProcess]:
-    return loader._workers
+    return [feed for feed in loader._feeds.values() if isinstance(feed, WorkerProcess)]
 
 
 def test_workers_ignore_a_launchers_signals_and_end_with_close(data: DataConfig, byte_tokenizer: str) -> None:
@@ -303,7 +301,7 @@ def test_workers_end_with_a_killed_parent(data: DataConfig, byte_tokenizer: str,
         "next(loader)\n"
         "import os, sys\n"
         "if os.fork():\n"
-        "    print(loader._workers[0].process.pid, flush=True)\n"
+        "    print(loader._feeds[0].process.pid, flush=True)\n"
         "sys.stdin.read()\n"  # both stay; the child, as a fork does, holds the worker's pipe open
         "os._exit(0)\n"
     )

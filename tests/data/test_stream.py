@@ -13,10 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fbitrain.data.cache import ShardCache
 from fbitrain.data.config import DataConfig, SourceConfig
-from fbitrain.data.plan import Unit, cut, deal, find_sources, plan_lanes
+from fbitrain.data.plan import LanePlan, Unit, cut, deal, find_sources, plan_lanes
 from fbitrain.data.shards import DataError, Shard
-from fbitrain.data.stream import Lane, load_heldout
+from fbitrain.data.source_reader import Shelf, SourceState
+from fbitrain.data.stream import Lane
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 
 BOS, EOS = 256, 257
@@ -33,8 +35,16 @@ def config(root: Path, names: list[str], **fields: Any) -> DataConfig:
     return DataConfig(sources=sources, **{"seq_len": 16, "n_lanes": 1, **fields})
 
 
+def open_lane(plan: LanePlan, tokenizer: Tokenizer, state: Any = None) -> Lane:
+    return Lane(plan, tokenizer, Shelf(ShardCache("/nonexistent", 0)), state)
+
+
 def lanes(data: DataConfig, tokenizer: Tokenizer) -> list[Lane]:
-    return [Lane(plan, tokenizer) for plan in plan_lanes(data, find_sources(data))]
+    return [open_lane(plan, tokenizer) for plan in plan_lanes(data, find_sources(data))]
+
+
+def source_states(lane: Lane) -> dict[str, SourceState]:
+    return {name: SourceState.from_list(values) for name, values in lane.state()["sources"].items()}
 
 
 def documents_in(ids: list[int], tokenizer: Tokenizer) -> list[str]:
@@ -72,7 +82,7 @@ def test_one_shard_is_shared_evenly() -> None:
     dealt = deal(cut([Shard("/a", "a", 999)], 16), 16, "seed")
     assert [len(units) for units in dealt] == [1] * 16
     assert {unit.n_parts for units in dealt for unit in units} == {16}
-    assert deal([Unit(Shard("/a", "a", 9), 0, 1)], 1, "seed")[0][0].part == 0
+    assert deal([Unit(Shard("/a", "a", 9), 0, 1, 9.0)], 1, "seed")[0][0].part == 0
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
@@ -97,7 +107,7 @@ def test_each_document_once_per_epoch(data: Any, tokenizer: Tokenizer, tmp_path_
     )
     seen = {name: Counter[str]() for name in names}
     for plan in plan_lanes(settings_, find_sources(settings_)):
-        lane, ids = Lane(plan, tokenizer), []
+        lane, ids = open_lane(plan, tokenizer), []
         stop_every = data.draw(st.integers(1, 9))
         for n in range(4000):
             piece = next(lane, None)
@@ -105,10 +115,10 @@ def test_each_document_once_per_epoch(data: Any, tokenizer: Tokenizer, tmp_path_
                 break
             assert len(piece) == settings_.seq_len + 1
             ids += piece.tolist()
-            if all(source["epoch"] > 1 or source["dropped"] for source in lane.state()["sources"].values()):
+            if all(source.epoch > 1 or source.dropped for source in source_states(lane).values()):
                 break
             if n % stop_every == 0:
-                lane = Lane(plan, tokenizer, json.loads(json.dumps(lane.state())))
+                lane = open_lane(plan, tokenizer, json.loads(json.dumps(lane.state())))
         for name in names:
             mine = [text for text in documents_in(ids, tokenizer) if text.startswith(name)]
             epoch = len(set(mine))
@@ -126,13 +136,13 @@ def test_restored_bit_for_bit_inside_long_documents(tmp_path: Path, tokenizer: T
             write_shard(tmp_path / name / f"a{suffix}", texts)
     data = config(tmp_path, ["short", "long"], weights=[1, 3], n_lanes=2, seq_len=12)
     for plan in plan_lanes(data, find_sources(data)):
-        lane = Lane(plan, tokenizer)
+        lane = open_lane(plan, tokenizer)
         pieces, states = [], [lane.state()]
         for _ in range(150):
             pieces.append(next(lane).tolist())
             states.append(json.loads(json.dumps(lane.state())))
         for stop in range(0, 140, 7):
-            restored = Lane(plan, tokenizer, states[stop])
+            restored = open_lane(plan, tokenizer, states[stop])
             assert restored.state() == states[stop]
             for n in range(stop, stop + 8):
                 assert next(restored).tolist() == pieces[n]
@@ -146,11 +156,11 @@ def test_mixture_is_by_tokens(tmp_path: Path, tokenizer: Tokenizer, write_shard:
     lane = lanes(data, tokenizer)[0]
     for n in range(1, 101):
         next(lane)
-        tokens = {name: source["tokens"] for name, source in lane.state()["sources"].items()}
+        tokens = {name: source.tokens for name, source in source_states(lane).items()}
         # A source is behind by less than one document of the other, and ahead by less than one of its own.
         assert abs(tokens["short"] - 0.75 * sum(tokens.values())) <= 99, n
-    assert lane.state()["sources"]["long"]["documents"] == tokens["long"] / 99
-    assert lane.state()["sources"]["short"]["bytes"] == tokens["short"] / 7 * 5
+    assert source_states(lane)["long"].documents == tokens["long"] / 99
+    assert source_states(lane)["short"].bytes == tokens["short"] / 7 * 5
 
 
 def test_epochs_are_shuffled_by_seed(tmp_path: Path, tokenizer: Tokenizer, write_shard: Any) -> None:
@@ -198,7 +208,7 @@ def test_no_documents_end_a_lane(tmp_path: Path, tokenizer: Tokenizer, content: 
     assert lane.state()["empty"]
     assert lane.bad_records == content.count(b"bad")
     assert "source 'a' has no document" in lane.take_notes()[0][-1]
-    assert next(Lane(lane.plan, tokenizer, lane.state()), None) is None
+    assert next(open_lane(lane.plan, tokenizer, lane.state()), None) is None
 
 
 def test_documents_without_tokens_end_a_lane(tmp_path: Path, tokenizer: Tokenizer, write_shard: Any) -> None:
@@ -223,7 +233,7 @@ def test_a_source_too_small_for_a_lane_is_dropped_there(tmp_path: Path, tokenize
     for lane in found:
         for _ in range(20):
             next(lane)
-    assert sorted(lane.state()["sources"]["small"]["dropped"] for lane in found) == [False, True, True]
+    assert sorted(bool(source_states(lane)["small"].dropped) for lane in found) == [False, True, True]
     assert sum("source 'small' has no document" in note for lane in found for note in lane.take_notes()[0]) == 2
 
 
@@ -234,14 +244,15 @@ def test_bad_records_count_once_and_up_to_the_limit(tmp_path: Path, tokenizer: T
     lane = lanes(config(tmp_path, ["a"], max_bad_records=2), tokenizer)[0]
     for _ in range(10):
         next(lane)
-    assert lane.state()["sources"]["a"]["epoch"] > 5
+    assert source_states(lane)["a"].epoch > 5
     assert lane.bad_records == 2  # in later epochs they are told again, and not counted again
     notes, last_bad = lane.take_notes()
-    assert notes[0].startswith(f"skipped {path}, line 2: not JSON")
-    assert notes.count(notes[0]) > 5
-    assert last_bad.startswith(f"{path}, line 3: field 'text' is not a string")
+    told = {note.split(":")[0]: notes.count(note) for note in notes}
+    assert told[f"skipped {path}, line 2"] > 5
+    assert told[f"skipped {path}, line 3"] > 5
+    assert last_bad.startswith(str(path))
     assert lane.take_notes() == ((), "")
-    with pytest.raises(DataError, match=rf"max_bad_records=1 bad records, the last one in {path}, line 3.*raise data"):
+    with pytest.raises(DataError, match=rf"max_bad_records=1 bad records, the last one in {path}, line [23].*raise data"):
         next(lanes(config(tmp_path, ["a"], max_bad_records=1), tokenizer)[0])
 
 
@@ -249,26 +260,3 @@ def test_held_out_shards_cannot_be_trained_on(tmp_path: Path, write_shard: Any) 
     path = write_shard(tmp_path / "a" / "a.jsonl", ["x"])
     with pytest.raises(DataError, match=r"a\.jsonl is both held out and part of source 'a'"):
         find_sources(config(tmp_path, ["a"], heldout=[str(path)]))
-
-
-def test_heldout_is_the_joined_text_tokenized_once(
-    tmp_path: Path, tokenizer: Tokenizer, write_shard: Any, caplog: Any
-) -> None:
-    (tmp_path / "c.raw").write_bytes("\ufeff = WikiText =\r\n\n é\n".encode("utf-8"))
-    (tmp_path / "b.txt").write_text("plain\n")
-    write_shard(tmp_path / "a.jsonl.zst", ["one\n", "漢"])
-    with open(tmp_path / "d.jsonl", "w") as file:
-        file.write('{"text": "last"}\nbad\n')
-    heldout = load_heldout([str(tmp_path)], tokenizer)
-    joined = "one\n\n\n漢\n\nplain\n\n\n = WikiText =\r\n\n é\n\n\nlast"
-    assert tokenizer.decode(heldout.token_ids.tolist()) == joined
-    assert heldout.token_ids.tolist() == tokenizer.encode(joined)
-    assert (heldout.n_bytes, heldout.n_documents) == (len(joined.encode()), 5)
-    assert "line 2: not JSON" in caplog.text
-
-
-@pytest.mark.parametrize(("name", "content"), [("a.jsonl", b"bad\n"), ("a.txt", b""), ("a.txt", b"\xff")])
-def test_heldout_without_text(tmp_path: Path, tokenizer: Tokenizer, name: str, content: bytes) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=name if content == b"\xff" else "hold no text"):
-        load_heldout([str(tmp_path)], tokenizer)
