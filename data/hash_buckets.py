@@ -53,7 +53,8 @@ class Buckets:
 
 def hash_byte(rows: Rows, i: int) -> npt.NDArray[np.uint8]:
     """Byte i of each row's hash, the most significant first."""
-    return (rows[:, HIGH] >> np.uint64(8 * (HASH_BYTES - 1 - i))).astype(np.uint8)
+    shifted: npt.NDArray[np.uint64] = rows[:, HIGH] >> np.uint64(8 * (HASH_BYTES - 1 - i))
+    return shifted.astype(np.uint8)
 
 
 def read_rows(path: Path, n_rows: int) -> Iterator[Rows]:

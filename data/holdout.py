@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import numpy.typing as npt
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: seeds 0 and 1 start far apart
 
-_Bits = TypeVar("_Bits", int, npt.NDArray[np.uint64])
+_Bits = TypeVar("_Bits", int, npt.NDArray[Any])
 
 
 def is_heldout(content_hash: int, seed: int, fraction: float) -> bool:
@@ -49,7 +49,8 @@ def _mix(bits: _Bits) -> _Bits:
     """The finalizer of SplitMix64 (Steele, Lea, Flood 2014): a bijection in which every bit depends on every other."""
     bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 & MASK
     bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB & MASK
-    return bits ^ (bits >> 31)
+    mixed: _Bits = bits ^ (bits >> 31)
+    return mixed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -18,7 +18,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-def in_processes(work: Callable[[Job], Result], jobs: Sequence[Job], n_workers: int) -> Iterator[Result]:
+def in_processes(work: Callable[[Job], Result], jobs: Sequence[Job], n_workers: int) -> Generator[Result, None, None]:
     """work(job) for each of `jobs`, in their order, by `n_workers` processes; with one, in this process.
 
     `work` is a function of a module, and pickled. A DataError that it raises is raised here; any other exception, and a
