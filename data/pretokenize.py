@@ -30,6 +30,7 @@ from fbitrain.data.token_writer import Job, damage, join_parts, tokenize_part
 from fbitrain.data.tokenizer import load_tokenizer
 
 PROGRESS = ".progress.tmp"
+COMPRESSION = 3.0  # of text by zstd and gzip, about
 HEADER = ["source", "shards", "documents", "text", "tokens", "bytes/token", "bad"]
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,8 @@ def pretokenize(
             and not (piece.unit.n_parts > 1 and _is_finished(piece.target, piece.path))
         ]
         kept = _size(pieces) - _size(todo)
-        with ProgressBar(out / PROGRESS, [piece.unit.size for piece in todo], kept, "tokenizing") as bar:
+        ratio = 1.0 if all(target.shard.path.endswith(".jsonl") for target in targets) else COMPRESSION
+        with ProgressBar(out / PROGRESS, [piece.unit.size for piece in todo], kept, ratio, "tokenizing") as bar:
             _each(tokenize_part, _jobs(todo, data, tokenizer_path, dtype, bar, n_workers), n_workers)
         _each(join_parts, _divided(pieces, whole), n_workers)
         return folder.finish(targets)

@@ -18,7 +18,6 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 REFRESH_SECONDS = 1.0
-FIRST_RATIO = 3.0  # bytes of records per byte of shard, until a job has finished
 MOST_UNFINISHED = 0.95  # of its size is what an unfinished job may count, however wrong the ratio is
 COUNTED, FINISHED = 0, 1  # columns of the shared file
 
@@ -39,10 +38,14 @@ class Slot:
 
 
 class ProgressBar:
-    """Shows the slots of jobs of `sizes` bytes behind `done` bytes that were there before, until it is closed."""
+    """Shows the slots of jobs of `sizes` bytes behind `done` bytes that were there before, until it is closed.
 
-    def __init__(self, path: Path, sizes: Sequence[float], done: float, description: str) -> None:
+    `ratio` is a guess of the bytes of records per byte of shard, for as long as no job has finished.
+    """
+
+    def __init__(self, path: Path, sizes: Sequence[float], done: float, ratio: float, description: str) -> None:
         self._path, self._sizes, self._done = path, np.array(sizes, dtype=np.float64), done
+        self._first_ratio = ratio
         self._counts: npt.NDArray[np.int64] = np.memmap(path, np.int64, mode="w+", shape=(max(len(sizes), 1), 2))
         total = int(self._sizes.sum() + done)
         self._bar = tqdm(total=total, initial=int(done), unit="B", unit_scale=True, smoothing=0, desc=description)
@@ -59,7 +62,7 @@ class ProgressBar:
             return self._done
         counted, finished = self._counts[:, COUNTED], self._counts[:, FINISHED] > 0
         size_finished = self._sizes[finished].sum()
-        ratio = max(counted[finished].sum() / size_finished, 1e-3) if size_finished else FIRST_RATIO
+        ratio = max(counted[finished].sum() / size_finished, 1e-3) if size_finished else self._first_ratio
         unfinished = np.minimum(counted / ratio, self._sizes * MOST_UNFINISHED)
         return float(self._done + np.where(finished, self._sizes, unfinished).sum())
 

@@ -105,7 +105,8 @@ def join_parts(parts_of: tuple[Path, Sequence[Path]]) -> None:
         for i in np.argsort(records["line"], kind="stable"):
             first, n_tokens = int(records[i]["first_token"]), int(records[i]["n_tokens"])
             writer.add(records[i], opened[owners[i]][1][first : first + n_tokens])
-        writer.bad = {line: reason for report in reports for line, reason in report.bad.items()}
+        bad = {int(line): reason for report in reports for line, reason in report.bad.items()}
+        writer.bad = {str(line): bad[line] for line in sorted(bad)}
         writer.lost = next((report.lost for report in reports if report.lost), None)
     for part in parts:
         for ending in (REPORT, TOKENS, RECORDS):
