@@ -22,7 +22,7 @@ from fbitrain.data.config_file import read_data_config
 from fbitrain.data.corpus import text_shards
 from fbitrain.data.parallel import in_processes
 from fbitrain.data.plan import Unit, cut, record_format
-from fbitrain.data.progress import ProgressBar
+from fbitrain.data.progress import COMPRESSION, ProgressBar
 from fbitrain.data.shards import DataError
 from fbitrain.data.token_folder import Target, TokenFolder
 from fbitrain.data.token_shards import REPORT, ShardReport, read_report, sizes_differ, with_ending
@@ -30,7 +30,6 @@ from fbitrain.data.token_writer import Job, damage, join_parts, tokenize_part
 from fbitrain.data.tokenizer import load_tokenizer
 
 PROGRESS = ".progress.tmp"
-COMPRESSION = 3.0  # of text by zstd and gzip, about
 HEADER = ["source", "shards", "documents", "text", "tokens", "bytes/token", "bad"]
 
 logger = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ def pretokenize(
         ]
         kept = _size(pieces) - _size(todo)
         ratio = 1.0 if all(target.shard.path.endswith(".jsonl") for target in targets) else COMPRESSION
-        with ProgressBar(out / PROGRESS, [piece.unit.size for piece in todo], kept, ratio, "tokenizing") as bar:
+        with ProgressBar(out / PROGRESS, [piece.unit.size for piece in todo], kept, "tokenizing", ratio) as bar:
             _each(tokenize_part, _jobs(todo, data, tokenizer_path, dtype, bar, n_workers), n_workers)
         _each(join_parts, _divided(pieces, whole), n_workers)
         return folder.finish(targets)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 REFRESH_SECONDS = 1.0
+COMPRESSION = 3.0  # of text by zstd and gzip, about
 MOST_UNFINISHED = 0.95  # of its size is what an unfinished job may count, however wrong the ratio is
 COUNTED, FINISHED = 0, 1  # columns of the shared file
 
@@ -43,7 +44,9 @@ class ProgressBar:
     `ratio` is a guess of the bytes of records per byte of shard, for as long as no job has finished.
     """
 
-    def __init__(self, path: Path, sizes: Sequence[float], done: float, ratio: float, description: str) -> None:
+    def __init__(
+        self, path: Path, sizes: Sequence[float], done: float, description: str, ratio: float = COMPRESSION
+    ) -> None:
         self._path, self._sizes, self._done = path, np.array(sizes, dtype=np.float64), done
         self._first_ratio = ratio
         self._counts: npt.NDArray[np.int64] = np.memmap(path, np.int64, mode="w+", shape=(max(len(sizes), 1), 2))
