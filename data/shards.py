@@ -1,97 +1,171 @@
-"""Which files a source is made of: patterns to a sorted list of shards, and what must not change while a run lasts."""
+"""Which files a source is made of: paths, URLs and lists of them to a sorted list of shards. Nothing is downloaded."""
 
 from __future__ import annotations
 
-import glob
+import fnmatch
+import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+from fbitrain.data.config import SourceConfig
+from fbitrain.data.errors import DataError as DataError  # the name by which everybody knows it
+from fbitrain.data.patterns import Sizes, expand_ranges, file_part, find, has_suffix
+from fbitrain.data.shard_lists import read_checksums, read_url_list, sum_of
+from fbitrain.data.transport import require_file_system
+
+SHARD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 TEXT_SUFFIXES = (".txt", ".raw")
+MAX_NAMED = 3  # of many files with the same problem
 
-
-class DataError(Exception):
-    """Something about the data that the user can mend. Its message says what is wrong, where, and what to do."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Shard:
     """One file of a source."""
 
-    path: str  # absolute
+    path: str  # absolute, or a URL
     name: str  # relative to the source's common folder: stays the same when the corpus moves
-    size: int  # bytes on disk
+    size: int  # bytes; -1 for a remote file whose size nobody has asked
+    sha256: str = ""  # hex, where the source's checksums tell
 
 
-def find_shards(patterns: Sequence[str], source: str, suffixes: tuple[str, ...] = JSONL_SUFFIXES) -> list[Shard]:
-    """The files that `patterns` (files, folders, globs) stand for, each once, sorted by name.
+def find_shards(source: SourceConfig) -> list[Shard]:
+    """The shards of a source, each once, sorted by name.
 
-    A folder stands for every file below it that has one of `suffixes` and is not hidden. `source` is named in errors.
-    Raises DataError for a pattern that yields no file.
+    Costs no request per shard: one for each folder or glob on s3:// or hf://, and for each list that is a URL.
+    Raises one DataError with every problem: a path or pattern that stands for no shard, a list that cannot be read.
     """
-    paths: set[str] = set()
+    problems: list[str] = []
+    sizes = _expand_all(source.paths, SHARD_SUFFIXES, problems)
+    sizes |= dict.fromkeys(_listed_urls(source, problems), -1)
+    shards = _named(sizes, problems)
+    shards = _without_skipped(shards, source.skip, problems)
+    shards = _with_sums(shards, source.checksums, problems)
+    if not shards and not problems:
+        problems.append("it has no shards; give it paths or url_lists")
+    if problems:
+        raise DataError(f"source {source.name!r}: " + "; ".join(problems))
+    return shards
+
+
+def find_files(
+    patterns: Sequence[str], what: str, suffixes: tuple[str, ...] = SHARD_SUFFIXES + TEXT_SUFFIXES
+) -> list[Shard]:
+    """The files that `patterns` stand for, as find_shards finds them. `what` they are is said in the DataError."""
+    problems: list[str] = []
+    shards = _named(_expand_all(patterns, suffixes, problems), problems)
+    if problems:
+        raise DataError(f"{what}: " + "; ".join(problems))
+    return shards
+
+
+def _expand_all(patterns: Sequence[str], suffixes: tuple[str, ...], problems: list[str]) -> Sizes:
+    sizes: Sizes = {}
     for pattern in patterns:
-        found = set(_expand(pattern, source, suffixes))
+        found: Sizes = {}
+        missing = []
+        try:
+            expanded = expand_ranges(pattern)
+            for path in expanded:
+                matches = find(path, suffixes)
+                found |= matches
+                missing += [] if matches else [path]
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        if missing:
+            what = repr(pattern) if len(expanded) == 1 else f"{_few(missing)} of {pattern!r}"
+            problems.append(f"{what} matches no {', '.join(suffixes)} file, correct it or fetch the shards")
+        sizes |= found
+    return sizes
+
+
+def _listed_urls(source: SourceConfig, problems: list[str]) -> list[str]:
+    """The URLs of the source's lists that one of its `include` patterns matches."""
+    urls: list[str] = []
+    for path in source.url_lists:
+        try:
+            urls += read_url_list(path)
+        except DataError as error:
+            problems.append(str(error))
+            return []
+    if source.include:
+        urls = _matching(urls, source.include, "include", lambda url: (url,), problems)
+    wrong = [url for url in urls if not has_suffix(url, SHARD_SUFFIXES)]
+    if wrong:
+        problems.append(
+            f"{_few(wrong)} in url_lists is not a shard ({', '.join(SHARD_SUFFIXES)}), leave it out by include"
+        )
+    for url in {url.partition("://")[0]: url for url in urls}.values():
+        try:
+            require_file_system(url)
+        except DataError as error:
+            problems.append(str(error))
+    return urls
+
+
+def _without_skipped(shards: list[Shard], patterns: Sequence[str], problems: list[str]) -> list[Shard]:
+    def names(shard: Shard) -> tuple[str, ...]:
+        return shard.name, os.path.basename(shard.name), shard.path
+
+    # A pattern with a typo would train on what was to be left out.
+    skipped = set(_matching(shards, patterns, "skip", names, problems))
+    if skipped and len(skipped) == len(shards):
+        problems.append("skip leaves no shard")
+    return [shard for shard in shards if shard not in skipped]
+
+
+def _matching(
+    things: Sequence[T],
+    patterns: Sequence[str],
+    option: str,
+    names: Callable[[T], tuple[str, ...]],
+    problems: list[str],
+) -> list[T]:
+    """The things of which a name matches a pattern; each pattern that matches nothing is a problem."""
+    matching: dict[T, None] = {}
+    for pattern in patterns:
+        fits = re.compile(fnmatch.translate(pattern)).match
+        found = [thing for thing in things if any(fits(name) for name in names(thing))]
         if not found:
-            raise DataError(
-                f"{pattern!r} of source {source!r} matches no {', '.join(suffixes)} file; "
-                "correct data.sources or data.heldout, or fetch the shards"
-            )
-        paths |= found
+            problems.append(f"{option} pattern {pattern!r} matches no shard")
+        matching |= dict.fromkeys(found)
+    return list(matching)
+
+
+def _with_sums(shards: list[Shard], paths: Sequence[str], problems: list[str]) -> list[Shard]:
     if not paths:
-        raise DataError(f"source {source!r} lists no paths; name its shards")
-    folder = os.path.commonpath([os.path.dirname(path) for path in paths])
-    shards = [Shard(path, Path(path).relative_to(folder).as_posix(), os.path.getsize(path)) for path in paths]
-    return sorted(shards, key=lambda shard: shard.name)
+        return shards
+    try:
+        sums = read_checksums(paths)
+    except DataError as error:
+        problems.append(str(error))
+        return shards
+    summed = [replace(shard, sha256=sum_of(file_part(shard.path), sums)) for shard in shards]
+    if shards and not any(shard.sha256 for shard in summed):
+        problems.append(f"checksums {_few(list(paths))} names none of its shards, e.g. {shards[0].path}")
+    return summed
 
 
-def _expand(pattern: str, source: str, suffixes: tuple[str, ...]) -> Iterator[str]:
-    path = os.path.abspath(os.path.expanduser(pattern))
-    if os.path.isfile(path):
-        if not path.endswith(suffixes):
-            raise DataError(
-                f"{pattern!r} of source {source!r} is not a shard; its name must end in {', '.join(suffixes)}"
-            )
-        yield path
-    elif os.path.isdir(path):
-        yield from _below(path, suffixes)
-    else:
-        for match in glob.glob(path, recursive=True):
-            if os.path.isdir(match):
-                yield from _below(match, suffixes)
-            elif match.endswith(suffixes):
-                yield match
+def _named(sizes: Sizes, problems: list[str]) -> list[Shard]:
+    """Shards sorted by what is left of their paths without the folder that all have in common."""
+    folders = [file_part(path).split("/")[:-1] for path in sizes]
+    # What the first and the last in order have in common, all have.
+    ends = zip(min(folders, default=[]), max(folders, default=[]), strict=False)
+    n_common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
+    paths: dict[str, str] = {}
+    for path in sizes:
+        name = "/".join(file_part(path).split("/")[n_common:])
+        if name in paths:
+            problems.append(f"{paths[name]} and {path} have the same name {name!r}, make them two sources")
+        paths[name] = path
+    return [Shard(path, name, sizes[path]) for name, path in sorted(paths.items())]
 
 
-def _below(folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (os.path.join(parent, name) for name in names if name.endswith(suffixes) and name[0] != ".")
-
-
-def fingerprint(shards: Sequence[Shard]) -> dict[str, int]:
-    """What a checkpoint remembers of a source: file names and their sizes in bytes."""
-    return {shard.name: shard.size for shard in shards}
-
-
-def require_same_shards(source: str, saved: Mapping[str, int], now: Mapping[str, int]) -> None:
-    """Raises DataError naming the first shard that vanished, appeared or changed size between two fingerprints."""
-    if saved == now:
-        return
-    vanished = sorted(saved.keys() - now.keys())
-    appeared = sorted(now.keys() - saved.keys())
-    changed = sorted(name for name in saved.keys() & now.keys() if saved[name] != now[name])
-    if vanished:
-        what = f"{vanished[0]} has vanished"
-    elif appeared:
-        what = f"{appeared[0]} has appeared"
-    else:
-        what = f"{changed[0]} had {saved[changed[0]]} bytes and has {now[changed[0]]}"
-    others = len(vanished) + len(appeared) + len(changed) - 1
-    raise DataError(
-        f"the shards of source {source!r} are not those of the checkpoint: {what}"
-        + (f" (and {others} more differ)" if others else "")
-        + "; restore them, or start a new run"
-    )
+def _few(names: Sequence[str]) -> str:
+    more = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
