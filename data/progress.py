@@ -49,7 +49,10 @@ class ProgressBar:
     ) -> None:
         self._path, self._sizes, self._done = path, np.array(sizes, dtype=np.float64), done
         self._first_ratio = ratio
-        self._counts: npt.NDArray[np.int64] = np.memmap(path, np.int64, mode="w+", shape=(max(len(sizes), 1), 2))
+        # Written, not left sparse: a process that touches a page for which the disk has no room is killed.
+        np.zeros((max(len(sizes), 1), 2), np.int64).tofile(path)
+        _shared.cache_clear()  # a bar before this one may have had a file of the same name
+        self._counts = _shared(str(path), max(len(sizes), 1))
         total = int(self._sizes.sum() + done)
         self._bar = tqdm(total=total, initial=int(done), unit="B", unit_scale=True, smoothing=0, desc=description)
         self._closing = threading.Event()

@@ -64,12 +64,12 @@ class TokenFolder:
         except OSError as error:
             raise DataError(f"{self.path} cannot be used ({error.strerror or error}); give another --out") from None
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock(handle)
             self._require_ours()
             self._remove(LEFTOVER)
             yield
-        except BlockingIOError:
-            raise DataError(f"{self.path} is in use by another run of this command; wait for it") from None
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be written to ({error.strerror or error}); mend that") from None
         finally:
             os.close(handle)
 
@@ -112,6 +112,12 @@ class TokenFolder:
         """The sources of the index that is there already."""
         return TokenIndex(self.path).sources if (self.path / INDEX).exists() else {}
 
+    def _lock(self, handle: int) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{self.path} is in use by another run of this command; wait for it") from None
+
     def _require_ours(self) -> None:
         try:
             found = orjson.loads((self.path / SETTINGS).read_bytes())
@@ -127,11 +133,8 @@ class TokenFolder:
             )
 
     def _write(self, name: str, value: Any) -> None:
-        try:
-            with replacing(self.path / name) as temporary:
-                temporary.write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2))
-        except OSError as error:
-            raise DataError(f"{self.path} cannot be written to ({error.strerror or error}); mend that") from None
+        with replacing(self.path / name) as temporary:
+            temporary.write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2))
 
     def _remove(self, pattern: re.Pattern[str]) -> None:
         for parent, _, names in os.walk(self.path):

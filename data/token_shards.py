@@ -44,7 +44,7 @@ RECORD = np.dtype(
     ]
 )
 BAD, BORDERED = 1, 2  # flags: the record holds no document; BOS and EOS go around it
-CHUNK_RECORDS = 1 << 16  # looked through at a time
+CHUNK_RECORDS = 1 << 12  # looked through at a time; every open unit holds so many
 REDO = "run fbitrain.data.pretokenize again, which makes it anew"
 
 Records = npt.NDArray[np.void]  # of dtype RECORD
@@ -125,21 +125,23 @@ class TokenIndex:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
+        path = self.folder / INDEX
         try:
-            index = orjson.loads((self.folder / INDEX).read_bytes())
-            version, self._fingerprint, sources = index["version"], index["tokenizer"], index["sources"]
+            index = orjson.loads(path.read_bytes())
+            if index["version"] != VERSION:
+                raise DataError(f"{path} is of version {index['version']}, not {VERSION}; make the folder anew")
+            self._fingerprint: str = index["tokenizer"]
+            self.sources = {
+                name: [ShardReport.from_values(values) for values in index["sources"][name]]
+                for name in index["sources"]
+            }
         except FileNotFoundError:
             raise DataError(
                 f"{self.folder} holds no finished pretokenized shards (no {INDEX}); run fbitrain.data.pretokenize, or "
                 "correct data.pretokenized"
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self.folder / INDEX} cannot be read ({error}); {REDO}") from None
-        if version != VERSION:
-            raise DataError(f"{self.folder} is of version {version}, this program reads {VERSION}; make it anew")
-        self.sources: dict[str, list[ShardReport]] = {
-            name: [ShardReport.from_values(values) for values in shards] for name, shards in sources.items()
-        }
+            raise DataError(f"{path} cannot be read ({error}); {REDO}") from None
 
     def shards(self, source: str) -> list[Shard]:
         """The shards of `source`: name and size of the originals, path of their tokens. Looks at all files' sizes."""

@@ -297,3 +297,11 @@ def test_the_bar_learns_how_much_the_shards_are_compressed(tmp_path: Path) -> No
         bar.slot(1).finish()
         assert bar.position() == 450
     assert not (tmp_path / "bar").exists()
+
+
+def test_a_bar_does_not_see_what_the_one_before_it_counted(tmp_path: Path) -> None:
+    for _ in range(2):
+        with ProgressBar(tmp_path / "bar", [100.0], done=0.0, description="test") as bar:
+            assert bar.position() == 0
+            bar.slot(0).finish()
+            assert bar.position() == 100
