@@ -40,8 +40,8 @@ def find_shards(source: SourceConfig) -> list[Shard]:
     Raises one DataError with every problem: a path or pattern that stands for no shard, a list that cannot be read.
     """
     problems: list[str] = []
-    sizes = _expand_all(source.paths, SHARD_SUFFIXES, problems)
-    sizes |= dict.fromkeys(_listed_urls(source, problems), -1)
+    found = _expand_all(source.paths, SHARD_SUFFIXES, problems)
+    sizes = dict.fromkeys(_listed_urls(source, problems), -1) | found
     shards = _named(sizes, problems)
     shards = _without_skipped(shards, source.skip, problems)
     shards = _with_sums(shards, source.checksums, problems)

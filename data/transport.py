@@ -84,11 +84,15 @@ def open_stream(url: str, start: int, version: str, timeouts: Timeouts) -> Strea
     """Opens `url` at byte `start` if its content is still `version`, else at 0. Raises RemoteError and DataError."""
     require_file_system(url)
     # fsspec keeps an instance for each thread that asks for one: here, not in the threads of within().
-    if protocol_of(url) in ("http", "https"):
-        web = _http_file_system(url, timeouts)
-        return within(timeouts.answer_s, lambda: _HttpStream(web, url, start, version, timeouts))
-    other, path = fsspec.core.url_to_fs(url)
-    return within(timeouts.answer_s, lambda: _FileSystemStream(other, path, start, version, timeouts))
+    file_system, path = fsspec.core.url_to_fs(url)
+    protocol = protocol_of(url)
+    if protocol not in ("http", "https", "hf"):
+        return within(timeouts.answer_s, lambda: _FileSystemStream(file_system, path, start, version, timeouts))
+    headers: dict[str, str] = {}
+    if protocol == "hf":
+        url, headers = within(timeouts.answer_s, lambda: _on_the_web(file_system, path))
+    web = _http_file_system(url, timeouts)
+    return within(timeouts.answer_s, lambda: _HttpStream(web, url, headers, start, version, timeouts))
 
 
 def list_files(pattern: str, *, is_glob: bool) -> dict[str, int]:
@@ -160,8 +164,10 @@ def _answer(error: Exception) -> tuple[int, Mapping[str, str]]:
 class _HttpStream:
     """One GET, from an offset on where the server can and the file is still the same (RFC 9110, If-Range)."""
 
-    def __init__(self, file_system: Any, url: str, start: int, version: str, timeouts: Timeouts) -> None:
-        headers = {"Accept-Encoding": "identity"}  # the bytes as they are stored: offsets and sizes count those
+    def __init__(
+        self, file_system: Any, url: str, headers: dict[str, str], start: int, version: str, timeouts: Timeouts
+    ) -> None:
+        headers = headers | {"Accept-Encoding": "identity"}  # as it is stored: that is what offsets and sizes count
         if start:
             headers |= {"Range": f"bytes={start}-", "If-Range": version}
         self._stall_s = timeouts.stall_s
@@ -195,6 +201,14 @@ class _HttpStream:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _on_the_web(hub: Any, path: str) -> tuple[str, dict[str, str]]:
+    """Address and headers by which the hub gives a file in one answer; its file system would ask for every chunk."""
+    from huggingface_hub import get_token
+
+    token = get_token() if hub.token in (None, True) else hub.token
+    return hub.url(path), {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def _http_file_system(url: str, timeouts: Timeouts) -> Any:
