@@ -221,7 +221,8 @@ def bench_memory(data: DataConfig, tokenizer_path: str, gigabytes: float, scratc
 def synthetic_lines(rng: np.random.Generator) -> bytes:
     """About SYNTHETIC_SHARD_BYTES of records with texts of random words, a few hundred bytes to a megabyte long."""
     words = [bytes(rng.integers(97, 123, int(n), dtype=np.uint8)).decode() for n in rng.integers(2, 10, 4096)]
-    lines, size = [], 0
+    lines: list[bytes] = []
+    size = 0
     while size < SYNTHETIC_SHARD_BYTES:
         n_words = min(150_000, int(rng.lognormal(6.0, 1.2)) + 1)
         text = " ".join(words[i] for i in rng.integers(0, len(words), n_words))

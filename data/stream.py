@@ -103,7 +103,7 @@ class Lane:
         return taken
 
     def take_documents(self) -> tuple[str, ...]:
-        """`source/shard:line` (in a second pass `…#2`) of the documents begun since the last call, if the plan wants them."""
+        """`source/shard:line` (in a second pass `…#2`) of the documents begun since the last call, if the plan asks."""
         taken = tuple(self._documents)
         self._documents = []
         return taken
@@ -165,7 +165,7 @@ class Lane:
 
     def _wrapped(self, document: Document) -> npt.NDArray[np.int32]:
         if document.token_ids is None:
-            ids: Any = self.tokenizer.encode(document.text)
+            ids: npt.NDArray[Any] = self.tokenizer.encode_array(document.text)
         else:
             ids = document.token_ids
         before, after = (self._before, self._after) if document.bordered else (NO_TOKENS, NO_TOKENS)

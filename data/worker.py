@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -80,7 +81,7 @@ class LaneFeed:
         self._cache = ShardCache(job.cache_dir, job.cache_bytes)
         shelf = Shelf(self._cache, DuplicateList(job.duplicates) if job.duplicates else None)
         self._pending = deque(job.lanes)  # not opened before they are drawn: opening may read much, or fail
-        self._open = lambda plan, state: Lane(plan, tokenizer, shelf, state, job.stride)
+        self._open = partial(Lane, tokenizer=tokenizer, shelf=shelf, stride=job.stride)
         self._turn: deque[Lane] = deque()
         self._lanes: dict[int, Lane] = {}
 
@@ -90,7 +91,7 @@ class LaneFeed:
         tokens, error = None, ""
         try:
             if self._pending:
-                lane = self._lanes[number] = self._open(*self._pending.popleft())
+                lane = self._lanes[number] = self._next_lane()
             else:
                 lane = self._turn.popleft()
             tokens = next(lane, None)
@@ -102,6 +103,10 @@ class LaneFeed:
             self._turn.append(lane)
         notes, last_bad = lane.take_notes()
         return Drawn(number, tokens, notes, last_bad, error, lane.take_documents())
+
+    def _next_lane(self) -> Lane:
+        plan, state = self._pending.popleft()
+        return self._open(plan, state=state)
 
     def state(self, lane: int) -> dict[str, Any]:
         return self._lanes[lane].state() if lane in self._lanes else self._states[lane]

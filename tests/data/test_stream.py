@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fbitrain.data.cache import ShardCache
-from fbitrain.data.config import DataConfig, SourceConfig
+from fbitrain.data.config import DataConfig, PhaseConfig, SourceConfig
+from fbitrain.data.documents import Document
+from fbitrain.data.holdout import is_heldout
 from fbitrain.data.plan import LanePlan, Unit, cut, deal, find_sources, plan_lanes
 from fbitrain.data.shards import DataError, Shard
 from fbitrain.data.source_reader import Shelf, SourceState
@@ -216,8 +218,11 @@ def test_documents_without_tokens_end_a_lane(tmp_path: Path, tokenizer: Tokenize
         bos_id = eos_id = None
         path = ""
 
-        def encode(self, text: str) -> list[int]:
+        def _encode_whole(self, text: str) -> list[int]:
             return []
+
+        def _find_seams(self) -> None:
+            return None
 
         def decode(self, ids: Any) -> str:
             return ""
@@ -252,7 +257,9 @@ def test_bad_records_count_once_and_up_to_the_limit(tmp_path: Path, tokenizer: T
     assert told[f"skipped {path}, line 3"] > 5
     assert last_bad.startswith(str(path))
     assert lane.take_notes() == ((), "")
-    with pytest.raises(DataError, match=rf"max_bad_records=1 bad records, the last one in {path}, line [23].*raise data"):
+    with pytest.raises(
+        DataError, match=rf"max_bad_records=1 bad records, the last one in {path}, line [23].*raise data"
+    ):
         next(lanes(config(tmp_path, ["a"], max_bad_records=1), tokenizer)[0])
 
 
@@ -260,3 +267,67 @@ def test_held_out_shards_cannot_be_trained_on(tmp_path: Path, write_shard: Any) 
     path = write_shard(tmp_path / "a" / "a.jsonl", ["x"])
     with pytest.raises(DataError, match=r"a\.jsonl is both held out and part of source 'a'"):
         find_sources(config(tmp_path, ["a"], heldout=[str(path)]))
+
+
+def test_phases_change_the_mixture_at_their_step(tmp_path: Path, tokenizer: Tokenizer, write_shard: Any) -> None:
+    """By the tokens of the phase, not of the run: the source that rested does not catch up."""
+    for name in ("one", "two"):
+        write_shard(tmp_path / name / "a.jsonl", [f"{name} {i:04d}" for i in range(60)])
+    phases = [PhaseConfig(5, {"two": 0}), PhaseConfig(10, {"one": 1, "two": 3})]
+    data = config(tmp_path, ["one", "two"], phases=phases, seq_len=99)
+    plan = plan_lanes(data, find_sources(data), sequences_per_step=4)[0]
+    lane = open_lane(plan, tokenizer)
+    tokens = []
+    for n in range(60):
+        next(lane)
+        tokens.append([state.tokens for state in source_states(lane).values()])
+        if n % 7 == 0:
+            lane = open_lane(plan, tokenizer, json.loads(json.dumps(lane.state())))
+
+    def drawn(start: int, stop: int) -> list[int]:
+        return [after - before for before, after in zip(tokens[start], tokens[stop], strict=True)]
+
+    assert drawn(0, 19) == pytest.approx([950, 950], abs=20)
+    assert drawn(20, 39) == pytest.approx([1900, 0], abs=20)
+    assert drawn(40, 59) == pytest.approx([475, 1425], abs=20)
+
+
+def test_a_phase_whose_sources_a_lane_lacks_is_an_error(tmp_path: Path, tokenizer: Tokenizer, write_shard: Any) -> None:
+    write_shard(tmp_path / "one" / "a.jsonl", ["some text"] * 9)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "a.jsonl").write_bytes(b"")
+    data = config(tmp_path, ["one", "two"], phases=[PhaseConfig(1, {"one": 0})])
+    lane = open_lane(plan_lanes(data, find_sources(data), sequences_per_step=1)[0], tokenizer)
+    next(lane)
+    with pytest.raises(DataError, match=r"no document of the sources that phase 1 of data\.phases gives a weight"):
+        list(itertools.islice(lane, 9))
+
+
+def test_left_out_documents_are_never_seen(tmp_path: Path, tokenizer: Tokenizer, write_shard: Any) -> None:
+    texts = [f"text {i}" for i in range(60)]
+    write_shard(tmp_path / "a" / "a.jsonl", texts)
+    data = config(tmp_path, ["a"], heldout_fraction=0.3, seed=5)
+    lane = lanes(data, tokenizer)[0]
+    ids: list[int] = []
+    while source_states(lane)["a"].epoch == 0:
+        ids += next(lane).tolist()
+    held = {text for text in texts if is_heldout(Document(text).content_hash, 5, 0.3)}
+    assert 5 < len(held) < 35
+    assert source_states(lane)["a"].heldout >= len(held)  # the second epoch has begun
+    assert set(documents_in(ids, tokenizer)) == set(texts) - held
+
+
+def test_blocks_are_shuffled_within_themselves(tmp_path: Path, tokenizer: Tokenizer, write_shard: Any) -> None:
+    write_shard(tmp_path / "a" / "a.jsonl", [f"{i:02d}" for i in range(40)])
+
+    def order(block: int) -> list[int]:
+        lane = lanes(config(tmp_path, ["a"], shuffle_block=block, seq_len=3), tokenizer)[0]
+        return [int(tokenizer.decode(next(lane)[1:3].tolist())) for _ in range(80)]
+
+    assert order(1) == list(range(40)) * 2
+    found = order(10)
+    for start in range(0, 80, 10):
+        block = found[start : start + 10]
+        assert sorted(block) == list(range(start % 40, start % 40 + 10))
+        assert block != sorted(block)
+    assert found[:40] != found[40:]  # in another order in every epoch
