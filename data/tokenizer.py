@@ -1,5 +1,7 @@
 """Text to token ids: one small interface over tokenizer.json, SentencePiece and GGUF files.
 
+`python -m fbitrain.data.tokenizer train --help` makes a new one (data.tokenizer_train).
+
 Built on `tokenizers` and `sentencepiece` directly: a tokenizer process must start in a fraction of a second, and
 transformers reads a bare SentencePiece Llama tokenizer silently wrong.
 """
@@ -8,18 +10,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import sentencepiece
 import tokenizers
 
 from fbitrain.data.gguf_tokenizer import build_bpe
+from fbitrain.data.long_text import PIECE_CHARS, Seams, encode_in_pieces
+from fbitrain.data.records import REPLACEMENT, SURROGATES
+from fbitrain.data.seams import byte_level_seams, metaspace_seams, sentencepiece_seams
 from fbitrain.data.shards import DataError
+
+logger = logging.getLogger(__name__)
 
 # Files that say which tokens BOS and EOS are, the most trustworthy first.
 SPECIALS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
@@ -30,11 +42,15 @@ PROBE = (
     "\U0001f469\u200d\U0001f52c \u00e9 e\u0301 \u0645\u0631 <s></s><|im_end|><|endoftext|>"
 )
 
+LONG_CHARS = 2 * PIECE_CHARS  # longer texts are encoded in pieces, where the kind of tokenizer is known well enough
+PROBE_PIECE_CHARS = 64
+
 
 class Tokenizer(ABC):
     """Encodes documents as plain text: nothing is added, and the names of special tokens in a text stay text.
 
-    (A token that its maker flagged as ordinary added text, not as special, is still matched as one token.)
+    Ids are those of the library the tokenizer is made for. Half a surrogate pair, which no such library takes, is
+    encoded as U+FFFD. (A token that its maker flagged as ordinary added text, not as special, is still matched as one.)
 
     Attributes: path; vocab_size (largest id + 1); bos_id and eos_id (None where the files name none); fingerprint (a
     hash of vocabulary, BOS, EOS and the ids of a probe text: equal for one tokenizer kept in different file formats).
@@ -46,9 +62,46 @@ class Tokenizer(ABC):
     eos_id: int | None
     fingerprint: str
 
-    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without BOS or EOS."""
+        return [token_id for piece in self._encoded(text) for token_id in piece]
+
+    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
+        """The same ids, uint32 [n]; of a long text without ever holding them as Python numbers all at once."""
+        ids = array("I")  # grows in place
+        for piece in self._encoded(text):
+            ids.extend(piece)
+        return np.frombuffer(ids, dtype=np.uint32) if ids else np.zeros(0, dtype=np.uint32)
+
+    @abstractmethod
+    def _encode_whole(self, text: str) -> list[int]:
+        """Token ids of `text`, by one call of the library."""
+
+    @abstractmethod
+    def _find_seams(self) -> Seams | None:
+        """Where this tokenizer permits to cut a text."""
+
+    def _may_be_cut(self, text: str) -> bool:
+        return len(text) > LONG_CHARS and self._seams is not None
+
+    @cached_property
+    def _seams(self) -> Seams | None:
+        seams = self._find_seams()
+        if seams is not None:
+            text = PROBE * 20 + "letters" * 40
+            pieces = encode_in_pieces(text, self._encode_whole, seams, PROBE_PIECE_CHARS)
+            if [token_id for piece in pieces for token_id in piece] == self._encode_whole(text):
+                return seams
+        logger.info("tokenizer %s encodes long texts whole, at 50 to 100 bytes of memory per byte", self.path)
+        return None
+
+    def _encoded(self, text: str) -> Iterator[list[int]]:
+        if not text.isascii():
+            text = SURROGATES.sub(REPLACEMENT, text)
+        if self._may_be_cut(text):
+            assert self._seams is not None
+            return encode_in_pieces(text, self._encode_whole, self._seams)
+        return iter((self._encode_whole(text),))
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -74,10 +127,25 @@ class HFTokenizer(Tokenizer):
         backend.encode_special_tokens = True  # "<|im_end|>" in a document is a document's text, not an end
         self._identify(backend.get_vocab(with_added_tokens=True))
 
-    def encode(self, text: str) -> list[int]:
+    def _encode_whole(self, text: str) -> list[int]:
         # Only the batch form can leave out the character offsets, which nobody reads here.
         encoded: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return encoded
+
+    def _find_seams(self) -> Seams | None:
+        definition = json.loads(self.backend.to_str())
+        finders = (byte_level_seams, metaspace_seams)
+        return next(filter(None, (find(definition, self._encode_whole) for find in finders)), None)
+
+    @cached_property
+    def _ordinary_added(self) -> list[tokenizers.AddedToken]:
+        return [token for token in self.backend.get_added_tokens_decoder().values() if not token.special]
+
+    def _may_be_cut(self, text: str) -> bool:
+        # An added token that does not occur changes nothing; one that does may lie across any cut.
+        return super()._may_be_cut(text) and not any(
+            token.content in text or (token.normalized and self.backend.normalizer) for token in self._ordinary_added
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self.backend.decode(list(ids), skip_special_tokens=True)
@@ -93,9 +161,12 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self.model.bos_id(), self.model.eos_id()))
         self._identify({self.model.id_to_piece(i): i for i in range(self.model.get_piece_size())})
 
-    def encode(self, text: str) -> list[int]:
+    def _encode_whole(self, text: str) -> list[int]:
         ids: list[int] = self.model.encode(text)
         return ids
+
+    def _find_seams(self) -> Seams | None:
+        return sentencepiece_seams(self.model)
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self.model.decode(list(ids))

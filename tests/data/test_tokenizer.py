@@ -9,13 +9,14 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from fbitrain.data.shards import DataError
-from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
+from fbitrain.data.tokenizer import LONG_CHARS, Tokenizer, load_tokenizer
 
 LLAMA = Path(__file__).parents[2].parent / "shared" / "data" / "tokenizer" / "llama.model"
 TEXTS = [
@@ -37,6 +38,23 @@ TEXTS = [
     ),
     *("def f(x):\n    return x['a']\n\tif y: pass\r\n", "\u00a0nbsp\u2003em\u3000", "\ufeffbom \0 nul\x7f"),
     *("<s>a</s> <|im_end|> <|im_start|>user", "<|endoftext|>"),
+]
+NASTY = [  # decoding need not give these back: SentencePiece's own ▁ becomes a space
+    *("\ufffd \ufffd\ufffd", "\ue000\uf8ff\U0010fffd", "a\u200b\u200d\u2060b\u00ad", "\u202eright\u202c to left"),
+    *("▁ ▁▁ a▁b", "<0x0A><0xFF>", "\r\n\r\n \r x", "\x1c\x85\u2028\u2029", "\ufeff", "\0" * 9, "ﬁ ² ½ Ⅳ ①"),
+    *("🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f 👨‍👩‍👧‍👦", "ก็ नमस्ते 각"),
+]
+LONG_TEXTS = [
+    *(
+        "x" * 1_000_000,
+        " " * 100_000,
+        "7" * 50_000,
+        "\n" * 40_000,
+        "漢字" * 20_000,
+        "👍🏽" * 20_000,
+        "e\u0301" * 20_000,
+    ),
+    "".join(TEXTS) * 150,
 ]
 
 
@@ -78,6 +96,38 @@ def write_gguf(path: Path, bpe: tokenizers.Tokenizer, **changed: Any) -> Path:
     writer.write_kv_data_to_file()
     writer.close()
     return path
+
+
+def require_ids(expected: dict[str, list[int]], tokenizer: Tokenizer) -> None:
+    for text, ids in expected.items():
+        assert np.array_equal(tokenizer.encode_array(text), ids), text[:20]
+        assert len(text) > LONG_CHARS or tokenizer.encode(text) == ids
+
+
+def test_nasty_texts_get_the_ids_of_tokenizers(tmp_path: Path, bpe: tokenizers.Tokenizer) -> None:
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    bpe.encode_special_tokens = True
+    expected = {text: bpe.encode(text, add_special_tokens=False).ids for text in [*TEXTS, *NASTY, *LONG_TEXTS]}
+    for path in (tmp_path, write_gguf(tmp_path / "t.gguf", bpe)):
+        require_ids(expected, load_tokenizer(path))
+
+
+@pytest.mark.parametrize("whose", ["ours", "LLaMA's"])
+def test_nasty_texts_get_the_ids_of_sentencepiece(sentencepiece_model: Path, whose: str) -> None:
+    path = sentencepiece_model if whose == "ours" else LLAMA
+    if not path.is_file():
+        pytest.skip(f"{path} is absent: LLaMA's own tokenizer is not tried")
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    require_ids({text: reference.encode(text) for text in [*TEXTS, *NASTY, *LONG_TEXTS]}, load_tokenizer(path))
+
+
+def test_half_a_surrogate_pair_is_a_replacement_character(
+    tmp_path: Path, bpe: tokenizers.Tokenizer, sentencepiece_model: Path
+) -> None:
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    for tokenizer in (load_tokenizer(tmp_path), load_tokenizer(sentencepiece_model)):
+        assert tokenizer.encode("a\ud800b") == tokenizer.encode("a\ufffdb")
+        assert tokenizer.encode_array("\udfff").tolist() == tokenizer.encode("\ufffd")
 
 
 def test_gguf_gives_the_ids_of_the_tokenizer_it_holds(tmp_path: Path, bpe: tokenizers.Tokenizer) -> None:
@@ -171,7 +221,8 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sentencepiece")
     sentencepiece.SentencePieceTrainer.train(
         input=__file__, model_prefix=str(folder / "tokenizer"), vocab_size=500, model_type="bpe", byte_fallback=True,
-        remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
+        remove_extra_whitespaces=False, normalization_rule_name="identity", split_digits=True, minloglevel=2,
+        allow_whitespace_only_pieces=True,
     )  # fmt: skip
     return folder / "tokenizer.model"
 
