@@ -59,6 +59,7 @@ class ShardCache:
         self._folder = CacheFolder(folder)
         self._max_bytes, self._policy, self._patience_s = max_bytes, policy, patience_s
         self._counters = Counter(dict.fromkeys(COUNTERS, 0))
+        self._counting = threading.Lock()
         self._wanted: queue.SimpleQueue[Shard] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -129,7 +130,7 @@ class ShardCache:
             part.close()
             self._folder.discard(key + PART)
             raise
-        self._counters.update(fetched_files=1, fetched_bytes=fetched.size, retries=fetched.retries)
+        self._count(fetched_files=1, fetched_bytes=fetched.size, retries=fetched.retries)
         return part
 
     def _fetch_into(self, part: io.FileIO, shard: Shard, patience_s: float) -> Fetched:
@@ -170,8 +171,12 @@ class ShardCache:
 
     def _make_room(self, part: io.FileIO, n_bytes: int, at_least: int = 0) -> Room:
         room = self._folder.make_room(part, n_bytes, self._max_bytes, at_least)
-        self._counters["evicted_files"] += room.n_evicted
+        self._count(evicted_files=room.n_evicted)
         return room
+
+    def _count(self, **amounts: int) -> None:
+        with self._counting:  # the prefetching thread counts too
+            self._counters.update(amounts)
 
     def _no_room(self, shard: Shard, n_bytes: int, room: Room) -> DataError:
         needed = f"{shard.name} needs {n_bytes:,} bytes"

@@ -14,7 +14,7 @@ import fsspec
 from fbitrain.data.errors import DataError
 
 CHUNK_BYTES = 4 << 20
-BUFFER_BYTES = 256 << 10  # of aiohttp, which forgets what it holds when a connection breaks
+BUFFER_BYTES = 1 << 20  # of aiohttp, which forgets what it holds when a connection breaks
 LISTING_S = 300.0  # a bucket with 100,000 shards answers page by page
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "s3a": "s3fs", "hf": "huggingface_hub", "gs": "gcsfs"}
 TRANSIENT_STATUS = (408, 416, 425, 429)

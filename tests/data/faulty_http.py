@@ -42,6 +42,7 @@ class FaultyServer(ThreadingHTTPServer):
         self.faults: dict[str, Fault] = {}
         self.requests: Counter[str] = Counter()
         self.ranges: list[str] = []
+        self.tokens: dict[str, str] = {}
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -66,6 +67,7 @@ class Handler(BaseHTTPRequestHandler):
         n_before = self.server.requests[path]
         self.server.requests[path] += 1
         self.server.ranges.append(self.headers.get("Range", ""))
+        self.server.tokens[path] = self.headers.get("Authorization", "")
         content = self.server.files.get(path)
         if content is None:
             self.answer(404, b"")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import io
+import json
 import random
 import threading
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import huggingface_hub.constants
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
@@ -244,6 +246,25 @@ def test_listing(flaky: type[FlakyFileSystem], tmp_path: Path) -> None:
     assert list_remote("flaky://nothing", is_glob=False) == {}
     with pytest.raises(DataError, match="no such file"):
         get("flaky://b/c.jsonl", tmp_path / "a")
+
+
+def test_the_hub(server: http.FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = server.url("{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url("").rstrip("/"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    fsspec.get_filesystem_class("hf").clear_instance_cache()
+    files = [{"type": "file", "path": "arxiv/1.jsonl", "size": len(CONTENT), "oid": "0"}]
+    server.put("api/datasets/o/d", json.dumps({"id": "o/d", "sha": "0", "siblings": []}).encode())
+    server.put("api/datasets/o/d/tree/main/arxiv", json.dumps(files).encode())
+    server.put("datasets/o/d/resolve/main/arxiv/1.jsonl", CONTENT, http.first(1, http.half))
+    assert list_remote("hf://datasets/o/d/arxiv", is_glob=False) == {"hf://datasets/o/d/arxiv/1.jsonl": len(CONTENT)}
+    server.ranges.clear()
+    content, fetched = get("hf://datasets/o/d/arxiv/1.jsonl", tmp_path / "a", sha256=SHA256)
+    assert (content, fetched.retries) == (CONTENT, 1)
+    assert [wanted for wanted in server.ranges if wanted] == ["bytes=150000-"]
+    assert server.tokens["datasets/o/d/resolve/main/arxiv/1.jsonl"] == "Bearer hf_secret"
 
 
 def test_missing_packages_and_unknown_protocols(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
