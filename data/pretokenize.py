@@ -25,8 +25,9 @@ from fbitrain.data.plan import Unit, cut, record_format
 from fbitrain.data.progress import COMPRESSION, ProgressBar
 from fbitrain.data.shards import DataError
 from fbitrain.data.token_folder import Target, TokenFolder
+from fbitrain.data.token_jobs import Job, join_parts, tokenize_part
 from fbitrain.data.token_shards import REPORT, ShardReport, read_report, sizes_differ, with_ending
-from fbitrain.data.token_writer import Job, damage, join_parts, tokenize_part
+from fbitrain.data.token_writer import damage
 from fbitrain.data.tokenizer import load_tokenizer
 
 PROGRESS = ".progress.tmp"
@@ -134,6 +135,7 @@ def _jobs(
             tokenizer_path=tokenizer_path,
             cache_dir=data.cache_dir,
             cache_bytes=int(data.cache_gb * 1e9),
+            max_bad_records=data.max_bad_records,
             progress=bar.slot(i),
             ahead=next_shard,
         )

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import tokenizers
 
-from fbitrain.data import token_writer
+from fbitrain.data import token_jobs, token_writer
 from fbitrain.data.pretokenize import main
 from fbitrain.data.progress import ProgressBar
 from fbitrain.data.token_shards import TokenIndex
@@ -96,7 +96,7 @@ def test_the_files_do_not_depend_on_the_number_of_processes(corpus: Path, capsys
 
 def test_large_shards_are_divided_and_small_ones_are_not(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = []
-    tokenize = token_writer.tokenize_part
+    tokenize = token_jobs.tokenize_part
     monkeypatch.setattr("fbitrain.data.pretokenize.tokenize_part", lambda job: (begun.append(job), tokenize(job)))
     monkeypatch.setattr("fbitrain.data.pretokenize.in_processes", lambda work, jobs, n_workers: map(work, jobs))
     assert run(corpus, workers=3) == 0
@@ -137,11 +137,11 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path, byte_tokenizer: str) ->
 def test_finished_parts_of_a_shard_are_kept(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = []
 
-    def stop_at_the_third(job: token_writer.Job) -> None:
+    def stop_at_the_third(job: token_jobs.Job) -> None:
         begun.append(job.target)
         if len(begun) == 3:
             raise KeyboardInterrupt
-        token_writer.tokenize_part(job)
+        token_jobs.tokenize_part(job)
 
     monkeypatch.setattr("fbitrain.data.pretokenize.in_processes", lambda work, jobs, n_workers: map(work, jobs))
     monkeypatch.setattr("fbitrain.data.pretokenize.tokenize_part", stop_at_the_third)
@@ -244,6 +244,31 @@ def test_ids_beyond_the_vocabulary_are_refused(corpus: Path, capsys: pytest.Capt
         corpus, capsys, "data.sources.0.kind=token_ids", "data.sources.0.text_key=text", "data.sources.0.ids_key=text"
     )
     assert "0.jsonl, line 2: token id 70000 is not in the vocabulary" in sentence
+
+
+def test_a_corpus_of_bad_records_ends_early(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sentence = refusal(corpus, capsys, "data.sources.0.text_key=content", "data.max_bad_records=20")
+    assert "more than data.max_bad_records=20 bad records in one shard, the last one in " in sentence
+    assert "0.jsonl, line 21: has no field 'content'; repair" in sentence
+
+
+def test_a_shard_that_grows_while_it_is_read_is_refused(
+    corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tokenize(job: token_jobs.Job) -> None:
+        Path(job.shard.path).write_bytes(Path(job.shard.path).read_bytes() + b"\n")
+        token_jobs.tokenize_part(job)
+
+    monkeypatch.setattr("fbitrain.data.pretokenize.tokenize_part", tokenize)
+    assert "0.jsonl has changed while it was tokenized: it had " in refusal(corpus, capsys)
+    assert not finished(corpus / "out")
+
+
+def test_large_documents_are_written_earlier(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(corpus, out="clean") == 0
+    monkeypatch.setattr(token_writer, "BATCH_TOKENS", 50)
+    assert run(corpus) == 0
+    assert files(corpus / "out") == files(corpus / "clean")
 
 
 def test_a_full_disk_is_one_sentence_and_no_half_file(corpus: Path) -> None:
