@@ -256,3 +256,9 @@ def _from_hub(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"tokenizer {name} is neither a local path nor found on the hub ({reason})") from None
+
+
+if __name__ == "__main__":
+    from fbitrain.data.tokenizer_train import main
+
+    raise SystemExit(main())
