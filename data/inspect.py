@@ -112,6 +112,8 @@ def _inspect(options: argparse.Namespace) -> None:
     if not tokenizer_path:
         raise DataError(f"{options.config} names no tokenizer; set data.tokenizer")
     tokenizer = load_tokenizer(tokenizer_path)
+    if options.out:
+        _make_folder(options.out)  # before the minutes that reading may take
     surveys = survey(
         data,
         tokenizer_path,
@@ -122,20 +124,30 @@ def _inspect(options: argparse.Namespace) -> None:
     )
     print(source_table(surveys), *notes(surveys, data), sep="\n")
     if options.out:
-        _write_plot(surveys, data.seq_len, options.out)
+        _write_plot(surveys, data.seq_len, options.out / PLOT)
     if options.documents:
         print_documents(surveys)
     if options.sequences:
         print_sequences(data, tokenizer, options.sequences)
 
 
-def _write_plot(surveys: Sequence[Survey], seq_len: int, folder: Path) -> None:
+def _write_plot(surveys: Sequence[Survey], seq_len: int, path: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        plot_lengths(surveys, seq_len, folder / PLOT)
+        plot_lengths(surveys, seq_len, path)
     except OSError as error:
-        raise DataError(f"{folder / PLOT} cannot be written ({error.strerror or error}); give --out another") from None
-    print(f"wrote {folder / PLOT}")
+        raise _not_writable(path, error) from None
+    print(f"wrote {path}")
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(path, error) from None
+
+
+def _not_writable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be written ({error.strerror or error}); give --out another place")
 
 
 if __name__ == "__main__":
