@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
 from fbitrain.data.patterns import file_part
@@ -111,7 +111,7 @@ class CacheFolder:
 
     def discard(self, name: str) -> None:
         """Takes away the name of a part that came to nothing, or of a shard that is not what it should be."""
-        if os.path.exists(self.path(name)):
+        with suppress(FileNotFoundError):
             os.unlink(self.path(name))
 
     def make_room(self, part: io.FileIO, n_bytes: int, max_bytes: int, at_least: int = 0) -> Room:
