@@ -70,7 +70,7 @@ corpora = st.dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(corpus=corpora)
 def test_exactly_the_first_of_each_text_stays(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus) -> None:
     folder = tmp_path_factory.mktemp("corpus")
