@@ -9,7 +9,7 @@ from typing import BinaryIO, Protocol
 import zstandard
 
 CHUNK_BYTES = 1 << 18
-# Decompressed at once: small, because a repetitive shard shrinks to a thousandth.
+# Decompressed at once: small, because repetitive text shrinks to a thousandth, and all of it comes back together.
 COMPRESSED_CHUNK_BYTES = 1 << 15
 # `zstd --long=31` needs windows of 2 GiB to be read back; the decoder allocates only what a frame asks for.
 ZSTD_MAX_WINDOW = 1 << 31

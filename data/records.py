@@ -19,7 +19,6 @@ import orjson
 
 from fbitrain.data.documents import START, BadRecord, Document, Entry, Position
 from fbitrain.data.line_files import Damaged, read_lines
-from fbitrain.data.shards import DataError, Shard
 from fbitrain.data.table_files import Cell, read_cells
 
 PARQUET_SUFFIX = ".parquet"
@@ -134,33 +133,3 @@ def _ready_made(value: Any, key: str) -> Document:
 
 def _no_token_id(ids: list[int]) -> int:
     return next(i for i in ids if not 0 <= i <= np.iinfo(np.uint32).max)
-
-
-@dataclass(frozen=True)
-class Record:
-    """One text document and where it stood."""
-
-    at: Position
-    after: Position
-    text: str
-
-
-def read_records(
-    shard: Shard, text_key: str = "text", start: Position = START, part: int = 0, n_parts: int = 1
-) -> Iterator[Record | BadRecord]:
-    """The text documents of `read_entries`, decoded."""
-    format = RecordFormat("text", text_key)
-    for entry in read_entries(shard.path, format, start, part, n_parts):
-        document = entry if isinstance(entry, BadRecord) else decode(entry, format, shard.path)
-        if isinstance(entry, Entry) and isinstance(document, Document):
-            yield Record(entry.at, entry.after, document.text)
-        elif isinstance(document, BadRecord):
-            yield document
-
-
-def read_record(shard: Shard, text_key: str, at: Position) -> Record:
-    """The document at `at`. Raises DataError where there is none."""
-    record = next(read_records(shard, text_key, at), None)
-    if not isinstance(record, Record) or record.at != at:
-        raise DataError(f"{shard.path}, line {at.line + 1}: the document of the checkpoint is no longer there")
-    return record

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from fbitrain.data import sample
-from fbitrain.data.records import Record, read_records
+from fbitrain.data.documents import BadRecord
+from fbitrain.data.records import RecordFormat, decode, read_entries
 from fbitrain.data.sample_sources import Document, _readable_code
-from fbitrain.data.shards import DataError, find_shards
+from fbitrain.data.shards import DataError
 
 MEGABYTES = 0.6
+TEXT = RecordFormat("text", "text")
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +27,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(path: Path) -> list[str]:
-    found = [item for shard in find_shards([str(path)], "test") for item in read_records(shard)]
-    assert all(isinstance(item, Record) for item in found)
-    return [item.text for item in found if isinstance(item, Record)]
+    shards = sorted(path.rglob("*.jsonl.zst")) if path.is_dir() else [path]
+    entries = [entry for shard in shards for entry in read_entries(str(shard), TEXT)]
+    found = [entry if isinstance(entry, BadRecord) else decode(entry, TEXT, str(path)) for entry in entries]
+    assert not any(isinstance(item, BadRecord) for item in found)
+    return [item.text for item in found if not isinstance(item, BadRecord)]
 
 
 def test_layout_sizes_and_manifest(made: Path) -> None:
