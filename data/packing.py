@@ -24,7 +24,7 @@ class Segment:
 
     start: int  # its first token in the sequence
     token_ids: npt.NDArray[np.int64]  # [n], borders included
-    origin: str  # source/shard:line, line counted from 0, or CONTINUED, or UNKNOWN
+    origin: str  # source/shard:line (from 0; from the second pass on with #pass), or CONTINUED, or UNKNOWN
 
 
 def first_sequences(

@@ -22,6 +22,8 @@ from fbitrain.data.corpus import text_shards
 from fbitrain.data.documents import Document
 from fbitrain.data.duplicate_search import content_digest, find_duplicates, run
 from fbitrain.data.duplicates import DuplicateList, write_duplicates
+from fbitrain.data.loader import TokenLoader
+from fbitrain.data.pretokenize import pretokenize
 from fbitrain.data.shards import DataError, Shard
 
 Corpus = dict[str, dict[str, list[str]]]  # source -> shard name -> texts
@@ -79,6 +81,27 @@ def test_exactly_the_first_of_each_text_stays(tmp_path_factory: pytest.TempPathF
     firsts = list(dict.fromkeys(everything))
     assert texts_left(corpus, DuplicateList(str(folder / "duplicates.npz"))) == firsts
     assert sum(source.within + source.across for source in counts.values()) == len(everything) - len(firsts)
+
+
+@pytest.mark.parametrize("pretokenized", [False, True])
+def test_training_reads_each_text_once_per_epoch(tmp_path: Path, byte_tokenizer: str, pretokenized: bool) -> None:
+    data = dataclasses.replace(write_corpus(tmp_path, SMALL), n_lanes=1, n_workers=0, seq_len=3)
+    find_duplicates(data, tmp_path / "d.npz", memory_mb=16, n_workers=1)
+    data = dataclasses.replace(data, duplicates=str(tmp_path / "d.npz"))
+    if pretokenized:
+        pretokenize(data, byte_tokenizer, tmp_path / "tokens", 1)
+        data = dataclasses.replace(data, pretokenized=str(tmp_path / "tokens"))
+    places: list[str] = []
+    with TokenLoader(data, byte_tokenizer, 0, 1, 1, log_documents=True) as loader:
+        for _ in range(30):
+            next(loader)
+            places += loader.take_documents()
+    passes: dict[str, list[str]] = {}  # texts by the mark of their epoch, which the first has not
+    for place in places:
+        where, _, epoch = place.partition("#")
+        source, shard, line = where.replace(":", "/").split("/")
+        passes.setdefault(epoch, []).append(SMALL[source][shard][int(line)])
+    assert sorted(passes[""]) == sorted(passes["2"]) == ["five", "four", "one", "three", "two"]
 
 
 def test_counts_tell_copies_within_a_source_from_those_across(tmp_path: Path) -> None:
