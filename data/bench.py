@@ -3,7 +3,7 @@
 `python -m fbitrain.data.bench config.yaml [--only text,tokens,startup,memory] [--rounds N] [--memory-gb G]`
 
     text     the corpus of config.yaml to batches, beside its tokenizer alone on the same documents and `datasets`
-    tokens   the same corpus pretokenized, beside litdata and mosaicml-streaming, whichever is installed
+    tokens   the same corpus pretokenized, beside litdata if it is installed
     startup  the first batch of a source of 10,000 shards
     memory   one process over a synthetic corpus of G gigabytes: its resident memory, every tenth of the way
 """

@@ -6,7 +6,6 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -91,28 +90,6 @@ def litdata_tokens(scratch: Path, source: TokenLoader, length: int, batch_size: 
     yield from timed(batches, n_tokens)
 
 
-def mosaic_tokens(scratch: Path, source: TokenLoader, length: int, batch_size: int, n_tokens: int) -> Iterator[Round]:
-    """mosaicml-streaming's MDS format over the same sequences."""
-    if importlib.util.find_spec("streaming") is None:
-        return
-    from streaming import MDSWriter, StreamingDataset
-
-    folder = scratch / "mosaic"
-    with MDSWriter(out=str(folder), columns={"tokens": f"ndarray:uint16:{length}"}) as out:
-        for sequence in sequences_of(source, length):
-            out.write({"tokens": sequence.astype(np.uint16)})
-
-    def batches() -> Iterator[torch.Tensor]:
-        items: list[Any] = []
-        for item in StreamingDataset(local=str(folder), shuffle=False, batch_size=batch_size):
-            items.append(item["tokens"])
-            if len(items) == batch_size:
-                yield torch.from_numpy(np.stack(items, dtype=np.int64))
-                items = []
-
-    yield from timed(batches, n_tokens)
-
-
 def sequences_of(source: TokenLoader, length: int) -> Iterator[Sequences]:
     """Sequences int64 [T+1] for a peer to store."""
     for _, batch in zip(range(-(-N_SEQUENCES * 257 // length) // 8), source, strict=False):
@@ -122,4 +99,4 @@ def sequences_of(source: TokenLoader, length: int) -> Iterator[Sequences]:
 TextPeer = Callable[[DataConfig, Tokenizer, int, int], Iterator[Round]]
 TokensPeer = Callable[[Path, TokenLoader, int, int, int], Iterator[Round]]
 PEERS_OF_TEXT: dict[str, TextPeer] = {"datasets streaming": datasets_text}
-PEERS_OF_TOKENS: dict[str, TokensPeer] = {"litdata": litdata_tokens, "mosaicml-streaming": mosaic_tokens}
+PEERS_OF_TOKENS: dict[str, TokensPeer] = {"litdata": litdata_tokens}

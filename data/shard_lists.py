@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator
 
 from fbitrain.data.errors import DataError
 from fbitrain.data.patterns import is_url
-from fbitrain.data.remote import fetch_text
+from fbitrain.data.remote import FetchPolicy, fetch_text
 
+AT_START = FetchPolicy(attempts=4)  # somebody is waiting: seconds, not minutes
+_answers: dict[str, str | DataError] = {}
 _SUM = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 
 
@@ -55,10 +57,23 @@ def sum_of(path: str, sums: dict[str, str]) -> str:
     return ""
 
 
+def _fetched(url: str) -> str:
+    """The text of a remote list. Several sources share one: it is asked for once, and so is one that cannot be had."""
+    if url not in _answers:
+        try:
+            _answers[url] = fetch_text(url, AT_START)
+        except DataError as error:
+            _answers[url] = error
+    answer = _answers[url]
+    if isinstance(answer, DataError):
+        raise answer
+    return answer
+
+
 def _lines(path: str) -> Iterator[tuple[int, str]]:
     """(number, text) of the lines that say something."""
     if is_url(path):
-        text = fetch_text(path)
+        text = _fetched(path)
     else:
         try:
             with open(path, encoding="utf-8") as file:

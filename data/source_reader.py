@@ -80,6 +80,7 @@ class SourceReader:
         self._block: Block | None = None
         self._order: list[int] = []
         self._left_out: frozenset[int] = frozenset()
+        self._selective = bool(lane.heldout_fraction or shelf.duplicates)
 
     @property
     def shard_name(self) -> str:
@@ -136,14 +137,15 @@ class SourceReader:
             if isinstance(item, BadRecord):
                 # Later epochs meet the same bad records again: they are told, but each counts once.
                 self._listener.report(item, state.epoch == 0)
-            elif not self._leaves_out(item, block.line(i)):
-                self.last_line = block.line(i)
+                continue
+            self.last_line = block.line(i)
+            if not (self._selective and self._leaves_out(item)):
                 return item
         return None
 
-    def _leaves_out(self, document: Document, line: int) -> bool:
+    def _leaves_out(self, document: Document) -> bool:
         fraction = self._lane.heldout_fraction
-        if line in self._left_out:
+        if self.last_line in self._left_out:
             self.state.duplicates += 1
             return True
         if fraction and is_heldout(document.content_hash, self._lane.seed, fraction):

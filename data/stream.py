@@ -7,7 +7,7 @@ holds of a half-used document is found again by reading and tokenizing that docu
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,7 @@ class Lane:
             SourceReader(source, plan, shelf, self, SourceState.from_list(state["sources"][source.name]))
             for source in plan.sources
         ]
+        self._mixture = self._mixed()
         self._first_sequences = [phase.first_sequence for phase in plan.phases]
         before, after = border_tokens(tokenizer, plan.add_bos, plan.add_eos)
         self._before, self._after = np.array(before, dtype=np.int32), np.array(after, dtype=np.int32)
@@ -123,11 +124,12 @@ class Lane:
     def _next_document(self) -> bool:
         """Puts the next document's tokens where the last one's were. False where no source has any."""
         self._follow_phase()
-        while readers := [reader for reader in self._readers if not reader.state.dropped]:
-            reader = self._furthest_below(readers)
+        while self._mixture:
+            reader = self._furthest_below()
             document = reader.next_document()
             if document is None:
                 self._notes.append(f"lane {self.plan.lane}: source {reader.plan.name!r} has no document for it")
+                self._mixture = self._mixed()
                 continue
             tokens = self._wrapped(document)
             reader.count(document, len(tokens))
@@ -144,24 +146,29 @@ class Lane:
         phase = bisect.bisect_right(self._first_sequences, self._sequence) - 1
         if phase != self._phase:
             self._phase = phase
+            self._mixture = self._mixed()
             for reader in self._readers:
                 reader.state.phase_tokens = 0
 
-    def _furthest_below(self, readers: Sequence[SourceReader]) -> SourceReader:
-        """The source whose tokens fall furthest short of its weight's share; of equals the heaviest."""
-        all_weights = dict(zip((reader.plan.name for reader in self._readers), self._weights(), strict=True))
-        weighted = [(all_weights[reader.plan.name], reader) for reader in readers if all_weights[reader.plan.name]]
-        if not weighted:
+    def _mixed(self) -> list[tuple[float, SourceReader]]:
+        """The sources that the phase draws from, with their shares of its tokens; none if the lane is empty."""
+        alive = [not reader.state.dropped for reader in self._readers]
+        weights = [weight * has for weight, has in zip(self.plan.phases[self._phase].weights, alive, strict=True)]
+        if any(alive) and not any(weights):
             raise DataError(
                 f"lane {self.plan.lane} has no document of the sources that phase {self._phase} of data.phases gives a "
                 "weight; give them more data, or use fewer lanes"
             )
-        total = sum(reader.state.phase_tokens for _, reader in weighted)
-        weights = sum(weight for weight, _ in weighted)
-        return max(weighted, key=lambda item: (item[0] / weights * total - item[1].state.phase_tokens, item[0]))[1]
+        return [
+            (weight / sum(weights), reader) for weight, reader in zip(weights, self._readers, strict=True) if weight
+        ]
 
-    def _weights(self) -> tuple[float, ...]:
-        return self.plan.phases[self._phase].weights
+    def _furthest_below(self) -> SourceReader:
+        """The source whose tokens fall furthest short of its share; of equals the heaviest."""
+        if len(self._mixture) == 1:
+            return self._mixture[0][1]
+        total = sum([reader.state.phase_tokens for _, reader in self._mixture])
+        return max(self._mixture, key=lambda item: (item[0] * total - item[1].state.phase_tokens, item[0]))[1]
 
     def _wrapped(self, document: Document) -> npt.NDArray[np.int32]:
         if document.token_ids is None:

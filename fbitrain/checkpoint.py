@@ -7,6 +7,7 @@ under any ZeRO stage can read what any other wrote. A folder counts only once CO
       shard_rank00000.safetensors   slices this rank owned: "kind|parameter|start" -> fp32 [n]
       data_rank00000.json           where this rank's stream stands
       trainer.json                  step, tokens, and each parameter's shape
+      data_shards.json              the shards that the streams read
       config.yaml                   the resolved configuration
       COMPLETE.json                 every file's size; a shard's checksums are in its own metadata
 """
@@ -35,10 +36,10 @@ from fbitrain.files import fsync_folder, fsync_tree, write_json, write_text
 
 if TYPE_CHECKING:
     from fbitrain.data.fingerprint import ShardList
-from fbitrain.engine import Engine
+    from fbitrain.engine import Engine
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
-FORMAT = 1
+FORMAT = 2
 NETWORK_DISK_SECONDS = 20.0  # for one rank to see what another has written
 _NAME = re.compile(r"step_(\d{8})")
 

@@ -89,7 +89,8 @@ def test_a_run_that_fits_is_added_up(folder: Path, capsys: pytest.CaptureFixture
 def test_nothing_is_allocated_for_a_large_model(capsys: pytest.CaptureFixture[str]) -> None:
     before = psutil.Process().memory_info().rss
     config = str(ROOT / "launch" / "configs" / "fbi_7b.yaml")
-    arguments = ["--config", config, "--world-size", "64", "distill.teacher=/nowhere/llama"]
+    nowhere = ["distill.teacher=/nowhere/llama", "data.sources=[{name: a, paths: [/nowhere/shards]}]"]
+    arguments = ["--config", config, "--world-size", "64", *nowhere]
     assert run(doctor.main, doctor.parser(), arguments) == 1  # no teacher, no shards
     assert "6,740,692,992 parameters" in capsys.readouterr().out
     assert psutil.Process().memory_info().rss - before < 1e9
