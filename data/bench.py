@@ -25,16 +25,16 @@ import numpy as np
 import psutil
 import zstandard
 
-from fbitrain.data.bench_peers import PEERS_OF_TEXT, PEERS_OF_TOKENS, Round
-from fbitrain.data.command import config_parser, positive, run_command, table
 from fbitrain.data.config import DataConfig, SourceConfig
 from fbitrain.data.config_file import read_data_config
-from fbitrain.data.documents import BadRecord
 from fbitrain.data.loader import TokenLoader
-from fbitrain.data.plan import find_sources, record_format
 from fbitrain.data.pretokenize import pretokenize
-from fbitrain.data.records import decode, read_entries
+from fbitrain.data.reading.documents import BadRecord
+from fbitrain.data.reading.records import decode, read_entries
+from fbitrain.data.streaming.plan import find_sources, record_format
 from fbitrain.data.tokenizer import load_tokenizer
+from fbitrain.data.tools.bench_peers import PEERS_OF_TEXT, PEERS_OF_TOKENS, Round
+from fbitrain.data.tools.command import config_parser, positive, run_command, table
 
 PARTS = ("text", "tokens", "startup", "memory")
 BATCH = 8  # sequences
@@ -43,7 +43,7 @@ N_SHARDS = 10_000
 SYNTHETIC_SHARD_BYTES = 100_000_000
 
 
-def main(options: argparse.Namespace) -> None:
+def run_parts(options: argparse.Namespace) -> None:
     data, tokenizer = read_data_config(options.config, options.overrides)
     # One rank reads all lanes here: what is timed is a rank's share of the work, not its dealing.
     data = dataclasses.replace(data, n_lanes=8, n_workers=0)
@@ -241,14 +241,18 @@ def stub_tokenizer(scratch: Path) -> Path:
     return path
 
 
-def command(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_command(command_parser(), run_parts, arguments)
+
+
+def command_parser() -> argparse.ArgumentParser:
     parser = config_parser("bench", __doc__.splitlines()[0])
     parser.add_argument("--only", default="text,tokens,startup", help=f"parts to run, of {', '.join(PARTS)}")
     parser.add_argument("--rounds", type=positive, default=5, help="measured rounds of each competitor")
     parser.add_argument("--memory-gb", type=float, default=20.0, help="size of the synthetic corpus")
     parser.add_argument("--scratch", help="folder for what is written meanwhile (default: the system's)")
-    return run_command(parser, main, arguments)
+    return parser
 
 
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(main())

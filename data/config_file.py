@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fbitrain.data.config import DataConfig, PhaseConfig, SourceConfig, data_problems
-from fbitrain.data.shards import DataError
+from fbitrain.data.errors import DataError
 
 
 def read_data_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DataConfig, str]:

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fbitrain.data.errors import DataError
 from fbitrain.data.files import replacing
-from fbitrain.data.shards import DataError, Shard
+from fbitrain.data.sources.shards import Shard
 
 FINGERPRINT = "fingerprint"
 VERSION = 1
@@ -148,7 +149,7 @@ def _write_array(archive: zipfile.ZipFile, name: str, array: npt.NDArray[Any]) -
 
 def main(arguments: Sequence[str] | None = None) -> int:
     # The tokenizer processes import this module for DuplicateList; what the command needs is not for them.
-    from fbitrain.data.duplicate_search import run
+    from fbitrain.data.tools.duplicate_search import run
 
     return run(arguments)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fbitrain.data.shards import DataError
+from fbitrain.data.errors import DataError
 
 
 @contextmanager

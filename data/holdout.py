@@ -55,7 +55,7 @@ def _mix(bits: _Bits) -> _Bits:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     # The tokenizer processes import this module for `is_heldout`; what the command needs is not for them.
-    from fbitrain.data.holdout_gather import run
+    from fbitrain.data.tools.holdout_gather import run
 
     return run(arguments)
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fbitrain.data.command import config_parser, human_bytes, n_cpus, natural, positive, run_command, table
 from fbitrain.data.config import DataConfig
 from fbitrain.data.config_file import read_data_config
-from fbitrain.data.length_plot import plot_lengths
-from fbitrain.data.packing import describe, first_sequences, segments
-from fbitrain.data.shards import DataError
-from fbitrain.data.survey import Survey, survey
+from fbitrain.data.errors import DataError
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
+from fbitrain.data.tools.command import config_parser, human_bytes, n_cpus, natural, positive, run_command, table
+from fbitrain.data.tools.length_plot import plot_lengths
+from fbitrain.data.tools.packing import describe, first_sequences, segments
+from fbitrain.data.tools.survey import Survey, survey
 
 PLOT = "lengths.png"
 

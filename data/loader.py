@@ -15,14 +15,15 @@ import torch
 
 from fbitrain.data.config import DataConfig
 from fbitrain.data.duplicates import DuplicateList
-from fbitrain.data.fingerprint import ShardList, fingerprint, require_same_shards, shard_list
-from fbitrain.data.plan import LanePlan, find_sources, plan_lanes
-from fbitrain.data.shards import DataError, Shard
-from fbitrain.data.source_reader import SourceState
-from fbitrain.data.stream import border_tokens, initial_state, too_many_bad_records
-from fbitrain.data.token_shards import TokenIndex
+from fbitrain.data.errors import DataError
+from fbitrain.data.pretokenized.token_shards import TokenIndex
+from fbitrain.data.sources.fingerprint import ShardList, fingerprint, require_same_shards, shard_list
+from fbitrain.data.sources.shards import Shard
+from fbitrain.data.streaming.plan import LanePlan, find_sources, plan_lanes
+from fbitrain.data.streaming.source_reader import SourceState
+from fbitrain.data.streaming.stream import border_tokens, initial_state, too_many_bad_records
+from fbitrain.data.streaming.worker import Drawn, Feed, Job, LaneFeed, WorkerProcess
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
-from fbitrain.data.worker import Drawn, Feed, Job, LaneFeed, WorkerProcess
 
 logger = logging.getLogger(__name__)
 

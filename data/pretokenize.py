@@ -1,7 +1,7 @@
 """Tokenizes the corpus of a configuration once, into shards that training maps into memory (data.pretokenized).
 
 Killed at any moment it goes on when it is run again: a shard counts as finished when its report is there, which is
-written last. The format is in fbitrain.data.token_shards.
+written last. The format is in fbitrain.data.pretokenized.token_shards.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fbitrain.data.command import config_parser, human_bytes, n_cpus, positive, run_command, table
 from fbitrain.data.config import DataConfig
 from fbitrain.data.config_file import read_data_config
-from fbitrain.data.corpus import text_shards
-from fbitrain.data.parallel import in_processes
-from fbitrain.data.plan import Unit, cut, record_format
-from fbitrain.data.progress import COMPRESSION, ProgressBar
-from fbitrain.data.shards import DataError
-from fbitrain.data.token_folder import Target, TokenFolder
-from fbitrain.data.token_jobs import Job, join_parts, tokenize_part
-from fbitrain.data.token_shards import REPORT, ShardReport, read_report, sizes_differ, with_ending
-from fbitrain.data.token_writer import damage
+from fbitrain.data.errors import DataError
+from fbitrain.data.pretokenized.token_folder import Target, TokenFolder
+from fbitrain.data.pretokenized.token_jobs import Job, join_parts, tokenize_part
+from fbitrain.data.pretokenized.token_shards import REPORT, ShardReport, read_report, sizes_differ, with_ending
+from fbitrain.data.pretokenized.token_writer import damage
+from fbitrain.data.streaming.plan import Unit, cut, record_format
 from fbitrain.data.tokenizer import load_tokenizer
+from fbitrain.data.tools.command import config_parser, human_bytes, n_cpus, positive, run_command, table
+from fbitrain.data.tools.corpus import text_shards
+from fbitrain.data.tools.parallel import in_processes
+from fbitrain.data.tools.progress import COMPRESSION, ProgressBar
 
 PROGRESS = ".progress.tmp"
 HEADER = ["source", "shards", "documents", "text", "tokens", "bytes/token", "bad"]

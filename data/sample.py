@@ -27,9 +27,9 @@ import orjson
 import zstandard
 from tqdm import tqdm
 
-from fbitrain.data.plan import shuffle_key
-from fbitrain.data.sample_sources import Document, code_documents, prose_documents
-from fbitrain.data.shards import DataError
+from fbitrain.data.errors import DataError
+from fbitrain.data.streaming.plan import shuffle_key
+from fbitrain.data.tools.sample_sources import Document, code_documents, prose_documents
 
 VERSION = 5
 DOCS_SHARE = 0.1  # of the text; the rest is code

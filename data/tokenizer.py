@@ -25,11 +25,11 @@ import numpy.typing as npt
 import sentencepiece
 import tokenizers
 
-from fbitrain.data.gguf_tokenizer import build_bpe
-from fbitrain.data.long_text import PIECE_CHARS, Seams, encode_in_pieces
-from fbitrain.data.records import REPLACEMENT, SURROGATES
-from fbitrain.data.seams import byte_level_seams, metaspace_seams, sentencepiece_seams
-from fbitrain.data.shards import DataError
+from fbitrain.data.errors import DataError
+from fbitrain.data.reading.records import REPLACEMENT, SURROGATES
+from fbitrain.data.tokenizing.gguf_tokenizer import build_bpe
+from fbitrain.data.tokenizing.long_text import PIECE_CHARS, Seams, encode_in_pieces
+from fbitrain.data.tokenizing.seams import byte_level_seams, metaspace_seams, sentencepiece_seams
 
 logger = logging.getLogger(__name__)
 
@@ -259,6 +259,6 @@ def _from_hub(name: str) -> Path:
 
 
 if __name__ == "__main__":
-    from fbitrain.data.tokenizer_train import main
+    from fbitrain.data.tokenizing.tokenizer_train import main
 
     raise SystemExit(main())

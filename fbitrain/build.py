@@ -13,8 +13,8 @@ from torch import Tensor
 from fbitrain import checkpoint, environment
 from fbitrain.checkpoint import TrainerState
 from fbitrain.config import Config, to_yaml
-from fbitrain.data.heldout_text import load_heldout
 from fbitrain.data.loader import TokenLoader
+from fbitrain.data.reading.heldout_text import load_heldout
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.engine import Engine, device, resolve_precision, shard_teacher
 from fbitrain.errors import UserError

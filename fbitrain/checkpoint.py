@@ -35,7 +35,7 @@ from fbitrain.errors import UserError
 from fbitrain.files import fsync_folder, fsync_tree, write_json, write_text
 
 if TYPE_CHECKING:
-    from fbitrain.data.fingerprint import ShardList
+    from fbitrain.data.sources.fingerprint import ShardList
     from fbitrain.engine import Engine
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from fbitrain.data.heldout_text import Heldout, load_heldout
+from fbitrain.data.reading.heldout_text import Heldout, load_heldout
 from fbitrain.errors import UserError
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import torch
 
 from fbitrain.build import check_vocabularies
 from fbitrain.config import Config
-from fbitrain.data.plan import find_sources
-from fbitrain.data.shards import DataError
+from fbitrain.data.errors import DataError
+from fbitrain.data.streaming.plan import find_sources
 from fbitrain.engine import resolve_precision
 from fbitrain.errors import UserError
 from fbitrain.estimate import RankMemory, TeacherSize, rank_memory, read_teacher_size, tokens_in_total

@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 
 import torch.distributed as dist
 
-from fbitrain.data.shards import DataError
+from fbitrain.data.errors import DataError
 from fbitrain.errors import UserError
 
 T = TypeVar("T")

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from fbitrain.data.gguf_tokenizer import read_metadata
-from fbitrain.data.shards import DataError
+from fbitrain.data.errors import DataError
+from fbitrain.data.tokenizing.gguf_tokenizer import read_metadata
 from fbitrain.errors import UserError
 from fbitrain.files import fsync_tree, write_json
 from fbitrain.release_tokenizer import write_tokenizer

@@ -21,7 +21,7 @@ from fbitrain import checkpoint
 from fbitrain.build import Heldout, Parts, build, finished, write_finished
 from fbitrain.checkpoint import TrainerState
 from fbitrain.config import Config
-from fbitrain.data.shards import DataError
+from fbitrain.data.errors import DataError
 from fbitrain.engine import init_distributed, lr_at
 from fbitrain.errors import UserError
 from fbitrain.evaluate import bits_per_byte, perplexity_of

@@ -47,6 +47,6 @@ def positive(text: str) -> int:
 
 def _errors_for_the_user() -> tuple[type[Exception], ...]:
     # Imported this late because a command that has nothing to report need not load the data room.
-    from fbitrain.data.shards import DataError
+    from fbitrain.data.errors import DataError
 
     return UserError, DataError

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "launch": {"core", "kernels"},
 }
 # Single modules beyond that: the model raises the core's UserError, and the commands know the data room's error.
-MODULES = {"model": {"fbitrain.errors"}, "launch": {"fbitrain.data.shards"}}
+MODULES = {"model": {"fbitrain.errors"}, "launch": {"fbitrain.data.errors"}}
 ONLY_IN = {"deepspeed": "fbitrain/engine.py", "lm_eval": "fbitrain/evaluate.py", "cupy": "kernels/cupy_backend.py"}
 TORCH_FREE = (
     "fbitrain/config.py",
@@ -34,7 +34,9 @@ TORCH_FREE = (
 
 
 def modules(room: str) -> list[Path]:
-    return sorted((ROOT / ROOMS[room]).glob("*.py"))
+    # The core's own folder also holds the links to the other rooms.
+    folder = ROOT / ROOMS[room]
+    return sorted(folder.glob("*.py") if room == "core" else folder.rglob("*.py"))
 
 
 ALL_MODULES = [path for room in ROOMS for path in modules(room)]
@@ -42,9 +44,9 @@ ALL_MODULES = [path for room in ROOMS for path in modules(room)]
 
 def name_of(path: Path) -> str:
     """The name a file is imported by: model/linear.py is fbitrain.model.linear."""
-    folder = path.parent.name
-    parts = ["fbitrain"] if folder == "fbitrain" else ["fbitrain", folder]
-    return ".".join(parts if path.stem == "__init__" else [*parts, path.stem])
+    parts = [*path.relative_to(ROOT).parts[:-1], path.stem]
+    parts = parts if parts[0] == "fbitrain" else ["fbitrain", *parts]
+    return ".".join(parts[:-1] if path.stem == "__init__" else parts)
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -55,7 +57,7 @@ def imports(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
             names = [f"{module}.{alias.name}" for alias in node.names]
-            # `from fbitrain.data import shards` imports fbitrain.data.shards, whose room is what counts.
+            # `from fbitrain.data import shards` imports fbitrain.data.sources.shards, whose room is what counts.
             yield from names if module in ("fbitrain", *(f"fbitrain.{room}" for room in ROOMS)) else [module]
 
 
@@ -99,7 +101,7 @@ def test_a_heavy_package_is_imported_in_one_file_only(package: str) -> None:
 
 
 def test_only_the_package_has_an_init_file() -> None:
-    found = [path for room in ROOMS.values() for path in (ROOT / room).glob("__init__.py")]
+    found = [path for room in ROOMS.values() for path in (ROOT / room).rglob("__init__.py")]
     assert found == [ROOT / "fbitrain" / "__init__.py"]
     assert not list((ROOT / "tests").rglob("__init__.py"))
     assert not (ROOT / "conftest.py").exists()

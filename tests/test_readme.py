@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib
 import os
 import re
@@ -9,19 +10,24 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import yaml
+import zstandard
 from deepspeed.launcher import runner
 
 from fbitrain.config import load_config
 from fbitrain.launch import doctor
 from fbitrain.launch.cli import run
 from fbitrain.model.size import count_parameters
+from tests.conftest import Workspace
+from tests.data import faulty_http
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/training.md")]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/training.md", "docs/data.md")]
 README = PAGES[0].read_text(encoding="utf-8")
 QUICKSTART = (ROOT / "quickstart.sh").read_text(encoding="utf-8")
 ASSIGNMENT = re.compile(r"[A-Z_]+=")
@@ -40,15 +46,18 @@ ALL_COMMANDS = [pytest.param(line, id=f"{page.name}: {line[:60]}") for page in P
 
 @pytest.mark.parametrize("line", ALL_COMMANDS)
 def test_every_command_is_known_and_right(
-    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], readers_folder: Path
 ) -> None:
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(readers_folder if "my.yaml" in line and line.startswith("python") else ROOT)
     words = [word for word in shlex.split(line) if not ASSIGNMENT.match(word)]
     program, arguments = words[0], words[1:]
     if program == "python":
         if arguments[0] == "launch/doctor.py":
             monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
             check_doctor(arguments[1:], capsys)
+        elif arguments[0] == "-m":
+            monkeypatch.chdir(readers_folder)
+            check_module(arguments[1], arguments[2:])
         else:
             check_python(arguments)
     elif program == "deepspeed":
@@ -99,6 +108,45 @@ def check_python(arguments: list[str]) -> None:
     assert f"python {script} " in QUICKSTART, f"quickstart.sh does not run {script}"
 
 
+@pytest.fixture(scope="session")
+def readers_folder(tmp_path_factory: pytest.TempPathFactory, workspace: Workspace) -> Iterator[Path]:
+    """What a reader of the README has: my.yaml, whose shards are behind a list of URLs, and a corpus of their own."""
+    folder = tmp_path_factory.mktemp("reader")
+    shards = sorted((workspace.path / "shards").rglob("*.jsonl"))
+    (folder / "corpus").mkdir()
+    (folder / "data").mkdir()
+    with faulty_http.serving() as server:
+        urls = []
+        for shard in shards:
+            urls.append(server.put(f"v1/{shard.parent.name}/{shard.name}", shard.read_bytes()))
+            compressed = zstandard.compress(shard.read_bytes())
+            (folder / "corpus" / f"{shard.parent.name}_{shard.name}.zst").write_bytes(compressed)
+        config = yaml.safe_load(workspace.config.read_text())
+        config["data"] |= {"heldout_fraction": 0.2, "cache_dir": str(folder / "cache"), "n_lanes": 16}
+        config["train"]["global_batch_tokens"] = 384  # for 16 ranks, which a command asks for
+        for source in config["data"]["sources"]:
+            del source["paths"]
+            source |= {"url_lists": [server.put("v1/urls.txt", "\n".join(urls).encode())]}
+            source |= {"include": [f"*/{source['name']}/*"]}
+        (folder / "my.yaml").write_text(yaml.safe_dump(config))
+        yield folder
+
+
+def check_module(module: str, arguments: list[str]) -> None:
+    """Runs a command of the data room; only its benchmark's arguments are parsed and no more."""
+    # The tokenizer is a module that others import; run as a command, it hands over to another.
+    commands_of = {"fbitrain.data.tokenizer": "fbitrain.data.tokenizing.tokenizer_train"}
+    loaded = importlib.import_module(commands_of.get(module, module))
+    if module == "fbitrain.data.bench":
+        loaded.command_parser().parse_intermixed_args(arguments)
+        return
+    # The reader's corpus here is smaller than the vocabulary that the page asks for.
+    words = ["400" if word == "32000" else word for word in arguments]
+    assert loaded.main([path for word in words for path in sorted(glob.glob(word)) or [word]]) == 0
+    if "--out" in arguments:
+        assert Path(arguments[arguments.index("--out") + 1]).exists()
+
+
 def check_launcher(arguments: list[str]) -> None:
     """DeepSpeed's own parser must take the options as meant, and the hostfile must be readable to it."""
     parsed = runner.parse_args(arguments)
@@ -120,7 +168,7 @@ def test_the_file_map_names_every_module() -> None:
     missing = [
         str(path.relative_to(ROOT))
         for room in ("fbitrain", "model", "kernels", "data", "launch")
-        for path in (ROOT / room).glob("*.py")
+        for path in (ROOT / room).rglob("*.py")
         if path.name != "__init__.py" and not re.search(rf"(?<![\w.]){re.escape(path.name)}", map_of_files)
     ]
     assert missing == []

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from fbitrain import evaluate
-from fbitrain.data.heldout_text import Heldout
+from fbitrain.data.reading.heldout_text import Heldout
 from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.errors import UserError
 from fbitrain.evaluate import (

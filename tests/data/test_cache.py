@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from fbitrain.data.cache import OpenShard, ShardCache
 from fbitrain.data.errors import DataError
-from fbitrain.data.remote import FetchPolicy
-from fbitrain.data.shards import Shard
-from fbitrain.data.transport import Timeouts
+from fbitrain.data.sources.cache import OpenShard, ShardCache
+from fbitrain.data.sources.remote import FetchPolicy
+from fbitrain.data.sources.shards import Shard
+from fbitrain.data.sources.transport import Timeouts
 from tests.data import faulty_http as http
 
 MB = 1_000_000
@@ -195,8 +195,8 @@ def test_prefetch(server: http.FaultyServer, folder: Path) -> None:
 
 OPEN = """
 import sys
-from fbitrain.data.cache import ShardCache
-from fbitrain.data.shards import Shard
+from fbitrain.data.sources.cache import ShardCache
+from fbitrain.data.sources.shards import Shard
 folder, url, max_bytes = sys.argv[1:]
 cache = ShardCache(folder, int(max_bytes))
 opened = cache.open(Shard(url, "shard", -1))

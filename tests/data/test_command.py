@@ -6,8 +6,8 @@ import argparse
 
 import pytest
 
-from fbitrain.data.command import INTERRUPTED, config_parser, human_bytes, natural, positive, run_command, table
-from fbitrain.data.shards import DataError
+from fbitrain.data.errors import DataError
+from fbitrain.data.tools.command import INTERRUPTED, config_parser, human_bytes, natural, positive, run_command, table
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fbitrain.data.config_file import read_data_config
-from fbitrain.data.shards import DataError
+from fbitrain.data.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 YAML = """

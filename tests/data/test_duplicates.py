@@ -18,13 +18,14 @@ import pytest
 from hypothesis import given, settings
 
 from fbitrain.data.config import DataConfig, SourceConfig
-from fbitrain.data.corpus import text_shards
-from fbitrain.data.documents import Document
-from fbitrain.data.duplicate_search import content_digest, find_duplicates, run
 from fbitrain.data.duplicates import DuplicateList, write_duplicates
+from fbitrain.data.errors import DataError
 from fbitrain.data.loader import TokenLoader
 from fbitrain.data.pretokenize import pretokenize
-from fbitrain.data.shards import DataError, Shard
+from fbitrain.data.reading.documents import Document
+from fbitrain.data.sources.shards import Shard
+from fbitrain.data.tools.corpus import text_shards
+from fbitrain.data.tools.duplicate_search import content_digest, find_duplicates, run
 
 Corpus = dict[str, dict[str, list[str]]]  # source -> shard name -> texts
 SMALL: Corpus = {

@@ -24,12 +24,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fbitrain.data.config import DataConfig, PhaseConfig, SourceConfig
-from fbitrain.data.documents import Document
+from fbitrain.data.errors import DataError
 from fbitrain.data.holdout import is_heldout
 from fbitrain.data.loader import TokenLoader
-from fbitrain.data.plan import find_sources, plan_lanes
 from fbitrain.data.pretokenize import pretokenize
-from fbitrain.data.shards import DataError
+from fbitrain.data.reading.documents import Document
+from fbitrain.data.streaming.plan import find_sources, plan_lanes
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 
 BOS, EOS = 256, 257

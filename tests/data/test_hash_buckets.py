@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from fbitrain.data.hash_buckets import PLACE, Buckets, copies, hash_byte
+from fbitrain.data.tools.hash_buckets import PLACE, Buckets, copies, hash_byte
 
 halves = st.one_of(st.integers(0, 3), st.integers(0, 2**64 - 1), st.integers(0, 2).map(lambda n: n << 40))
 

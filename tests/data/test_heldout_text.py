@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fbitrain.data.heldout_text import load_heldout
-from fbitrain.data.shards import DataError
+from fbitrain.data.errors import DataError
+from fbitrain.data.reading.heldout_text import load_heldout
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -18,10 +18,10 @@ import zstandard
 from hypothesis import given, settings
 
 from fbitrain.data.config import DataConfig, SourceConfig
-from fbitrain.data.documents import Document
+from fbitrain.data.errors import DataError
 from fbitrain.data.holdout import are_heldout, is_heldout
-from fbitrain.data.holdout_gather import gather_heldout, run
-from fbitrain.data.shards import DataError
+from fbitrain.data.reading.documents import Document
+from fbitrain.data.tools.holdout_gather import gather_heldout, run
 
 hashes = st.integers(0, 2**64 - 1)
 seeds = st.integers(-(2**70), 2**70)

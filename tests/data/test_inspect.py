@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from fbitrain.data.config import DataConfig, SourceConfig
-from fbitrain.data.documents import Document
-from fbitrain.data.excerpt import excerpt
 from fbitrain.data.inspect import main
-from fbitrain.data.packing import CONTINUED, UNKNOWN, first_sequences, segments
-from fbitrain.data.shards import Shard
-from fbitrain.data.survey import Sample, Survey, evenly_spaced, survey
+from fbitrain.data.reading.documents import Document
+from fbitrain.data.sources.shards import Shard
 from fbitrain.data.tokenizer import load_tokenizer
+from fbitrain.data.tools.excerpt import excerpt
+from fbitrain.data.tools.packing import CONTINUED, UNKNOWN, first_sequences, segments
+from fbitrain.data.tools.survey import Sample, Survey, evenly_spaced, survey
 
 BOS, EOS = 256, 257
 WriteShard = Callable[[Path, Sequence[str]], Path]

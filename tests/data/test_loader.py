@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fbitrain.data.config import DataConfig, SourceConfig
+from fbitrain.data.errors import DataError
 from fbitrain.data.loader import TokenLoader
-from fbitrain.data.shards import DataError
-from fbitrain.data.worker import WorkerProcess
+from fbitrain.data.streaming.worker import WorkerProcess
 
 BOS, EOS = 256, 257
 SUFFIXES = [".jsonl", ".jsonl.gz", ".jsonl.zst"]
@@ -286,7 +286,7 @@ def test_a_killed_worker_is_an_error(data: DataConfig, byte_tokenizer: str) -> N
 
 
 def test_a_worker_that_raises_is_an_error(data: DataConfig, byte_tokenizer: str, monkeypatch: Any, capfd: Any) -> None:
-    monkeypatch.setattr("fbitrain.data.worker.COMMAND", "raise MemoryError('no room')")
+    monkeypatch.setattr("fbitrain.data.streaming.worker.COMMAND", "raise MemoryError('no room')")
     with pytest.raises(DataError, match="ended with exit status 1"):
         next(rank_loader(dataclasses.replace(data, n_workers=1), byte_tokenizer))
     assert "no room" in capfd.readouterr().err
@@ -317,5 +317,5 @@ def test_workers_end_with_a_killed_parent(data: DataConfig, byte_tokenizer: str,
 
 def test_workers_need_neither_torch_nor_transformers() -> None:
     heavy = "{'torch', 'transformers', 'huggingface_hub'}"
-    check = f"import sys, fbitrain.data.worker; sys.exit(bool({heavy} & sys.modules.keys()))"
+    check = f"import sys, fbitrain.data.streaming.worker; sys.exit(bool({heavy} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

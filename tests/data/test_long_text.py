@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from fbitrain.data import seams
-from fbitrain.data.long_text import encode_in_pieces
 from fbitrain.data.tokenizer import LONG_CHARS, HFTokenizer, SentencePieceTokenizer, Tokenizer
+from fbitrain.data.tokenizing import seams
+from fbitrain.data.tokenizing.long_text import encode_in_pieces
 
 Kinds = dict[str, Tokenizer]
 ATOMS = [

@@ -13,13 +13,13 @@ from types import ModuleType
 
 import pytest
 
-from fbitrain.data.parallel import in_processes
-from fbitrain.data.shards import DataError
+from fbitrain.data.errors import DataError
+from fbitrain.data.tools.parallel import in_processes
 
 # The processes import what they are to do; this file is none that they could import.
 WORK = """
 import os, signal, time
-from fbitrain.data.shards import DataError
+from fbitrain.data.errors import DataError
 
 def slow_when_early(job):
     time.sleep(0.2 if job == 0 else 0)
@@ -73,7 +73,7 @@ def test_processes_leave_when_their_caller_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "caller.py"
     script.write_text(
         "import os, time\n"
-        "from fbitrain.data.parallel import in_processes\n"
+        "from fbitrain.data.tools.parallel import in_processes\n"
         "def work(job):\n"
         "    print(os.getpid(), flush=True)\n"
         "    time.sleep(600)\n"

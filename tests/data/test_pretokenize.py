@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 import tokenizers
 
-from fbitrain.data import token_jobs, token_writer
 from fbitrain.data.pretokenize import main
-from fbitrain.data.progress import ProgressBar
-from fbitrain.data.token_shards import TokenIndex
+from fbitrain.data.pretokenized import token_jobs, token_writer
+from fbitrain.data.pretokenized.token_shards import TokenIndex
+from fbitrain.data.tools.progress import ProgressBar
 
 WORDS = ["the", "cat", "sat", "on", "mats", "\u00e9t\u00e9", "\u6f22\u5b57", "\n", "  "]
 

@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from fbitrain.data import line_files, table_files
-from fbitrain.data.documents import START, BadRecord, Document, Entry, Position
-from fbitrain.data.records import RecordFormat, decode, read_entries
+from fbitrain.data.reading import line_files, table_files
+from fbitrain.data.reading.documents import START, BadRecord, Document, Entry, Position
+from fbitrain.data.reading.records import RecordFormat, decode, read_entries
 
 SUFFIXES = [".jsonl", ".jsonl.gz", ".jsonl.zst"]
 ALL_SUFFIXES = [*SUFFIXES, ".parquet"]

@@ -20,8 +20,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 
 from fbitrain.data.errors import DataError
-from fbitrain.data.remote import Fetched, FetchPolicy, fetch, fetch_text, list_remote
-from fbitrain.data.transport import RemoteError, Timeouts, within
+from fbitrain.data.sources.remote import Fetched, FetchPolicy, fetch, fetch_text, list_remote
+from fbitrain.data.sources.transport import RemoteError, Timeouts, within
 from tests.data import faulty_http as http
 
 CONTENT = random.Random(0).randbytes(300_000)

@@ -12,8 +12,8 @@ import pytest
 import zstandard
 
 from fbitrain.data.config import DataConfig, SourceConfig
+from fbitrain.data.errors import DataError
 from fbitrain.data.loader import TokenLoader
-from fbitrain.data.shards import DataError
 from tests.data import faulty_http as http
 
 N_SHARDS = 6

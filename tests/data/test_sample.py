@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from fbitrain.data import sample
-from fbitrain.data.documents import BadRecord
-from fbitrain.data.records import RecordFormat, decode, read_entries
-from fbitrain.data.sample_sources import Document, _readable_code
-from fbitrain.data.shards import DataError
+from fbitrain.data.errors import DataError
+from fbitrain.data.reading.documents import BadRecord
+from fbitrain.data.reading.records import RecordFormat, decode, read_entries
+from fbitrain.data.tools.sample_sources import Document, _readable_code
 
 MEGABYTES = 0.6
 TEXT = RecordFormat("text", "text")

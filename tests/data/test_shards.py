@@ -13,7 +13,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from fbitrain.data.config import SourceConfig
-from fbitrain.data.shards import DataError, Shard, find_files, find_shards
+from fbitrain.data.errors import DataError
+from fbitrain.data.sources.shards import Shard, find_files, find_shards
 from tests.data import faulty_http as http
 
 REDPAJAMA = "https://data.example/v1.0.0"
@@ -169,7 +170,7 @@ def test_url_lists(tmp_path: Path) -> None:
         for path in (str(tmp_path / "urls.txt"), url):
             assert names(url_lists=[path], include=["*/arxiv/*"]) == ["arxiv_1.jsonl", "arxiv_2.jsonl"]
             assert names(url_lists=[path], include=["*/book/*", "*.zst"])[0] == "book/book.jsonl"
-        assert dict(server.requests) == {"urls.txt": 2}  # no shard was asked for, and the list once more after the failure
+        assert dict(server.requests) == {"urls.txt": 2}  # no shard; the list again after a failure
     with pytest.raises(DataError, match=r"LICENSE\.txt in url_lists is not a shard"):
         names(url_lists=[str(tmp_path / "urls.txt")])
     with pytest.raises(DataError, match=r"include pattern '\*/arxif/\*' matches no shard"):

@@ -13,14 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fbitrain.data.cache import ShardCache
 from fbitrain.data.config import DataConfig, PhaseConfig, SourceConfig
-from fbitrain.data.documents import Document
+from fbitrain.data.errors import DataError
 from fbitrain.data.holdout import is_heldout
-from fbitrain.data.plan import LanePlan, Unit, cut, deal, find_sources, plan_lanes
-from fbitrain.data.shards import DataError, Shard
-from fbitrain.data.source_reader import Shelf, SourceState
-from fbitrain.data.stream import Lane
+from fbitrain.data.reading.documents import Document
+from fbitrain.data.sources.cache import ShardCache
+from fbitrain.data.sources.shards import Shard
+from fbitrain.data.streaming.plan import LanePlan, Unit, cut, deal, find_sources, plan_lanes
+from fbitrain.data.streaming.source_reader import Shelf, SourceState
+from fbitrain.data.streaming.stream import Lane
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 
 BOS, EOS = 256, 257

@@ -17,14 +17,14 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fbitrain.data import token_shards
-from fbitrain.data.blocks import RecordUnit
 from fbitrain.data.config import DataConfig, SourceConfig
-from fbitrain.data.documents import START, BadRecord, BlockLimits, BlockSource, Document, Position
-from fbitrain.data.plan import record_format
+from fbitrain.data.errors import DataError
 from fbitrain.data.pretokenize import pretokenize
-from fbitrain.data.shards import DataError
-from fbitrain.data.token_shards import TokenIndex, TokenUnit
+from fbitrain.data.pretokenized import token_shards
+from fbitrain.data.pretokenized.token_shards import TokenIndex, TokenUnit
+from fbitrain.data.reading.blocks import RecordUnit
+from fbitrain.data.reading.documents import START, BadRecord, BlockLimits, BlockSource, Document, Position
+from fbitrain.data.streaming.plan import record_format
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 
 SUFFIXES = ("jsonl", "jsonl.gz", "jsonl.zst")

@@ -15,7 +15,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from fbitrain.data.shards import DataError
+from fbitrain.data.errors import DataError
 from fbitrain.data.tokenizer import LONG_CHARS, Tokenizer, load_tokenizer
 
 LLAMA = Path(__file__).parents[2].parent / "shared" / "data" / "tokenizer" / "llama.model"

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from sentencepiece import sentencepiece_model_pb2
 
-from fbitrain.data.cache import ShardCache
-from fbitrain.data.shards import find_files
+from fbitrain.data.sources.cache import ShardCache
+from fbitrain.data.sources.shards import find_files
 from fbitrain.data.tokenizer import load_tokenizer
-from fbitrain.data.tokenizer_train import Sampling, main, sample_texts
+from fbitrain.data.tokenizing.tokenizer_train import Sampling, main, sample_texts
 
 LLAMA = Path(__file__).parents[2].parent / "shared" / "data" / "tokenizer" / "llama.model"
 SYLLABLES = ["ka", "to", "mi", "sen", "lo", "ver", "an", "tur", "pi", "el", "os", "ren", "da", "gu", "ill"]

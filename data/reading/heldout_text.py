@@ -1,0 +1,64 @@
+"""Held-out text: what is measured and never trained on, joined and tokenized once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fbitrain.data.errors import DataError
+from fbitrain.data.reading.documents import BadRecord
+from fbitrain.data.reading.records import RecordFormat, decode, read_entries
+from fbitrain.data.sources.shards import TEXT_SUFFIXES, find_files
+from fbitrain.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch  # the data room's commands must not pay for torch
+
+logger = logging.getLogger(__name__)
+
+DOCUMENT_SEPARATOR = "\n\n"  # of the held-out text (the GPTQ protocol)
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Text that is measured, never trained on: its documents joined by a blank line and tokenized once."""
+
+    token_ids: torch.Tensor  # int64 [n]
+    n_bytes: int  # UTF-8 bytes of the joined text
+    n_documents: int
+
+
+def load_heldout(paths: Sequence[str], tokenizer: Tokenizer, text_key: str = "text") -> Heldout:
+    """Reads held-out shards, and .txt or .raw files of which each is one document, in the order of their names.
+
+    Bad records are logged and left out. Raises DataError where no document is left.
+    """
+    import torch
+
+    documents: list[str] = []
+    format = RecordFormat("text", text_key)
+    for shard in find_files(paths, "heldout"):
+        if shard.path.endswith(TEXT_SUFFIXES):
+            documents.append(_read_text(shard.path))
+            continue
+        for entry in read_entries(shard.path, format):
+            item = entry if isinstance(entry, BadRecord) else decode(entry, format, shard.path)
+            if isinstance(item, BadRecord):
+                logger.warning("held-out text: skipped %s", item)
+            else:
+                documents.append(item.text)
+    text = DOCUMENT_SEPARATOR.join(documents)
+    if not text:
+        raise DataError(f"the held-out shards {', '.join(paths)} hold no text; correct data.heldout")
+    token_ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
+    return Heldout(token_ids, n_bytes=len(text.encode()), n_documents=len(documents))
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # newlines stay as they are, their bytes are counted
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text ({error})") from None

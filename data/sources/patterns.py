@@ -1,0 +1,117 @@
+"""What a path of the configuration stands for: number ranges, globs and folders, here or on a remote file system."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+from collections.abc import Iterator
+
+from fbitrain.data.errors import DataError
+from fbitrain.data.sources.remote import list_remote
+from fbitrain.data.sources.transport import protocol_of, require_file_system
+
+MAX_EXPANDED = 1_000_000
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_WILDCARD = re.compile(r"[*?\[]")
+
+Sizes = dict[str, int]  # absolute path or URL -> bytes, -1 where nobody has asked
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def has_suffix(path: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether the file's name ends in one of `suffixes`; of a URL without its query."""
+    return file_part(path).endswith(suffixes)
+
+
+def file_part(path: str) -> str:
+    """A local path as it is, a URL without query and fragment."""
+    return re.split(r"[?#]", path, maxsplit=1)[0] if is_url(path) else path
+
+
+def expand_ranges(pattern: str) -> list[str]:
+    """`a_{08..11}` as `a_08`, `a_09`, `a_10`, `a_11`, for any number of ranges; zeros in front set the width.
+
+    Raises DataError for a range that runs backwards, or for more than MAX_EXPANDED names.
+    """
+    spans = []
+    n_names = 1
+    for low, high in _RANGE.findall(pattern):
+        n_names *= int(high) - int(low) + 1
+        if n_names <= 0:
+            raise DataError(f"the range {{{low}..{high}}} of {pattern!r} runs backwards")
+        if n_names > MAX_EXPANDED:
+            raise DataError(f"{pattern!r} stands for more than {MAX_EXPANDED:,} files")
+        width = max(len(low), len(high)) if low.startswith("0") or high.startswith("0") else 1
+        spans.append([f"{number:0{width}d}" for number in range(int(low), int(high) + 1)])
+    between = _RANGE.sub("\0", pattern).split("\0")
+    return [
+        between[0] + "".join(number + text for number, text in zip(numbers, between[1:], strict=True))
+        for numbers in itertools.product(*spans)
+    ]
+
+
+def find(pattern: str, suffixes: tuple[str, ...]) -> Sizes:
+    """The files that one path, glob, folder or URL without ranges stands for; empty if there are none.
+
+    A folder stands for every file below it that has one of `suffixes` and is not hidden. A URL of a single file is
+    taken at its word: asking for each of thousands would delay every start. Raises DataError for a file of another
+    kind, for what cannot be listed, and for a file system that is not installed.
+    """
+    if is_url(pattern):
+        return _find_remote(pattern, suffixes)
+    try:
+        return _find_local(pattern, suffixes)
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read ({error.strerror}); mend or remove it") from None
+
+
+def _find_local(pattern: str, suffixes: tuple[str, ...]) -> Sizes:
+    path = os.path.abspath(os.path.expanduser(pattern))
+    if os.path.isfile(path):
+        _require_suffix(pattern, suffixes)
+        return {path: os.path.getsize(path)}
+    if os.path.isdir(path):
+        return dict(_below(path, suffixes))
+    found: Sizes = {}
+    for match in glob.iglob(path, recursive=True):
+        if os.path.isdir(match):
+            found.update(_below(match, suffixes))
+        elif match.endswith(suffixes):
+            found[match] = os.path.getsize(match)
+    return found
+
+
+def _below(folder: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.endswith(suffixes) and not name.startswith("."):
+                path = os.path.join(parent, name)
+                yield path, os.path.getsize(path)
+
+
+def _find_remote(url: str, suffixes: tuple[str, ...]) -> Sizes:
+    require_file_system(url)
+    web = protocol_of(url) in ("http", "https")
+    # In a web address a question mark begins the query.
+    wildcard = _WILDCARD.search(file_part(url) if web else url)
+    if web and (wildcard or url.endswith("/")):
+        raise DataError(f"{url!r} cannot be listed; name the files, use a range like {{000..359}}, or url_lists")
+    if web or (has_suffix(url, suffixes) and not wildcard):
+        _require_suffix(url, suffixes)
+        return {url: -1}
+    return {
+        found: size
+        for found, size in list_remote(url, is_glob=wildcard is not None).items()
+        if found.endswith(suffixes) and not os.path.basename(found).startswith(".")
+    }
+
+
+def _require_suffix(path: str, suffixes: tuple[str, ...]) -> None:
+    if not has_suffix(path, suffixes):
+        raise DataError(f"{path!r} is not a shard; its name must end in {', '.join(suffixes)}")

@@ -1,0 +1,86 @@
+"""Text files that speak of shards: lists of URLs, and sums to check them by."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from fbitrain.data.errors import DataError
+from fbitrain.data.sources.patterns import is_url
+from fbitrain.data.sources.remote import FetchPolicy, fetch_text
+
+AT_START = FetchPolicy(attempts=4)  # somebody is waiting: seconds, not minutes
+_answers: dict[str, str | DataError] = {}
+_SUM = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
+
+
+def read_url_list(path: str) -> list[str]:
+    """The URLs of a local or remote file with one per line, as RedPajama's urls.txt; # begins a comment line.
+
+    Raises DataError if the file cannot be read, names none, or holds a line that is no URL.
+    """
+    urls = []
+    for number, line in _lines(path):
+        if not is_url(line) or " " in line:
+            raise DataError(f"{path!r}, line {number}: {line[:60]!r} is not a URL; give a file with one URL per line")
+        urls.append(line)
+    if not urls:
+        raise DataError(f"{path!r} lists no URL; correct or drop it")
+    return urls
+
+
+def read_checksums(paths: Iterable[str]) -> dict[str, str]:
+    """name -> SHA-256 of all lines `HASH  name` of the files, as sha256sum writes them.
+
+    Raises DataError for another line, and for a name that has two sums.
+    """
+    sums: dict[str, str] = {}
+    for path in paths:
+        for number, line in _lines(path):
+            match = _SUM.fullmatch(line)
+            if match is None:
+                raise DataError(f"{path!r}, line {number}: {line[:60]!r} is not `SHA256  name`, as sha256sum writes it")
+            name = match[2].removeprefix("./")
+            if sums.setdefault(name, match[1].lower()) != match[1].lower():
+                raise DataError(f"{path!r}, line {number}: {name} has another sum further up; keep the right one")
+    return sums
+
+
+def sum_of(path: str, sums: dict[str, str]) -> str:
+    """The sum whose name is the end of `path`, the longest such name; "" if there is none."""
+    start = 0
+    while start >= 0:
+        if path[start:] in sums:
+            return sums[path[start:]]
+        slash = path.find("/", start)
+        start = slash + 1 if slash >= 0 else -1
+    return ""
+
+
+def _fetched(url: str) -> str:
+    """The text of a remote list. Several sources share one: it is asked for once, and so is one that cannot be had."""
+    if url not in _answers:
+        try:
+            _answers[url] = fetch_text(url, AT_START)
+        except DataError as error:
+            _answers[url] = error
+    answer = _answers[url]
+    if isinstance(answer, DataError):
+        raise answer
+    return answer
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    """(number, text) of the lines that say something."""
+    if is_url(path):
+        text = _fetched(path)
+    else:
+        try:
+            with open(path, encoding="utf-8") as file:
+                text = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise DataError(f"{path!r} cannot be read ({reason}); correct it in data.sources") from None
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield number, line.strip()

@@ -1,0 +1,171 @@
+"""Which files a source is made of: paths, URLs and lists of them to a sorted list of shards. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from fbitrain.data.config import SourceConfig
+from fbitrain.data.errors import DataError
+from fbitrain.data.sources.patterns import Sizes, expand_ranges, file_part, find, has_suffix
+from fbitrain.data.sources.shard_lists import read_checksums, read_url_list, sum_of
+from fbitrain.data.sources.transport import require_file_system
+
+SHARD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+TEXT_SUFFIXES = (".txt", ".raw")
+MAX_NAMED = 3  # of many files with the same problem
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a source."""
+
+    path: str  # absolute, or a URL
+    name: str  # relative to the source's common folder: stays the same when the corpus moves
+    size: int  # bytes; -1 for a remote file whose size nobody has asked
+    sha256: str = ""  # hex, where the source's checksums tell
+
+
+def find_shards(source: SourceConfig) -> list[Shard]:
+    """The shards of a source, each once, sorted by name.
+
+    Costs no request per shard: one for each folder or glob on s3:// or hf://, and for each list that is a URL.
+    Raises one DataError with every problem: a path or pattern that stands for no shard, a list that cannot be read.
+    """
+    problems: list[str] = []
+    found = _expand_all(source.paths, SHARD_SUFFIXES, problems)
+    sizes = dict.fromkeys(_listed_urls(source, problems), -1) | found
+    shards = _named(sizes, problems)
+    shards = _without_skipped(shards, source.skip, problems)
+    shards = _with_sums(shards, source.checksums, problems)
+    if not shards and not problems:
+        problems.append("it has no shards; give it paths or url_lists")
+    if problems:
+        raise DataError(f"source {source.name!r}: " + "; ".join(problems))
+    return shards
+
+
+def find_files(
+    patterns: Sequence[str], what: str, suffixes: tuple[str, ...] = SHARD_SUFFIXES + TEXT_SUFFIXES
+) -> list[Shard]:
+    """The files that `patterns` stand for, as find_shards finds them. `what` they are is said in the DataError."""
+    problems: list[str] = []
+    shards = _named(_expand_all(patterns, suffixes, problems), problems)
+    if problems:
+        raise DataError(f"{what}: " + "; ".join(problems))
+    return shards
+
+
+def _expand_all(patterns: Sequence[str], suffixes: tuple[str, ...], problems: list[str]) -> Sizes:
+    sizes: Sizes = {}
+    for pattern in patterns:
+        found: Sizes = {}
+        missing = []
+        try:
+            expanded = expand_ranges(pattern)
+            for path in expanded:
+                matches = find(path, suffixes)
+                found |= matches
+                missing += [] if matches else [path]
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        if missing:
+            what = repr(pattern) if len(expanded) == 1 else f"{_few(missing)} of {pattern!r}"
+            problems.append(f"{what} matches no {', '.join(suffixes)} file, correct it or fetch the shards")
+        sizes |= found
+    return sizes
+
+
+def _listed_urls(source: SourceConfig, problems: list[str]) -> list[str]:
+    """The URLs of the source's lists that one of its `include` patterns matches."""
+    urls: list[str] = []
+    for path in source.url_lists:
+        try:
+            urls += read_url_list(path)
+        except DataError as error:
+            problems.append(str(error))
+            return []
+    if source.include:
+        urls = _matching(urls, source.include, "include", lambda url: (url,), problems)
+    wrong = [url for url in urls if not has_suffix(url, SHARD_SUFFIXES)]
+    if wrong:
+        problems.append(
+            f"{_few(wrong)} in url_lists is not a shard ({', '.join(SHARD_SUFFIXES)}), leave it out by include"
+        )
+    for url in {url.partition("://")[0]: url for url in urls}.values():
+        try:
+            require_file_system(url)
+        except DataError as error:
+            problems.append(str(error))
+    return urls
+
+
+def _without_skipped(shards: list[Shard], patterns: Sequence[str], problems: list[str]) -> list[Shard]:
+    def names(shard: Shard) -> tuple[str, ...]:
+        return shard.name, os.path.basename(shard.name), shard.path
+
+    # A pattern with a typo would train on what was to be left out.
+    skipped = set(_matching(shards, patterns, "skip", names, problems))
+    if skipped and len(skipped) == len(shards):
+        problems.append("skip leaves no shard")
+    return [shard for shard in shards if shard not in skipped]
+
+
+def _matching(
+    things: Sequence[T],
+    patterns: Sequence[str],
+    option: str,
+    names: Callable[[T], tuple[str, ...]],
+    problems: list[str],
+) -> list[T]:
+    """The things of which a name matches a pattern; each pattern that matches nothing is a problem."""
+    matching: dict[T, None] = {}
+    for pattern in patterns:
+        fits = re.compile(fnmatch.translate(pattern)).match
+        found = [thing for thing in things if any(fits(name) for name in names(thing))]
+        if not found:
+            problems.append(f"{option} pattern {pattern!r} matches no shard")
+        matching |= dict.fromkeys(found)
+    return list(matching)
+
+
+def _with_sums(shards: list[Shard], paths: Sequence[str], problems: list[str]) -> list[Shard]:
+    if not paths:
+        return shards
+    try:
+        sums = read_checksums(paths)
+    except DataError as error:
+        problems.append(str(error))
+        return shards
+    summed = [replace(shard, sha256=sum_of(file_part(shard.path), sums)) for shard in shards]
+    if shards and not any(shard.sha256 for shard in summed):
+        problems.append(f"checksums {_few(list(paths))} names none of its shards, e.g. {shards[0].path}")
+    return summed
+
+
+def _named(sizes: Sizes, problems: list[str]) -> list[Shard]:
+    """Shards sorted by what is left of their paths without the folder that all have in common."""
+    folders = [file_part(path).split("/")[:-1] for path in sizes]
+    # What the first and the last in order have in common, all have.
+    ends = zip(min(folders, default=[]), max(folders, default=[]), strict=False)
+    n_common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
+    paths: dict[str, str] = {}
+    for path in sizes:
+        name = "/".join(file_part(path).split("/")[n_common:])
+        if name in paths:
+            problems.append(f"{paths[name]} and {path} have the same name {name!r}, make them two sources")
+        paths[name] = path
+    return [Shard(path, name, sizes[path]) for name, path in sorted(paths.items())]
+
+
+def _few(names: Sequence[str]) -> str:
+    more = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

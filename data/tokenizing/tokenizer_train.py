@@ -1,0 +1,168 @@
+"""Trains a SentencePiece tokenizer with LLaMA-2's settings on a corpus of our own.
+
+`python -m fbitrain.data.tokenizer train --vocab-size 32000 --out tokenizer.model SHARDS…` samples documents evenly over
+the shards and gives a BPE with byte fallback, unk 0, bos 1, eos 2. The same shards and options give the same file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import os
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+from tqdm import tqdm
+
+from fbitrain.data.config import DataConfig
+from fbitrain.data.errors import DataError
+from fbitrain.data.files import replacing
+from fbitrain.data.reading.documents import START, BadRecord, Document
+from fbitrain.data.reading.records import RecordFormat, decode, read_entries
+from fbitrain.data.sources.cache import ShardCache
+from fbitrain.data.sources.shards import SHARD_SUFFIXES, Shard, find_files
+from fbitrain.data.tokenizer import load_tokenizer
+from fbitrain.data.tools.command import natural, positive, run_command
+
+logger = logging.getLogger(__name__)
+
+# As tokenizer.model of LLaMA-2 states them.
+LLAMA_SETTINGS = {
+    "model_type": "bpe",
+    "character_coverage": 0.99995,
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": True,
+    "remove_extra_whitespaces": False,
+    "split_digits": True,
+    "allow_whitespace_only_pieces": True,
+    "unk_surface": " \u2047 ",
+    **{"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1},
+}
+MAX_LINE_CHARS = 1024  # SentencePiece passes over lines of more than 4192 bytes; longer ones are given in pieces
+# Text in a byte of a shard: a guess that decides how many records are passed over, not how much is taken.
+EXPANSION = {".gz": 3.0, ".zst": 3.5, ".parquet": 2.0}
+N_THREADS = 16  # on every machine: the number is written into the model
+TOO_LARGE = re.compile(r"<= (\d+)")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which documents are trained on."""
+
+    text_key: str
+    max_bytes: int  # of text, over all shards
+    seed: int
+
+
+def train(shards: Sequence[Shard], vocab_size: int, sampling: Sampling, cache: ShardCache) -> bytes:
+    """A trained SentencePiece model, serialized. Raises DataError where the shards do not suffice for it."""
+    lines = [line for text in sample_texts(shards, sampling, cache) for line in _lines(text)]
+    if not lines:
+        raise DataError(f"{shards[0].path} and the other shards hold no text under {sampling.text_key!r}; correct them")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            vocab_size=vocab_size,
+            num_threads=N_THREADS,
+            minloglevel=2,
+            **LLAMA_SETTINGS,
+        )
+    except RuntimeError as error:
+        raise DataError(_reason(str(error), vocab_size)) from None
+    return model.getvalue()
+
+
+def sample_texts(shards: Sequence[Shard], sampling: Sampling, cache: ShardCache) -> Iterator[str]:
+    """Texts of at most `sampling.max_bytes` UTF-8 bytes together, the same share of each shard that has enough.
+
+    Of a shard every n-th record is taken, so that all of it is represented. Shards go from the smallest to the largest:
+    what one leaves of its share falls to those after it.
+    """
+    left = sampling.max_bytes
+    with tqdm(total=left, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
+        for i, shard in enumerate(sorted(shards, key=lambda shard: (shard.size, shard.name))):
+            share = left // (len(shards) - i)
+            for document in _sample_shard(shard, share, sampling, cache):
+                yield document.text
+                left -= document.n_bytes
+                bar.update(document.n_bytes)
+
+
+def _sample_shard(shard: Shard, share: int, sampling: Sampling, cache: ShardCache) -> Iterator[Document]:
+    """Documents of `shard` that have at most `share` bytes together."""
+    format = RecordFormat("text", sampling.text_key)
+    with cache.open(shard) as opened:
+        text_bytes = os.path.getsize(opened.path) * EXPANSION.get(Path(opened.path).suffix, 1.0)
+        n_parts = max(1, int(text_bytes / max(share, 1)))
+        part = random.Random(f"{sampling.seed}/{shard.name}").randrange(n_parts)
+        for entry in read_entries(opened.path, format, START, part, n_parts):
+            found = entry if isinstance(entry, BadRecord) else decode(entry, format, shard.path)
+            if isinstance(found, BadRecord):
+                logger.warning("skipped %s", found)
+                continue
+            share -= found.n_bytes
+            if share < 0:
+                return
+            yield found
+
+
+def _lines(text: str) -> Iterator[str]:
+    """What SentencePiece takes for sentences. It passes over those with a NUL, which is a byte token in any case."""
+    for line in text.replace("\0", " ").split("\n"):
+        for start in range(0, len(line), MAX_LINE_CHARS):
+            yield line[start : start + MAX_LINE_CHARS]
+
+
+def _reason(message: str, vocab_size: int) -> str:
+    """One sentence for what SentencePiece says of a corpus."""
+    if limit := TOO_LARGE.search(message):
+        return (
+            f"the text is too small for --vocab-size {vocab_size}: it gives at most {limit[1]} tokens; "
+            "give more shards, a larger --max-mb, or a smaller vocabulary"
+        )
+    if "required_chars" in message:
+        return (
+            f"--vocab-size {vocab_size} has no room for the characters of the text and 256 bytes "
+            f"({message.rsplit('. ', 1)[-1].strip()}); give a larger one"
+        )
+    return f"SentencePiece cannot train on this text ({message})"
+
+
+def _run(options: argparse.Namespace) -> None:
+    out: Path = options.out
+    if out.suffix != ".model":
+        raise DataError(f"--out {out} must end in .model, by which a SentencePiece tokenizer is known")
+    shards = find_files(options.shards, "the training text", SHARD_SUFFIXES)
+    sampling = Sampling(options.text_key, options.max_mb * 1_000_000, options.seed)
+    cache = ShardCache(options.cache_dir, int(DataConfig.cache_gb * 1e9))
+    model = train(shards, options.vocab_size, sampling, cache)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as temporary:
+            temporary.write_bytes(model)
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error.strerror or error}") from None
+    tokenizer = load_tokenizer(out)
+    print(f"{out}: {tokenizer.vocab_size} tokens, bos {tokenizer.bos_id}, eos {tokenizer.eos_id}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m fbitrain.data.tokenizer train`; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m fbitrain.data.tokenizer", description=__doc__)
+    parser.add_argument("command", choices=["train"])
+    parser.add_argument("shards", nargs="+", help=f"files, folders, globs or URLs of {', '.join(SHARD_SUFFIXES)}")
+    parser.add_argument("--out", type=Path, required=True, help="the file to write, e.g. tokenizer.model")
+    parser.add_argument("--vocab-size", type=positive, default=32000, help="with 3 special tokens and 256 bytes")
+    parser.add_argument("--max-mb", type=positive, default=200, help="of text to train on; all of it is held in memory")
+    parser.add_argument("--seed", type=natural, default=0, help="which records are taken")
+    parser.add_argument("--text-key", default="text", help="the field or column that holds the text")
+    parser.add_argument("--cache-dir", default=DataConfig.cache_dir, help="where remote shards are kept")
+    return run_command(parser, _run, arguments)
