@@ -8,6 +8,7 @@ The file is an .npz: for each shard that has duplicates one sorted array of line
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import zipfile
@@ -62,6 +63,11 @@ class DuplicateList:
                 f"data.duplicates={path} has version {self._version}, and version {VERSION} can be read; make it again "
                 "with python -m fbitrain.data.duplicates"
             )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file: which documents a run leaves out."""
+        return hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
 
     def lines(self, source: str, shard_name: str) -> frozenset[int]:
         """The lines (counted from 0) of a shard whose text occurs before them in the corpus."""

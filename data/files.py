@@ -18,12 +18,12 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        _fsync(temporary)
+        fsync_file(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _fsync(path.parent)
+    fsync_folder(path.parent)
 
 
 @contextmanager
@@ -60,9 +60,14 @@ def _clear(folder: Path) -> None:
             found.unlink()
 
 
-def _fsync(path: Path) -> None:
+def fsync_file(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_folder(path: Path) -> None:
+    """Makes the names in a folder durable, as fsync_file does for a file's bytes."""
+    fsync_file(path)

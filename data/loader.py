@@ -69,10 +69,12 @@ class TokenLoader:
             TokenIndex(data.pretokenized).require_tokenizer(tokenizer.fingerprint)
         sources = find_sources(data)
         self._shards = shard_list(sources)
-        if data.duplicates:
-            DuplicateList(data.duplicates).require_shards(sources)
+        duplicates = DuplicateList(data.duplicates) if data.duplicates else None
+        if duplicates:
+            duplicates.require_shards(sources)
         self._identity = _identity(data, tokenizer) | {
-            "fingerprint": {name: fingerprint(shards) for name, shards in sources.items()}
+            "duplicates": duplicates.digest if duplicates else "",
+            "fingerprint": {name: fingerprint(shards) for name, shards in sources.items()},
         }
         plans = plan_lanes(data, sources, sequences_per_step=sequences_per_step, log_documents=log_documents)
         mine = plans[rank::world_size]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fbitrain import checkpoint, environment
 from fbitrain.checkpoint import TrainerState
+from fbitrain.checkpoint_files import damage
 from fbitrain.config import Config, to_yaml
 from fbitrain.data.loader import TokenLoader
 from fbitrain.data.reading.heldout_text import load_heldout
@@ -111,7 +112,7 @@ def finished(config: Config) -> str:
     def look() -> str:
         latest = checkpoint.find_latest(config.run_dir) if config.train.resume == "auto" else None
         # By its name first: to look for damage is to read the whole checkpoint, and `choose` will do that again.
-        if latest is None or checkpoint.step_of(latest) < config.train.total_steps or checkpoint.damage(latest):
+        if latest is None or checkpoint.step_of(latest) < config.train.total_steps or damage(latest):
             return ""
         state = checkpoint.trainer_state(latest)
         checkpoint.require_same_config(latest, config)

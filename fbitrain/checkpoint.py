@@ -24,12 +24,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fbitrain.checkpoint_files import KINDS, ShardReader, checksum, damage
 from fbitrain.config import Config, differences, load_config, to_yaml
 from fbitrain.errors import UserError
 from fbitrain.files import fsync_folder, fsync_tree, write_json, write_text
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from fbitrain.data.sources.fingerprint import ShardList
     from fbitrain.engine import Engine
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
 FORMAT = 2
 NETWORK_DISK_SECONDS = 20.0  # for one rank to see what another has written
 _NAME = re.compile(r"step_(\d{8})")
@@ -239,27 +238,6 @@ def abandon_newer(run_dir: Path, step: int) -> None:
             print(f"renamed {folder} to {aside.name}: this run goes on from step {step}", flush=True)
 
 
-def damage(folder: Path) -> str:
-    """What is wrong with a complete checkpoint's files, by presence, size and checksum; empty if nothing."""
-    try:
-        marker = json.loads((folder / "COMPLETE.json").read_text())
-        for name, size in marker["files"].items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        for path in shard_files(folder):
-            with safe_open(path, framework="pt") as shard:
-                sums = json.loads(shard.metadata()["checksums"])
-                for key in shard.keys():  # noqa: SIM118 - not a dict
-                    if checksum(shard.get_tensor(key)) != sums[key]:
-                        return f"{path.name} fails its checksum at {key}"
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
 def fill(engine: Engine, folder: Path) -> None:
     """Reads this rank's slices of weights and optimizer state; `engine.fragments_changed` then makes them count.
 
@@ -299,60 +277,6 @@ def require_same_config(folder: Path, new: Config) -> str:
     worth_saying = [k for k in changed if k.startswith(("optim.", "distill.", "train.")) and k != "train.resume"]
     listed = ", ".join(f"{key} {changed[key][0]!r} -> {changed[key][1]!r}" for key in worth_saying)
     return f"resuming with changed settings: {listed}" if listed else ""
-
-
-def load_weights(folder: Path) -> dict[str, Tensor]:
-    """Every parameter of a checkpoint, whole, as name in the LlamaForCausalLM -> fp32 CPU tensor. Needs no DeepSpeed.
-
-    Raises UserError if the folder is not a complete, undamaged checkpoint.
-    """
-    if not (folder / "COMPLETE.json").is_file():
-        raise UserError(f"{folder} is not a complete checkpoint: it has no COMPLETE.json")
-    if fault := damage(folder):
-        raise UserError(f"{folder} is damaged: {fault}; choose another checkpoint")
-    reader = ShardReader(folder)
-    weights = {}
-    for name, shape in json.loads((folder / "trainer.json").read_text())["shapes"].items():
-        weights[name] = torch.empty(shape, dtype=torch.float32)
-        reader.read_into(weights[name].view(-1), "weight", name, 0)
-    return weights
-
-
-class ShardReader:
-    """Finds any range of any parameter among the slices that a checkpoint's ranks wrote."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._shards = [safe_open(path, framework="pt") for path in shard_files(folder)]
-        self._slices: dict[tuple[str, str], list[tuple[int, int, str]]] = {}  # (kind, name) -> (start, shard, key)
-        for index, shard in enumerate(self._shards):
-            for key in shard.keys():  # noqa: SIM118 - not a dict
-                kind, name, start = key.split("|")
-                self._slices.setdefault((kind, name), []).append((int(start), index, key))
-
-    def read_into(self, target: Tensor, kind: str, name: str, start: int) -> None:
-        """Copies elements [start, start + len(target)) of the flattened parameter into `target` [n]."""
-        stop, filled = start + target.numel(), 0
-        for left, index, key in self._slices.get((kind, name), ()):
-            piece = self._shards[index].get_slice(key)
-            right = left + piece.get_shape()[0]
-            low, high = max(start, left), min(stop, right)
-            if low < high:
-                target[low - start : high - start].copy_(piece[low - left : high - left])
-                filled += high - low
-        if filled != target.numel():
-            raise UserError(
-                f"{self._folder} does not hold elements {start} to {stop} of {kind} {name}; it is not of this model"
-            )
-
-
-def shard_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("shard_rank*.safetensors"))
-
-
-def checksum(tensor: Tensor) -> int:
-    """Sum of an fp32 tensor's bit patterns modulo 2**64: finds flipped bits at memory speed."""
-    return int(tensor.contiguous().view(torch.int32).sum(dtype=torch.int64).item())
 
 
 def discard_unfinished(run_dir: Path) -> Iterable[Path]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from fbitrain.data.files import fsync_file, fsync_folder, replacing
+
+__all__ = ["fsync_file", "fsync_folder", "fsync_tree", "lock_folder", "replacing", "write_json", "write_text"]
 
 _held: list[IO[str]] = []  # open for as long as the process lives
 
@@ -24,20 +25,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder, which is fsynced and renamed to `path`; on an error, removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        fsync_file(temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
-
-
 def lock_folder(path: Path) -> bool:
     """Holds `path` for this process until it ends, however it ends; False if another process holds it."""
     handle = (path / ".lock").open("w")
@@ -48,19 +35,6 @@ def lock_folder(path: Path) -> bool:
         return False
     _held.append(handle)
     return True
-
-
-def fsync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def fsync_folder(path: Path) -> None:
-    """Makes the names in a folder durable, as fsync_file does for a file's bytes."""
-    fsync_file(path)
 
 
 def fsync_tree(path: Path, only: str = "") -> None:

@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig
 
-from fbitrain.checkpoint import find_latest, load_weights
+from fbitrain.checkpoint import find_latest
+from fbitrain.checkpoint_files import load_weights
 from fbitrain.config import Config, load_config
 from fbitrain.errors import UserError
 from fbitrain.files import fsync_folder, fsync_tree

@@ -13,14 +13,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fbitrain.data.config import DataConfig, SourceConfig
+from fbitrain.data.duplicates import write_duplicates
 from fbitrain.data.errors import DataError
 from fbitrain.data.loader import TokenLoader
+from fbitrain.data.streaming.plan import find_sources
 from fbitrain.data.streaming.worker import WorkerProcess
 
 BOS, EOS = 256, 257
@@ -164,6 +167,16 @@ def test_a_state_of_other_settings_is_refused(data: DataConfig, byte_tokenizer: 
     _, state = take(rank_loader(data, byte_tokenizer), 1)
     with pytest.raises(DataError, match=f"has {key}={getattr(data, key)}, this run has {key}={changed[key]}"):
         rank_loader(dataclasses.replace(data, **changed), byte_tokenizer, states=[state])
+
+
+def test_a_state_of_other_duplicates_is_refused(data: DataConfig, byte_tokenizer: str, tmp_path: Path) -> None:
+    lists = []
+    for i, lines in enumerate(([1], [1, 2])):
+        lists.append(str(tmp_path / f"{i}.npz"))
+        write_duplicates(Path(lists[i]), find_sources(data), [("web", "0.jsonl", np.array(lines))])
+    _, state = take(rank_loader(dataclasses.replace(data, duplicates=lists[0]), byte_tokenizer), 1)
+    with pytest.raises(DataError, match="has duplicates="):
+        rank_loader(dataclasses.replace(data, duplicates=lists[1]), byte_tokenizer, states=[state])
 
 
 def test_other_tokenizers_sources_and_ranks_are_refused(data: DataConfig, byte_tokenizer: str, tmp_path: Path) -> None:
