@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from fbitrain.data.config import SourceConfig
 from fbitrain.data.errors import DataError
 from fbitrain.data.reading.documents import BadRecord, Block, BlockLimits, Document, Position
 from fbitrain.data.sources.shards import Shard
@@ -146,18 +147,45 @@ class TokenIndex:
 
     def shards(self, source: str) -> list[Shard]:
         """The shards of `source`: name and size of the originals, path of their tokens. Looks at all files' sizes."""
-        if source not in self.sources:
-            raise DataError(
-                f"source {source!r} is not in {self.folder}, which holds {', '.join(map(repr, self.sources))}; "
-                "run fbitrain.data.pretokenize for it, or correct data.pretokenized"
-            )
         found = []
-        for report in self.sources[source]:
+        for report in self._reports(source):
             shard = source_folder(self.folder, source) / report.name
             if wrong := sizes_differ(shard, report):
                 raise DataError(f"{wrong}; {REDO}")
             found.append(Shard(str(with_ending(shard, TOKENS).absolute()), report.name, report.size))
         return found
+
+    def originals(self, source: str) -> list[str]:
+        """The paths or URLs of what the shards of `source` were made of, in the order of `shards`."""
+        return [report.path for report in self._reports(source)]
+
+    def require_source(self, source: SourceConfig, shards: Sequence[Shard] | None) -> None:
+        """Raises DataError unless `source` was tokenized as the configuration has it, kind and field.
+
+        With `shards`, what find_shards gives for it today, also unless the index holds exactly these, by name.
+        """
+        key = source.text_key if source.kind == "text" else source.ids_key
+        reports = self._reports(source.name)
+        for report in reports:
+            if (report.kind, report.key) != (source.kind, key):
+                raise DataError(
+                    f"source {source.name!r} was tokenized in {self.folder} as {report.kind} from field "
+                    f"{report.key!r}, and the configuration says {source.kind} from field {key!r}; correct the source, "
+                    "or tokenize it into another folder"
+                )
+        if shards is None:
+            return
+        indexed, wanted = {report.name for report in reports}, {shard.name for shard in shards}
+        for names, how in (
+            (wanted - indexed, f"is not in {self.folder}; run fbitrain.data.pretokenize again, which adds it"),
+            (
+                indexed - wanted,
+                f"was tokenized in {self.folder} and is no shard of it now; tokenize into another folder",
+            ),
+        ):
+            if names:
+                more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+                raise DataError(f"{min(names)}{more} of source {source.name!r} {how}, or correct data.sources")
 
     def require_tokenizer(self, fingerprint: str) -> None:
         """Raises DataError unless the tokens were made by the tokenizer with this `fingerprint`."""
@@ -166,6 +194,14 @@ class TokenIndex:
                 f"{self.folder} was made with another tokenizer than the one of this configuration; give that one as "
                 "data.tokenizer, or tokenize the corpus anew"
             )
+
+    def _reports(self, source: str) -> list[ShardReport]:
+        if source not in self.sources:
+            raise DataError(
+                f"source {source!r} is not in {self.folder}, which holds {', '.join(map(repr, self.sources))}; "
+                "run fbitrain.data.pretokenize for it, or correct data.pretokenized"
+            )
+        return self.sources[source]
 
 
 class TokenUnit:

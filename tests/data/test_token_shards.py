@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fbitrain.data.pretokenized import token_shards
 from fbitrain.data.pretokenized.token_shards import TokenIndex, TokenUnit
 from fbitrain.data.reading.blocks import RecordUnit
 from fbitrain.data.reading.documents import START, BadRecord, BlockLimits, BlockSource, Document, Position
+from fbitrain.data.sources.shards import Shard, find_shards
 from fbitrain.data.streaming.plan import record_format
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -209,6 +211,24 @@ def test_what_is_not_in_the_folder_is_named(folder: Path, tokenizer: Tokenizer) 
         index.require_tokenizer("another")
     with pytest.raises(DataError, match=r"source 'c' is not in .*, which holds 'a/\.\./b'"):
         index.shards("c")
+
+
+def test_an_index_is_of_the_sources_shards_and_field_or_refused(folder: Path) -> None:
+    source = SourceConfig("a/../b", [str(folder.parent / "a.jsonl")])
+    index = TokenIndex(folder)
+    shards = find_shards(source)
+    assert index.originals(source.name) == source.paths
+    index.require_source(source, shards)
+    with pytest.raises(DataError, match="as text from field 'text', and the configuration says text from field 'body'"):
+        index.require_source(replace(source, text_key="body"), None)
+    with pytest.raises(DataError, match="the configuration says token_ids from field 'text'"):
+        index.require_source(replace(source, kind="token_ids", ids_key="text"), None)
+    more = [*shards, Shard("/b.jsonl", "b.jsonl", 1), Shard("/c.jsonl", "c.jsonl", 1)]
+    with pytest.raises(DataError, match=r"b.jsonl \(and 1 more\) of source 'a/../b' is not in .*; run"):
+        index.require_source(source, more)
+    index.require_source(source, None)
+    with pytest.raises(DataError, match=r"a.jsonl of source 'a/../b' was tokenized in .* and is no shard of it now"):
+        index.require_source(source, [])
 
 
 def test_a_folder_that_is_not_finished_is_said(folder: Path, tmp_path: Path) -> None:
