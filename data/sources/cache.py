@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import logging
 import os
@@ -10,6 +11,7 @@ import queue
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from types import TracebackType
 
 from fbitrain.data.errors import DataError
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 COUNTERS = ("fetched_files", "fetched_bytes", "retries", "evicted_files")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 POLL_S = 1.0
+HASH_CHUNK_BYTES = 1 << 20
 
 
 class OpenShard:
@@ -48,8 +51,9 @@ class OpenShard:
 class ShardCache:
     """A folder of at most `max_bytes` that all processes of a node share; made when the first shard is fetched.
 
-    What is open in any process stays; the rest goes in the order of its last use. Where everything is open and there is
-    no room, `patience_s` seconds may pass before that is an error.
+    A shard whose sha256 is known is verified by it once, when it comes or when the sum becomes known, and not each time
+    it is opened. What is open in any process stays; the rest goes in the order of its last use. Where everything is
+    open and there is no room, `patience_s` seconds may pass before that is an error.
     """
 
     def __init__(
@@ -105,7 +109,8 @@ class ShardCache:
             if held is None:
                 with self._folder.lock(key) as lock:
                     # Another process may have fetched it while this one waited.
-                    held = self._hold(key, shard) or self._fetch(key, lock, shard, patience_s)
+                    held = self._hold(key, shard) or self._verify(key, lock, shard)
+                    held = held or self._fetch(key, lock, shard, patience_s)
         except OSError as error:
             raise DataError(
                 f"the cache folder {self._folder.folder} cannot be used ({error.strerror or error}); "
@@ -113,11 +118,31 @@ class ShardCache:
             ) from None
         return OpenShard(self._folder.path(key), held)
 
-    def _hold(self, key: str, shard: Shard) -> io.FileIO | None:
+    def _record(self, key: str, shard: Shard) -> Record | None:
         record = self._folder.record(key, shard.path)
-        if record is not None and 0 <= shard.size != record.size:
+        return None if record is None or 0 <= shard.size != record.size else record
+
+    def _hold(self, key: str, shard: Shard) -> io.FileIO | None:
+        """The shard if it is here and known to be right."""
+        record = self._record(key, shard)
+        if record is None or shard.sha256 not in ("", record.sha256):
             return None
         return self._folder.hold(key, record)
+
+    def _verify(self, key: str, lock: io.FileIO, shard: Shard) -> io.FileIO | None:
+        """The shard if it came when nobody knew its sum, and has the right one; that is asked once and recorded."""
+        record = self._record(key, shard)
+        if record is None or record.sha256 or not shard.sha256:
+            return None
+        held = self._folder.hold(key, record)
+        if held is None:
+            return None
+        if _sha256(held) != shard.sha256:
+            logger.warning("%s: the cache holds it with another sha256 than wanted; it is fetched again", shard.path)
+            held.close()
+            return None
+        self._folder.write_record(lock, replace(record, sha256=shard.sha256))
+        return held
 
     def _fetch(self, key: str, lock: io.FileIO, shard: Shard, patience_s: float) -> io.FileIO:
         """The shard, held already when it gets its name, so that nobody can evict it in between."""
@@ -125,7 +150,7 @@ class ShardCache:
         part = self._folder.new_part(key)
         try:
             fetched = self._fetch_into(part, shard, patience_s)
-            self._folder.finish(key, lock, Record(shard.path, fetched.size, fetched.version))
+            self._folder.finish(key, lock, Record(shard.path, fetched.size, shard.sha256))
         except BaseException:
             part.close()
             self._folder.discard(key + PART)
@@ -189,6 +214,13 @@ class ShardCache:
             f"the disk of the cache {self._folder.folder} is full: {needed} and {room.n_free:,} are free; "
             "make room, or set data.cache_dir to another disk"
         )
+
+
+def _sha256(file: io.FileIO) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(HASH_CHUNK_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _restore(folder: str, max_bytes: int, policy: FetchPolicy, patience_s: float) -> ShardCache:

@@ -32,8 +32,8 @@ class Record:
     """What a whole shard was when it came."""
 
     url: str
-    size: int
-    version: str
+    size: int  # bytes
+    sha256: str = ""  # hex, once it has been verified
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,22 @@ class CacheFolder:
         """What is known of the shard; None if nothing, or half of it."""
         try:
             with open(self.path(key) + LOCK, encoding="utf-8") as file:
-                record = Record(**json.load(file))
-        except (FileNotFoundError, ValueError, TypeError):
+                fields = json.load(file)
+            record = Record(fields["url"], fields["size"], fields.get("sha256", ""))
+        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
             return None
         return record if record.url == url else None
 
-    def finish(self, key: str, lock: io.FileIO, record: Record) -> None:
-        """Gives the fetched and fsynced part its name. What fails here leaves an entry that nobody believes."""
+    def write_record(self, lock: io.FileIO, record: Record) -> None:
+        """Only for who has the lock. Half a record makes an entry that nobody believes."""
         lock.seek(0)
         lock.truncate(0)
         lock.write(json.dumps(asdict(record)).encode())
         os.fsync(lock.fileno())
+
+    def finish(self, key: str, lock: io.FileIO, record: Record) -> None:
+        """Gives the fetched and fsynced part its name. What fails here leaves an entry that nobody believes."""
+        self.write_record(lock, record)
         with self._alone():
             os.replace(self.path(key) + PART, self.path(key))
         descriptor = os.open(self.folder, os.O_RDONLY)
