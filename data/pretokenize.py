@@ -71,12 +71,7 @@ def pretokenize(
             _disown_damaged(targets, n_workers)
         whole = {target.path for target in targets if _is_finished(target, target.path)}
         pieces = cut_targets(targets, n_workers)
-        todo = [
-            piece
-            for piece in pieces
-            if piece.target.path not in whole
-            and not (piece.unit.n_parts > 1 and _is_finished(piece.target, piece.path))
-        ]
+        todo = _unfinished(pieces, whole)
         kept = _size(pieces) - _size(todo)
         ratio = 1.0 if all(target.shard.path.endswith(".jsonl") for target in targets) else COMPRESSION
         with ProgressBar(out / PROGRESS, [piece.unit.size for piece in todo], kept, "tokenizing", ratio) as bar:
@@ -99,13 +94,30 @@ def cut_targets(targets: Sequence[Target], n_workers: int) -> list[Piece]:
 
 
 def _is_finished(target: Target, path: Path) -> bool:
-    """Whether the files that begin with `path`, of all of the target's shard or of a part, are there and whole."""
+    """Whether the files that begin with `path`, of all of the target's shard or of a part, are there and whole.
+
+    What was lost of a shard may be there today: such a one is never finished.
+    """
     report = read_report(path)
-    if report is None or target.change_since(report):
+    if report is None or report.lost or target.change_since(report):
         return False
     if wrong := sizes_differ(path, report):
         logger.warning("%s; made anew", wrong)
     return not wrong
+
+
+def _unfinished(pieces: Sequence[Piece], whole: Set[Path]) -> list[Piece]:
+    """The pieces of shards that are not `whole`, but for parts that a killed run had finished.
+
+    Where one part of a shard could not be read to its end, the others ended there too, and say nothing of it.
+    """
+    lost = {piece.target.path for piece in pieces if (report := read_report(piece.path)) and report.lost}
+    return [
+        piece
+        for piece in pieces
+        if piece.target.path not in whole
+        and (piece.unit.n_parts == 1 or piece.target.path in lost or not _is_finished(piece.target, piece.path))
+    ]
 
 
 def _disown_damaged(targets: Sequence[Target], n_workers: int) -> None:

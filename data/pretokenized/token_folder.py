@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ SETTINGS = "settings.json"
 LEFTOVER = re.compile(r"\..*\.tmp")  # of a process that was killed
 PART = re.compile(r".*\.part\d+of\d+\.(tokens|records|json)")
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -47,7 +51,8 @@ class Target:
 
     def change_since(self, report: ShardReport) -> str:
         """How the shard is other than when `report` was written, or nothing."""
-        if report.size != self.shard.size:
+        # A URL has no size until somebody asks for it: the same corpus may have been listed with and without sizes.
+        if report.size != self.shard.size and min(report.size, self.shard.size) >= 0:
             return f"has changed: it had {report.size} bytes and has {self.shard.size},"
         if (report.kind, report.key) != (self.format.kind, self.format.key):
             return f"is read otherwise: as {report.kind} from field {report.key!r} before,"
@@ -83,13 +88,22 @@ class TokenFolder:
             os.close(handle)
 
     def target(self, source: str, format: RecordFormat, shard: Shard) -> Target:
+        """What becomes of `shard`. Raises DataError where its name leads out of this folder."""
+        if any(part in ("", ".", "..") for part in shard.name.split("/")):
+            raise DataError(
+                f"{shard.path} of source {source!r} would be written to {shard.name!r}, which may lie outside of "
+                f"{self.path}; give the source paths below one folder"
+            )
         return Target(source, format, shard, source_folder(self.path, source) / shard.name)
 
     def require_same_origin(self, targets: Sequence[Target]) -> None:
-        """Raises DataError where what is finished was made of other shards, or of another field of them."""
+        """Raises DataError where what is finished was made of other shards, or of another field of them.
+
+        A shard that could not be read to its end is tokenized anew in any case, and may have been repaired.
+        """
         names = {(target.source, target.shard.name) for target in targets}
-        for source in {target.source for target in targets} & self._indexed().keys():
-            for indexed in self._indexed()[source]:
+        for source in {target.source for target in targets} & self._indexed.keys():
+            for indexed in self._indexed[source]:
                 if (source, indexed.name) not in names:
                     raise DataError(
                         f"{indexed.name} of source {source!r} was tokenized in {self.path} and is not among its shards "
@@ -97,7 +111,7 @@ class TokenFolder:
                     )
         for target in targets:
             report = read_report(target.path)
-            if report and (change := target.change_since(report)):
+            if report and not report.lost and (change := target.change_since(report)):
                 raise DataError(
                     f"{target.shard.path} {change} since it was tokenized in {self.path}; restore it, or remove "
                     f"{target.path}.json to tokenize it anew"
@@ -111,15 +125,20 @@ class TokenFolder:
             assert finished, f"{target.path} is not finished"
             found[target.source].append(finished)
         sources = {
-            name: [report.summary() for report in reports] for name, reports in {**self._indexed(), **found}.items()
+            name: [report.summary() for report in reports] for name, reports in {**self._indexed, **found}.items()
         }
         self._write(INDEX, {**self._settings, "sources": sources})
         self._remove(PART)
         return found
 
+    @cached_property
     def _indexed(self) -> Mapping[str, Sequence[ShardReport]]:
-        """The sources of the index that is there already."""
-        return TokenIndex(self.path).sources if (self.path / INDEX).exists() else {}
+        """The sources of the index that was there before; none of one that cannot be read: the reports tell as much."""
+        try:
+            return TokenIndex(self.path).sources if (self.path / INDEX).exists() else {}
+        except DataError:
+            logger.warning("%s cannot be read; made anew of the shards of this configuration", self.path / INDEX)
+            return {}
 
     def _lock(self, handle: int) -> None:
         try:

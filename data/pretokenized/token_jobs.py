@@ -115,7 +115,11 @@ def _entries(path: str, job: Job) -> Iterator[Entry | BadRecord]:
     try:
         yield from read_entries(path, job.format, part=job.part, n_parts=job.n_parts)
     except OSError as error:
-        raise DataError(f"{job.shard.path} cannot be read ({error.strerror or error}); restore it") from None
+        raise _unreadable(job.shard, error) from None
+
+
+def _unreadable(shard: Shard, error: OSError) -> DataError:
+    return DataError(f"{shard.path} cannot be read ({error.strerror or error}); restore it and run the command again")
 
 
 def _require_few(bad: Sized, last: BadRecord, limit: int) -> None:
@@ -127,8 +131,11 @@ def _require_few(bad: Sized, last: BadRecord, limit: int) -> None:
 
 
 def _require_unchanged(path: str, shard: Shard) -> None:
-    """A report with the size of the listing must not be written of a file that grew while it was read."""
-    size = os.path.getsize(path)
+    """A report with the size of the listing must not be written of a file that grew or went while it was read."""
+    try:
+        size = os.path.getsize(path)
+    except OSError as error:
+        raise _unreadable(shard, error) from None
     if 0 <= shard.size != size:
         raise DataError(
             f"{shard.path} has changed while it was tokenized: it had {shard.size} bytes and has {size}; run the "
@@ -146,14 +153,18 @@ def _row(entry: Entry, item: Document | BadRecord, n_tokens: int) -> tuple[int, 
 
 
 def _ids(document: Document, job: Job, line: int) -> Ids:
-    """The document's tokens. Raises DataError for ready-made ids that no token of this vocabulary has."""
+    """The document's tokens. Raises DataError for ready-made ids that no token of this vocabulary has.
+
+    That is no bad record to be passed over: the ids were made with another tokenizer, all of them.
+    """
+    tokenizer = _tokenizer(job.tokenizer_path)
     if document.token_ids is None:
-        return _tokenizer(job.tokenizer_path).encode_array(document.text)
+        return tokenizer.encode_array(document.text)
     largest = int(document.token_ids.max(initial=0))
-    if largest > np.iinfo(job.dtype).max:
+    if largest >= tokenizer.vocab_size:
         raise DataError(
-            f"{job.shard.path}, line {line + 1}: token id {largest} is not in the vocabulary of {job.tokenizer_path}; "
-            "give the tokenizer that the ids were made with"
+            f"{job.shard.path}, line {line + 1}: token id {largest} is not in the vocabulary of {job.tokenizer_path}, "
+            f"which has {tokenizer.vocab_size} tokens; give the tokenizer that the ids were made with"
         )
     return document.token_ids
 

@@ -179,6 +179,15 @@ def test_damage_is_mended(corpus: Path, capsys: pytest.CaptureFixture[str], capl
     assert files(corpus / "out") == whole
 
 
+def test_an_index_that_cannot_be_read_is_made_anew(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert run(corpus) == 0
+    whole, when = files(corpus / "out"), finished(corpus / "out")
+    (corpus / "out" / "index.json").write_text("{")
+    assert run(corpus) == 0
+    assert caplog.text.count("index.json cannot be read; made anew") == 1
+    assert (files(corpus / "out"), finished(corpus / "out")) == (whole, when)
+
+
 def test_sources_may_come_later(corpus: Path, byte_tokenizer: str) -> None:
     write_config(corpus, byte_tokenizer, ["few"])
     assert run(corpus) == 0
@@ -193,6 +202,38 @@ def test_a_truncated_shard_is_told(corpus: Path, capsys: pytest.CaptureFixture[s
     path.write_bytes(gzip.compress((corpus / "few" / "0.jsonl").read_bytes())[:-20])
     assert run(corpus) == 0
     assert f"{path}, line " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_was_lost_of_a_shard_is_tried_again(corpus: Path, workers: int) -> None:
+    path, content = corpus / "few" / "0.jsonl.gz", gzip.compress((corpus / "few" / "0.jsonl").read_bytes())
+    (corpus / "few" / "0.jsonl").unlink()
+    path.write_bytes(content[:-20])
+    assert run(corpus, workers=workers) == 0
+    before = finished(corpus / "out")
+    path.write_bytes(content)
+    assert run(corpus, workers=workers) == 0
+    assert run(corpus, out="clean") == 0
+    assert files(corpus / "out") == files(corpus / "clean")
+    assert finished(corpus / "out") == before  # the other shards
+
+
+def test_where_one_part_ended_early_the_others_are_not_kept(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, whole = corpus / "few" / "0.jsonl.gz", gzip.compress((corpus / "few" / "0.jsonl").read_bytes())
+    (corpus / "few" / "0.jsonl").unlink()
+    path.write_bytes(whole[:500] + bytes(len(whole) - 500))  # as a disk gives it back that has lost some blocks
+    with monkeypatch.context() as patch:
+        patch.setattr("fbitrain.data.pretokenize.join_parts", stopped)
+        patch.setattr("fbitrain.data.pretokenize.in_processes", lambda work, jobs, n_workers: map(work, jobs))
+        assert run(corpus, workers=3) == 130
+    assert len(list((corpus / "out").rglob("0.jsonl.gz.part*.json"))) == 3
+    path.write_bytes(whole)
+    assert run(corpus, workers=3) == 0
+    assert TokenIndex(corpus / "out").sources["few"][0].n_records == 900
+
+
+def stopped(job: Any) -> None:
+    raise KeyboardInterrupt
 
 
 # Faults
@@ -239,11 +280,12 @@ def test_two_runs_do_not_share_a_folder(corpus: Path, capsys: pytest.CaptureFixt
 
 
 def test_ids_beyond_the_vocabulary_are_refused(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (corpus / "few" / "0.jsonl").write_text('{"text": [1, 2]}\n{"text": [70000]}\n')
+    (corpus / "few" / "0.jsonl").write_text('{"text": [1, 257]}\n{"text": [258]}\n')
     sentence = refusal(
         corpus, capsys, "data.sources.0.kind=token_ids", "data.sources.0.text_key=text", "data.sources.0.ids_key=text"
     )
-    assert "0.jsonl, line 2: token id 70000 is not in the vocabulary" in sentence
+    assert "0.jsonl, line 2: token id 258 is not in the vocabulary of " in sentence
+    assert "which has 258 tokens; give the tokenizer" in sentence
 
 
 def test_a_corpus_of_bad_records_ends_early(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,6 +304,20 @@ def test_a_shard_that_grows_while_it_is_read_is_refused(
     monkeypatch.setattr("fbitrain.data.pretokenize.tokenize_part", tokenize)
     assert "0.jsonl has changed while it was tokenized: it had " in refusal(corpus, capsys)
     assert not finished(corpus / "out")
+
+
+def test_a_shard_that_goes_while_it_is_read_is_named(
+    corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_few = token_jobs._require_few
+
+    def remove(bad: Any, last: Any, limit: int) -> None:
+        Path(last.path).unlink(missing_ok=True)
+        require_few(bad, last, limit)
+
+    monkeypatch.setattr(token_jobs, "_require_few", remove)
+    path = corpus / "few" / "0.jsonl"
+    assert f"{path} cannot be read (No such file or directory); restore it and run" in refusal(corpus, capsys)
 
 
 def test_large_documents_are_written_earlier(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
