@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from fbitrain.data.errors import DataError
 from fbitrain.data.sources.remote import list_remote
@@ -59,15 +60,42 @@ def find(pattern: str, suffixes: tuple[str, ...]) -> Sizes:
     """The files that one path, glob, folder or URL without ranges stands for; empty if there are none.
 
     A folder stands for every file below it that has one of `suffixes` and is not hidden. A URL of a single file is
-    taken at its word: asking for each of thousands would delay every start. Raises DataError for a file of another
-    kind, for what cannot be listed, and for a file system that is not installed.
+    taken at its word: asking for each of thousands would delay every start. Raises DataError for an empty pattern, a
+    file of another kind, a name that is not UTF-8, for what cannot be listed, and for a file system that is not
+    installed.
     """
+    if not pattern.strip():
+        raise DataError(f"the path {pattern!r} is empty; correct or drop it")
     if is_url(pattern):
-        return _find_remote(pattern, suffixes)
-    try:
-        return _find_local(pattern, suffixes)
-    except OSError as error:
-        raise DataError(f"{error.filename} cannot be read ({error.strerror}); mend or remove it") from None
+        found = _find_remote(pattern, suffixes)
+    else:
+        try:
+            found = _find_local(pattern, suffixes)
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read ({error.strerror}); mend or remove it") from None
+    _require_utf8(found)
+    return found
+
+
+def each_file_once(sizes: Sizes) -> Sizes:
+    """Without the doubles: of several local paths of one file, only one stays, one without a link if there is any.
+
+    Hard links and copies are files of their own.
+    """
+    real_folder = functools.cache(os.path.realpath)  # thousands of files lie in a few folders
+
+    def real_path(path: str) -> str:
+        if is_url(path):
+            return path
+        if os.path.islink(path):
+            return os.path.realpath(path)
+        return os.path.join(real_folder(os.path.dirname(path)), os.path.basename(path))
+
+    real = {path: real_path(path) for path in sizes}
+    by_file: dict[str, str] = {}
+    for path in sorted(sizes, key=lambda path: (path != real[path], path)):
+        by_file.setdefault(real[path], path)
+    return {path: sizes[path] for path in by_file.values()}
 
 
 def _find_local(pattern: str, suffixes: tuple[str, ...]) -> Sizes:
@@ -78,7 +106,7 @@ def _find_local(pattern: str, suffixes: tuple[str, ...]) -> Sizes:
     if os.path.isdir(path):
         return dict(_below(path, suffixes))
     found: Sizes = {}
-    for match in glob.iglob(path, recursive=True):
+    for match in _matches(path):
         if os.path.isdir(match):
             found.update(_below(match, suffixes))
         elif match.endswith(suffixes):
@@ -86,13 +114,57 @@ def _find_local(pattern: str, suffixes: tuple[str, ...]) -> Sizes:
     return found
 
 
+def _matches(pattern: str) -> Iterator[str]:
+    """As glob.iglob(recursive=True), whose ** would go round in a loop of links until the path is too long."""
+    top, recursive, rest = pattern.partition("/**/")
+    if not recursive:
+        yield from glob.iglob(pattern)
+        return
+    for match in filter(os.path.isdir, glob.iglob(top or "/")):
+        for folder, _ in _folders(match):
+            yield from _matches(f"{glob.escape(folder)}/{rest}")
+
+
 def _below(folder: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int]]:
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for parent, names in _folders(folder):
         for name in names:
             if name.endswith(suffixes) and not name.startswith("."):
                 path = os.path.join(parent, name)
                 yield path, os.path.getsize(path)
+
+
+def _folders(top: str) -> Iterator[tuple[str, list[str]]]:
+    """`top` and the folders below it that are not hidden, with the names of their files.
+
+    Links are followed, and each real folder is visited once, by a path without a link if there is one: links may form
+    loops, or lead to the same folder twice. Raises OSError for a folder that cannot be listed.
+    """
+    seen: set[str] = set()
+    waiting = [top]
+    while waiting:
+        for parent, folders, names in os.walk(waiting.pop(0), onerror=_raise):
+            real = os.path.realpath(parent)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            below = [os.path.join(parent, name) for name in folders]
+            waiting += [folder for folder in below if os.path.islink(folder)]
+            yield parent, names
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _require_utf8(paths: Iterable[str]) -> None:
+    for path in paths:
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            # Reports, checkpoints and lists of duplicates hold names as text.
+            raise DataError(f"{os.fsencode(path)!r} has a name that is not UTF-8; rename it") from None
 
 
 def _find_remote(url: str, suffixes: tuple[str, ...]) -> Sizes:

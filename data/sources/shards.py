@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-import itertools
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -12,13 +12,16 @@ from typing import TypeVar
 
 from fbitrain.data.config import SourceConfig
 from fbitrain.data.errors import DataError
-from fbitrain.data.sources.patterns import Sizes, expand_ranges, file_part, find, has_suffix
+from fbitrain.data.sources.names import name_shards
+from fbitrain.data.sources.patterns import Sizes, each_file_once, expand_ranges, file_part, find, has_suffix
 from fbitrain.data.sources.shard_lists import read_checksums, read_url_list, sum_of
 from fbitrain.data.sources.transport import require_file_system
 
 SHARD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 TEXT_SUFFIXES = (".txt", ".raw")
 MAX_NAMED = 3  # of many files with the same problem
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -28,13 +31,13 @@ class Shard:
     """One file of a source."""
 
     path: str  # absolute, or a URL
-    name: str  # relative to the source's common folder: stays the same when the corpus moves
+    name: str  # relative to the source's common folder (sources.names): stays the same when the corpus moves
     size: int  # bytes; -1 for a remote file whose size nobody has asked
-    sha256: str = ""  # hex, where the source's checksums tell
+    sha256: str = ""  # lower-case hex, where the source's checksums tell
 
 
 def find_shards(source: SourceConfig) -> list[Shard]:
-    """The shards of a source, each once, sorted by name.
+    """The shards of a source, each file once even if links give it several paths, sorted by name.
 
     Costs no request per shard: one for each folder or glob on s3:// or hf://, and for each list that is a URL.
     Raises one DataError with every problem: a path or pattern that stands for no shard, a list that cannot be read.
@@ -44,7 +47,7 @@ def find_shards(source: SourceConfig) -> list[Shard]:
     sizes = dict.fromkeys(_listed_urls(source, problems), -1) | found
     shards = _named(sizes, problems)
     shards = _without_skipped(shards, source.skip, problems)
-    shards = _with_sums(shards, source.checksums, problems)
+    shards = _with_sums(shards, source, problems)
     if not shards and not problems:
         problems.append("it has no shards; give it paths or url_lists")
     if problems:
@@ -81,7 +84,10 @@ def _expand_all(patterns: Sequence[str], suffixes: tuple[str, ...], problems: li
             what = repr(pattern) if len(expanded) == 1 else f"{_few(missing)} of {pattern!r}"
             problems.append(f"{what} matches no {', '.join(suffixes)} file, correct it or fetch the shards")
         sizes |= found
-    return sizes
+    once = each_file_once(sizes)
+    if doubles := sorted(sizes.keys() - once.keys()):
+        logger.warning("%s: links to files that are read under another path, and passed over", _few(doubles))
+    return once
 
 
 def _listed_urls(source: SourceConfig, problems: list[str]) -> list[str]:
@@ -137,33 +143,27 @@ def _matching(
     return list(matching)
 
 
-def _with_sums(shards: list[Shard], paths: Sequence[str], problems: list[str]) -> list[Shard]:
-    if not paths:
+def _with_sums(shards: list[Shard], source: SourceConfig, problems: list[str]) -> list[Shard]:
+    if not source.checksums:
         return shards
     try:
-        sums = read_checksums(paths)
+        sums = read_checksums(source.checksums)
     except DataError as error:
         problems.append(str(error))
         return shards
     summed = [replace(shard, sha256=sum_of(file_part(shard.path), sums)) for shard in shards]
-    if shards and not any(shard.sha256 for shard in summed):
-        problems.append(f"checksums {_few(list(paths))} names none of its shards, e.g. {shards[0].path}")
+    without = [shard.path for shard in summed if not shard.sha256]
+    if shards and len(without) == len(shards):
+        problems.append(f"checksums {_few(source.checksums)} names none of its shards, e.g. {shards[0].path}")
+    elif without:
+        # One file of sums may be for one subset of many: no error, but not what one would guess either.
+        what = source.name, len(without), len(shards), _few(without)
+        logger.warning("source %r: %d of %d shards have no sum in its checksums: %s", *what)
     return summed
 
 
 def _named(sizes: Sizes, problems: list[str]) -> list[Shard]:
-    """Shards sorted by what is left of their paths without the folder that all have in common."""
-    folders = [file_part(path).split("/")[:-1] for path in sizes]
-    # What the first and the last in order have in common, all have.
-    ends = zip(min(folders, default=[]), max(folders, default=[]), strict=False)
-    n_common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
-    paths: dict[str, str] = {}
-    for path in sizes:
-        name = "/".join(file_part(path).split("/")[n_common:])
-        if name in paths:
-            problems.append(f"{paths[name]} and {path} have the same name {name!r}, make them two sources")
-        paths[name] = path
-    return [Shard(path, name, sizes[path]) for name, path in sorted(paths.items())]
+    return [Shard(path, name, sizes[path]) for name, path in name_shards(sizes, problems).items()]
 
 
 def _few(names: Sequence[str]) -> str:

@@ -90,6 +90,14 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         assert problem in message
 
 
+@pytest.mark.parametrize("path", ["", " "])
+def test_an_empty_path_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    touch(tmp_path, "1.jsonl")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"source 'web': the path '{path}' is empty; correct or drop it"):
+        find("1.jsonl", path)
+
+
 def test_a_dangling_link_is_named(tmp_path: Path) -> None:
     (tmp_path / "1.jsonl").symlink_to(tmp_path / "gone")
     with pytest.raises(DataError, match=r"1\.jsonl cannot be read"):
@@ -135,11 +143,6 @@ def test_a_url_with_a_query(tmp_path: Path) -> None:
     assert find("https://h/a/1.jsonl?token=a/b*")[0] == Shard("https://h/a/1.jsonl?token=a/b*", "1.jsonl", -1)
     with pytest.raises(DataError, match=r"have the same name '1.jsonl'"):
         find("https://h/a/1.jsonl?v=1", "https://h/a/1.jsonl?v=2")
-
-
-def test_a_local_and_a_remote_part(tmp_path: Path) -> None:
-    touch(tmp_path, "1.jsonl")
-    assert names(tmp_path, "https://h/1.jsonl") == [f"{tmp_path}/1.jsonl", "https://h/1.jsonl"]
 
 
 def test_buckets_are_listed_with_sizes(memory: MemoryFileSystem) -> None:
@@ -215,6 +218,16 @@ def test_checksums(tmp_path: Path) -> None:
     (tmp_path / "SHA256SUMS").write_text(sums + f"{one}  rxiv/2.jsonl\n")
     with pytest.raises(DataError, match=r"line 4: rxiv/2\.jsonl has another sum"):
         find("https://h/arxiv/1.jsonl", checksums=[str(tmp_path / "SHA256SUMS")])
+
+
+def test_shards_without_a_sum_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sums = "".join(f"{hashlib.sha256(b'').hexdigest()}  {i}.jsonl\n" for i in (1, 3))
+    (tmp_path / "sums").write_text(sums)
+    find("https://h/1.jsonl", "https://h/3.jsonl", checksums=[str(tmp_path / "sums")])
+    assert not caplog.messages
+    find("https://h/{1..4}.jsonl", checksums=[str(tmp_path / "sums")])
+    without = "https://h/2.jsonl, https://h/4.jsonl"
+    assert caplog.messages == [f"source 'web': 2 of 4 shards have no sum in its checksums: {without}"]
 
 
 def test_files_for_other_purposes(tmp_path: Path) -> None:
