@@ -48,7 +48,7 @@ class DataConfig:
     )
     seq_len: int = 2048  # tokens the model sees per sequence; a packed sequence holds seq_len + 1
     seed: int = 0  # orders shards and documents; the same seed gives the same stream
-    shuffle_block: int = 1000  # documents shuffled among each other (of at most 2 MiB together); 1: as they lie
+    shuffle_block: int = 1000  # documents shuffled among each other (2 MiB of them at most); 1: as they lie
     n_lanes: int = 16  # independent sub-streams dealt over ranks; world_size may change between 1 and this
     n_workers: int = 1  # tokenizer processes per rank; 0 tokenizes in the training process
     cache_dir: str = ".cache/shards"  # where remote shards are kept; may be shared by all processes of a node
@@ -56,7 +56,7 @@ class DataConfig:
     add_bos: bool = True  # BOS before each document
     add_eos: bool = True  # EOS after each document
     max_bad_records: int = (
-        1000  # per rank; corrupt lines and truncated shards up to this many are counted, reported and skipped
+        1000  # per run; corrupt lines and truncated shards up to this many are counted, reported and skipped
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
@@ -19,7 +20,7 @@ from fbitrain.data.errors import DataError
 from fbitrain.data.pretokenized.token_shards import TokenIndex
 from fbitrain.data.sources.fingerprint import ShardList, fingerprint, require_same_shards, shard_list
 from fbitrain.data.sources.shards import Shard
-from fbitrain.data.streaming.plan import LanePlan, find_sources, plan_lanes
+from fbitrain.data.streaming.plan import LanePlan, find_sources, plan_lanes, record_format
 from fbitrain.data.streaming.source_reader import SourceState
 from fbitrain.data.streaming.stream import border_tokens, initial_state, too_many_bad_records
 from fbitrain.data.streaming.worker import Drawn, Feed, Job, LaneFeed, WorkerProcess
@@ -199,7 +200,9 @@ class TokenLoader:
         if drawn.error:
             raise DataError(drawn.error)
         self._documents += drawn.documents
-        if drawn.last_bad and self._bad_records() > self._data.max_bad_records:
+        # A rank answers for its lanes' share, so that the limit is the same on any number of ranks.
+        share = math.ceil(self._data.max_bad_records * len(self._lane_states()) / self._data.n_lanes)
+        if drawn.last_bad and self._bad_records() > share:
             raise DataError(too_many_bad_records(self._data.max_bad_records, drawn.last_bad))
 
     def _lane_states(self) -> dict[int, dict[str, Any]]:
@@ -221,6 +224,7 @@ def _identity(data: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         "shuffle_block": data.shuffle_block,
         "heldout_fraction": data.heldout_fraction,
         "tokenizer": tokenizer.fingerprint,
+        "records": {source.name: [source.kind, record_format(source).key] for source in data.sources},
     }
 
 
@@ -232,7 +236,7 @@ def _require_continuable(
 ) -> None:
     """Raises DataError naming the first thing in which `states` are not of this configuration."""
     for state in states:
-        for key in identity.keys() - {"fingerprint"}:
+        for key in identity.keys() - {"fingerprint", "records"}:
             if state.get(key) != identity[key]:
                 raise DataError(
                     f"the checkpoint's data state has {key}={state.get(key)}, this run has {key}={identity[key]}; "
@@ -245,6 +249,12 @@ def _require_continuable(
                 f"{', '.join(sorted(sources))}; resume with the same sources, or start a new run"
             )
         for name, shards in sources.items():
+            (was, field), (now, now_field) = state["records"][name], identity["records"][name]
+            if (was, field) != (now, now_field):
+                raise DataError(
+                    f"source {name!r} was read as {was} from field {field!r} by the checkpoint's run, and this one "
+                    f"reads {now} from {now_field!r}; resume with the same settings, or start a new run"
+                )
             require_same_shards(name, saved[name], shards, saved_shards[name] if saved_shards else None)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -12,11 +12,11 @@ import torch
 from fbitrain.build import check_vocabularies
 from fbitrain.config import Config
 from fbitrain.data.errors import DataError
-from fbitrain.data.streaming.plan import find_sources
 from fbitrain.engine import resolve_precision
 from fbitrain.errors import UserError
 from fbitrain.estimate import RankMemory, TeacherSize, rank_memory, read_teacher_size, tokens_in_total
 from fbitrain.model.size import ParameterCount, count_parameters
+from fbitrain.preflight_data import look_at_data
 from fbitrain.release_tokenizer import tokenizer_source
 
 GB = 1e9
@@ -43,7 +43,7 @@ def inspect_run(config: Config, *, world_size: int, ranks_here: int) -> Report:
     count = count_parameters(config.model, config.binarize)
     _describe_model(report, count)
     _describe_tokens(report, config, world_size)
-    _check_inputs(report, config)
+    _check_inputs(report, config, world_size, ranks_here)
     _check_disk(report, config, count)
     precision = "bf16" if resolve_precision(config.engine.precision) is torch.bfloat16 else "fp32"
     teacher, remark = _teacher_size(config)
@@ -69,21 +69,18 @@ def _describe_tokens(report: Report, config: Config, world_size: int) -> None:
     report.add("", f"{tokens_in_total(config):,} in {train.total_steps:,} steps")
 
 
-def _check_inputs(report: Report, config: Config) -> None:
+def _check_inputs(report: Report, config: Config, world_size: int, ranks_here: int) -> None:
     """Teacher, tokenizer and shards: there, and made for each other."""
     try:
-        check_vocabularies(config, tokenizer_source(config))
+        tokenizer = tokenizer_source(config)
+        check_vocabularies(config, tokenizer)
     except (UserError, DataError) as error:
         report.problems.append(str(error))
-    for source in config.data.sources:
-        try:
-            shards = find_sources(replace(config.data, sources=[source]))[source.name]
-        except DataError as error:
-            report.problems.append(str(error))
-        else:
-            sizes = [shard.size for shard in shards if shard.size >= 0]
-            size = f"{sum(sizes) / 1e6:,.1f} MB" if sizes else "size not known yet"
-            report.add("data", f"{source.name}: {len(shards)} shards, {size}, weight {source.weight:g}")
+        tokenizer = ""
+    lines, problems = look_at_data(config, tokenizer, world_size=world_size, ranks_here=ranks_here)
+    for line in lines:
+        report.add("data", line)
+    report.problems += [problem for problem in problems if problem not in report.problems]
 
 
 def _check_disk(report: Report, config: Config, count: ParameterCount) -> None:

@@ -22,7 +22,7 @@ from fbitrain.build import Heldout, Parts, build, finished, write_finished
 from fbitrain.checkpoint import TrainerState
 from fbitrain.config import Config
 from fbitrain.data.errors import DataError
-from fbitrain.engine import init_distributed, lr_at
+from fbitrain.engine import Engine, init_distributed, lr_at
 from fbitrain.errors import UserError
 from fbitrain.evaluate import bits_per_byte, perplexity_of
 from fbitrain.files import write_json
@@ -158,7 +158,9 @@ def log(parts: Parts, state: TrainerState, bar: tqdm[Any]) -> None:
     scalars["speed/tflops_per_rank"] = achieved
     if peak := peak_tflops(parts.config, parts.engine.device):
         scalars["speed/mfu"] = achieved / peak
-    scalars |= parts.signs.look() | memory_scalars(parts.engine.device) | data_scalars(parts.loader.stats())
+    scalars |= (
+        parts.signs.look() | memory_scalars(parts.engine.device) | data_scalars(parts.loader.stats(), parts.engine)
+    )
     parts.writer.scalars(state.step, state.tokens, scalars)
     line = (
         f"step {state.step}/{parts.config.train.total_steps} | loss {scalars['train/loss']:.4f} | "
@@ -172,15 +174,21 @@ def log(parts: Parts, state: TrainerState, bar: tqdm[Any]) -> None:
     parts.interval.run()
 
 
-def data_scalars(stats: Mapping[str, Any]) -> dict[str, float]:
-    """The stream's counters of this rank, flattened to data/… scalars."""
+def data_scalars(stats: Mapping[str, Any], engine: Engine) -> dict[str, float]:
+    """The streams' counters as data/… scalars, summed over all ranks; epochs are their mean. Collective."""
     scalars: dict[str, float] = {}
     for key, value in stats.items():
         if isinstance(value, Mapping):
             scalars |= {f"data/{key}/{inner}": float(number) for inner, number in value.items()}
         else:
             scalars[f"data/{key}"] = float(value)
-    return scalars
+    # Every rank has the same sources, so the same names in the same order.
+    sums = torch.tensor(list(scalars.values()), dtype=torch.float64, device=engine.device)
+    dist.all_reduce(sums)
+    return {
+        name: total / engine.world_size if name.startswith("data/epochs/") else total
+        for name, total in zip(scalars, sums.tolist(), strict=True)
+    }
 
 
 @torch.no_grad()

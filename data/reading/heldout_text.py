@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fbitrain.data.errors import DataError
 from fbitrain.data.reading.documents import BadRecord
 from fbitrain.data.reading.records import RecordFormat, decode, read_entries
+from fbitrain.data.sources.patterns import is_url
 from fbitrain.data.sources.shards import TEXT_SUFFIXES, find_files
 from fbitrain.data.tokenizer import Tokenizer
 
@@ -40,6 +41,8 @@ def load_heldout(paths: Sequence[str], tokenizer: Tokenizer, text_key: str = "te
     documents: list[str] = []
     format = RecordFormat("text", text_key)
     for shard in find_files(paths, "heldout"):
+        if is_url(shard.path):
+            raise DataError(f"data.heldout: {shard.path} is not here; download it, held-out text is read from files")
         if shard.path.endswith(TEXT_SUFFIXES):
             documents.append(_read_text(shard.path))
             continue

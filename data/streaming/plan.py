@@ -13,10 +13,13 @@ from fbitrain.data.errors import DataError
 from fbitrain.data.pretokenized.token_shards import TokenIndex
 from fbitrain.data.reading.documents import BlockLimits
 from fbitrain.data.reading.records import RecordFormat
+from fbitrain.data.sources.patterns import is_url
 from fbitrain.data.sources.shards import Shard, find_files, find_shards
 
 # With this many units of equal size per lane, no lane gets more than about a quarter above its share of a source.
 UNITS_PER_LANE = 4
+BLOCKS_BYTES = 384 << 20
+LEAST_BLOCK_BYTES, MOST_BLOCK_BYTES = 64 << 10, 2 << 20
 
 
 @dataclass(frozen=True)
@@ -67,16 +70,28 @@ class LanePlan:
 def find_sources(data: DataConfig) -> dict[str, list[Shard]]:
     """The shards of every source, by its name. Raises DataError for a missing one, and for one that is held out."""
     index = TokenIndex(data.pretokenized) if data.pretokenized else None
-    found = {source.name: index.shards(source.name) if index else find_shards(source) for source in data.sources}
     held = {shard.path for shard in find_files(data.heldout, "heldout")} if data.heldout else set()
-    for name, shards in found.items():
-        for shard in shards:
-            if shard.path in held:
-                raise DataError(
-                    f"{shard.path} is both held out and part of source {name!r}; "
-                    "take it out of data.heldout or data.sources"
-                )
+    found = {}
+    for source in data.sources:
+        shards = found[source.name] = _tokenized(index, source) if index else find_shards(source)
+        originals = index.originals(source.name) if index else [shard.path for shard in shards]
+        for path in held.intersection(originals):
+            raise DataError(
+                f"{path} is both held out and part of source {source.name!r}; "
+                "take it out of data.heldout or data.sources"
+            )
     return found
+
+
+def _tokenized(index: TokenIndex, source: SourceConfig) -> list[Shard]:
+    """The source's shards as they were tokenized: the very ones that its text would be read from."""
+    local = bool(source.paths) and not source.url_lists and not any(map(is_url, source.paths))
+    try:
+        originals = find_shards(source) if local else None
+    except DataError:  # the text may be gone by now, its tokens are all that is needed
+        originals = None
+    index.require_source(source, originals)
+    return index.shards(source.name)
 
 
 def plan_lanes(
@@ -99,7 +114,7 @@ def plan_lanes(
                 for source in data.sources
             ),
             phases=plan_phases(data, sequences_per_step),
-            limits=BlockLimits(data.shuffle_block),
+            limits=BlockLimits(data.shuffle_block, block_bytes(data)),
             seq_len=data.seq_len,
             seed=data.seed,
             add_bos=data.add_bos,
@@ -110,6 +125,12 @@ def plan_lanes(
         )
         for lane in range(data.n_lanes)
     ]
+
+
+def block_bytes(data: DataConfig) -> int:
+    """The most that a block may hold: even if one worker had all lanes, their blocks would take BLOCKS_BYTES."""
+    each = BLOCKS_BYTES // (data.n_lanes * max(1, len(data.sources)))
+    return max(LEAST_BLOCK_BYTES, min(MOST_BLOCK_BYTES, each))
 
 
 def plan_phases(data: DataConfig, sequences_per_step: int) -> tuple[Phase, ...]:

@@ -45,6 +45,7 @@ class SourceState:
     line: int = 0  # the current block's first record, counted from 0
     offset: int = 0  # bytes before it in the decompressed shard
     index: int = 0  # records of the block that were handed out, in the block's order
+    size: int = -1  # bytes of the shard that is being read, as it was when it was opened; -1 between units
     documents: int = 0
     bytes: int = 0  # UTF-8 bytes of those documents
     tokens: int = 0  # with BOS and EOS
@@ -97,7 +98,7 @@ class SourceReader:
                     state.line, state.offset, state.index = block.after.line, block.after.offset, 0
                     self._block = None
                 self._close_unit()
-                state.unit, state.line, state.offset = state.unit + 1, 0, 0
+                state.unit, state.line, state.offset, state.size = state.unit + 1, 0, 0, -1
             if not state.epoch_tokens:
                 state.dropped = 1
                 return None
@@ -124,8 +125,7 @@ class SourceReader:
             document = block[self._order[self.state.index - 1]]
             if isinstance(document, Document):
                 return document
-        path = self._unit().shard.path
-        raise DataError(f"{path}, line {self.state.line + 1}: the checkpoint's document is no longer there; restore it")
+        raise self.changed(f"the document in use, near line {self.state.line + 1}, is no longer there")
 
     def _rest_of(self, block: Block) -> Document | None:
         """The next document that the block has to give."""
@@ -173,13 +173,16 @@ class SourceReader:
         unit, state = self._unit(), self.state
         try:
             self._open = self._shelf.cache.open(unit.shard)
-            self._require_unchanged()
             self._blocks = self._block_source(unit, self._open.path).blocks(Position(state.line, state.offset))
+            size = os.path.getsize(self._open.path)
         except OSError as error:
-            raise DataError(
-                f"{unit.shard.path} of source {self.plan.name!r} was there when the run began and cannot be opened now "
-                f"({error.strerror or error}); restore it"
-            ) from None
+            raise self._gone(error) from None
+        if not self.plan.tokenized:
+            # A resumed run may fetch a remote shard again, whose size nobody knew when the run was planned.
+            if state.size not in (-1, size):
+                raise self.changed(f"it had {state.size} bytes when it was opened and has {size}")
+            state.size = size
+        self._require_unchanged()
         duplicates = self._shelf.duplicates
         self._left_out = frozenset(duplicates.lines(self.plan.name, unit.shard.name)) if duplicates else frozenset()
         if state.unit + 1 < len(self.plan.units):
@@ -201,12 +204,29 @@ class SourceReader:
         shard = self._unit().shard
         if self._open is None or self.plan.tokenized or self._open.path != shard.path:
             return
-        size = os.path.getsize(shard.path)
+        try:
+            size = os.path.getsize(shard.path)
+        except OSError as error:
+            raise self._gone(error) from None
         if size != shard.size:
-            raise DataError(
-                f"{shard.path} of source {self.plan.name!r} has changed since the run began: it had {shard.size} bytes "
-                f"and has {size}; restore it, or start a new run"
-            )
+            raise self.changed(f"it had {shard.size} bytes and has {size}")
+
+    def bad_record(self, reason: str) -> BadRecord:
+        """The record handed out last, with what is wrong with it."""
+        return BadRecord(self._unit().shard.path, self.last_line, reason)
+
+    def changed(self, how: str) -> DataError:
+        """The error that ends a run whose present shard is not what it was."""
+        return DataError(
+            f"{self._unit().shard.path} of source {self.plan.name!r} has changed since the run began: {how}; "
+            "restore it, or start a new run"
+        )
+
+    def _gone(self, error: OSError) -> DataError:
+        return DataError(
+            f"{self._unit().shard.path} of source {self.plan.name!r} was there when the run began and cannot be read "
+            f"now ({error.strerror or error}); restore it"
+        )
 
     def _unit(self, ahead: int = 0) -> Unit:
         epoch, order = self._epoch_order

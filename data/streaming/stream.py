@@ -50,14 +50,14 @@ class Lane:
         self._last_bad = ""
         self._documents: list[str] = []
         self._sequence: int = state["sequence"]
-        self._phase: int = state["phase"]
+        self._phase = min(state["phase"], len(plan.phases) - 1)  # there were more phases when the state was taken
         self.bad_records: int = state["bad_records"]
         self.empty: bool = state["empty"]
         self._readers = [
             SourceReader(source, plan, shelf, self, SourceState.from_list(state["sources"][source.name]))
             for source in plan.sources
         ]
-        self._mixture = self._mixed()
+        self._mixture: list[tuple[float, SourceReader]] | None = None
         self._first_sequences = [phase.first_sequence for phase in plan.phases]
         before, after = border_tokens(tokenizer, plan.add_bos, plan.add_eos)
         self._before, self._after = np.array(before, dtype=np.int32), np.array(after, dtype=np.int32)
@@ -90,7 +90,7 @@ class Lane:
         left = len(self._tokens) - self._start
         return {
             "sources": {reader.plan.name: reader.state.to_list() for reader in self._readers},
-            "carry": [self._carrier, left] if left else None,
+            "carry": [self._carrier, left, len(self._tokens)] if left else None,
             "sequence": self._sequence,
             "phase": self._phase,
             "bad_records": self.bad_records,
@@ -125,11 +125,14 @@ class Lane:
         """Puts the next document's tokens where the last one's were. False where no source has any."""
         self._follow_phase()
         while self._mixture:
-            reader = self._furthest_below()
+            reader = _furthest_below(self._mixture)
             document = reader.next_document()
             if document is None:
                 self._notes.append(f"lane {self.plan.lane}: source {reader.plan.name!r} has no document for it")
                 self._mixture = self._mixed()
+                continue
+            if flaw := self._flaw_of(document):
+                self.report(reader.bad_record(flaw), reader.state.epoch == 0)
                 continue
             tokens = self._wrapped(document)
             reader.count(document, len(tokens))
@@ -145,10 +148,11 @@ class Lane:
         """Where a phase begins, the mixture starts counting anew: a weight concerns the tokens of its own phase."""
         phase = bisect.bisect_right(self._first_sequences, self._sequence) - 1
         if phase != self._phase:
-            self._phase = phase
-            self._mixture = self._mixed()
             for reader in self._readers:
                 reader.state.phase_tokens = 0
+        if phase != self._phase or self._mixture is None:
+            self._phase = phase
+            self._mixture = self._mixed()
 
     def _mixed(self) -> list[tuple[float, SourceReader]]:
         """The sources that the phase draws from, with their shares of its tokens; none if the lane is empty."""
@@ -163,12 +167,12 @@ class Lane:
             (weight / sum(weights), reader) for weight, reader in zip(weights, self._readers, strict=True) if weight
         ]
 
-    def _furthest_below(self) -> SourceReader:
-        """The source whose tokens fall furthest short of its share; of equals the heaviest."""
-        if len(self._mixture) == 1:
-            return self._mixture[0][1]
-        total = sum([reader.state.phase_tokens for _, reader in self._mixture])
-        return max(self._mixture, key=lambda item: (item[0] * total - item[1].state.phase_tokens, item[0]))[1]
+    def _flaw_of(self, document: Document) -> str:
+        """Why a ready-made sequence cannot be trained on; of a text there is nothing to say."""
+        if document.bordered or document.token_ids is None or not len(document.token_ids):
+            return ""
+        largest = int(document.token_ids.max())
+        return f"token id {largest} is not in the vocabulary" if largest >= self.tokenizer.vocab_size else ""
 
     def _wrapped(self, document: Document) -> npt.NDArray[np.int32]:
         if document.token_ids is None:
@@ -182,11 +186,21 @@ class Lane:
         tokens[len(before) + len(ids) :] = after
         return tokens
 
-    def _pick_up(self, carrier: str, left: int) -> None:
-        """Finds the tokens again that were left over when the state was taken."""
+    def _pick_up(self, carrier: str, left: int, of: int) -> None:
+        """Finds the tokens again that were left over when the state was taken: the last `left` of a document's `of`."""
         reader = next(reader for reader in self._readers if reader.plan.name == carrier)
         self._tokens, self._carrier = self._wrapped(reader.last_document()), carrier
+        if len(self._tokens) != of:
+            raise reader.changed(f"the document in use had {of} tokens and has {len(self._tokens)}")
         self._start = len(self._tokens) - left
+
+
+def _furthest_below(mixture: list[tuple[float, SourceReader]]) -> SourceReader:
+    """The source whose tokens fall furthest short of its share; of equals the heaviest."""
+    if len(mixture) == 1:
+        return mixture[0][1]
+    total = sum([reader.state.phase_tokens for _, reader in mixture])
+    return max(mixture, key=lambda item: (item[0] * total - item[1].state.phase_tokens, item[0]))[1]
 
 
 def too_many_bad_records(limit: int, last: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -77,6 +78,7 @@ class LaneFeed:
     """The lanes themselves, in this process. From a lane without documents nothing is drawn a second time."""
 
     def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+        _permit_open_files()
         self._states = {plan.lane: state for plan, state in job.lanes}
         self._cache = ShardCache(job.cache_dir, job.cache_bytes)
         shelf = Shelf(self._cache, DuplicateList(job.duplicates) if job.duplicates else None)
@@ -97,6 +99,8 @@ class LaneFeed:
             tokens = next(lane, None)
         except DataError as data_error:
             error = str(data_error)
+        except OSError as os_error:
+            error = f"lane {number} cannot be read ({os_error}); mend that and start again"
         if lane is None:
             return Drawn(number, None, error=error)
         if tokens is not None:
@@ -171,7 +175,8 @@ class WorkerProcess:
         self.process.wait()
         code = self.process.returncode
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
-        return DataError(f"tokenizer process {self.process.pid} {how}; its own message, if any, is above (memory?)")
+        why = "; was the machine out of memory?" if code == -signal.SIGKILL else "; its own message is above"
+        return DataError(f"tokenizer process {self.process.pid} {how}{why}")
 
 
 def _start(pipe: int) -> subprocess.Popen[bytes]:
@@ -188,6 +193,13 @@ def _start(pipe: int) -> subprocess.Popen[bytes]:
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _permit_open_files() -> None:
+    """Every lane keeps a shard of every source open; the usual limit of 1024 files is only the usual one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _widen(pipe: int) -> None:

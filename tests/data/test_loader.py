@@ -19,10 +19,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fbitrain.data.config import DataConfig, SourceConfig
+from fbitrain.data.config import DataConfig, PhaseConfig, SourceConfig
 from fbitrain.data.duplicates import write_duplicates
 from fbitrain.data.errors import DataError
 from fbitrain.data.loader import TokenLoader
+from fbitrain.data.pretokenize import pretokenize
 from fbitrain.data.streaming.plan import find_sources
 from fbitrain.data.streaming.worker import WorkerProcess
 
@@ -332,3 +333,78 @@ def test_workers_need_neither_torch_nor_transformers() -> None:
     heavy = "{'torch', 'transformers', 'huggingface_hub'}"
     check = f"import sys, fbitrain.data.streaming.worker; sys.exit(bool({heavy} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def tokenized(data: DataConfig, byte_tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    folder = tmp_path_factory.mktemp("tokens")
+    pretokenize(data, byte_tokenizer, folder, n_workers=1)
+    return dataclasses.replace(data, pretokenized=str(folder))
+
+
+def test_tokens_are_of_the_sources_that_the_configuration_names(tokenized: DataConfig, byte_tokenizer: str) -> None:
+    """What text would refuse, or leave out, its tokens must not sneak in."""
+    web = tokenized.sources[0]
+    held = dataclasses.replace(tokenized, heldout=[f"{web.paths[0]}/0.jsonl"])
+    with pytest.raises(DataError, match=r"0\.jsonl is both held out and part of source 'web'"):
+        rank_loader(held, byte_tokenizer)
+    for changed in ({"skip": ["0.jsonl"]}, {"text_key": "content"}, {"kind": "token_ids"}):
+        sources = [dataclasses.replace(web, **changed), *tokenized.sources[1:]]
+        with pytest.raises(DataError, match="'web'"):
+            rank_loader(dataclasses.replace(tokenized, sources=sources), byte_tokenizer)
+
+
+def test_tokens_outlive_their_text(tokenized: DataConfig, byte_tokenizer: str) -> None:
+    gone = [dataclasses.replace(source, paths=["/nowhere"]) for source in tokenized.sources]
+    without_text = dataclasses.replace(tokenized, sources=gone)
+    assert take(rank_loader(without_text, byte_tokenizer), 3) == take(rank_loader(tokenized, byte_tokenizer), 3)
+
+
+def test_another_kind_of_place_is_another_plan(data: DataConfig, byte_tokenizer: str) -> None:
+    _, state = take(rank_loader(data, byte_tokenizer), 1)
+    saved = {name: dict.fromkeys(shards, -1) for name, shards in rank_loader(data, byte_tokenizer).shard_list().items()}
+    state["fingerprint"]["web"]["sha256"] = "of unknown sizes"
+    with pytest.raises(DataError, match=r"the size of 0\.jsonl was not known then and is now"):
+        rank_loader(data, byte_tokenizer, states=[state], saved_shards=saved)
+
+
+def test_other_fields_are_another_stream(data: DataConfig, byte_tokenizer: str) -> None:
+    _, state = take(rank_loader(data, byte_tokenizer), 1)
+    sources = [dataclasses.replace(data.sources[0], text_key="content"), *data.sources[1:]]
+    with pytest.raises(DataError, match=r"'web' was read as text from field 'text' .* reads text from 'content'"):
+        rank_loader(dataclasses.replace(data, sources=sources), byte_tokenizer, states=[state])
+
+
+def test_a_document_that_changed_under_a_stopped_run(tmp_path: Path, byte_tokenizer: str, write_shard: Any) -> None:
+    """Of the same size, so only the document that was in use can tell."""
+    path = write_shard(tmp_path / "a.jsonl", ["x" * 400] * 5)
+    data = DataConfig([SourceConfig("a", [str(tmp_path)])], seq_len=31, n_lanes=1, n_workers=0)
+    _, state = take(rank_loader(data, byte_tokenizer), 1)
+    path.write_bytes(path.read_bytes().replace(b"x" * 10, b"\\u00e9" + b"xxxx"))
+    with pytest.raises(DataError, match=r"a\.jsonl of source 'a' has changed since the run began: the document in use"):
+        next(rank_loader(data, byte_tokenizer, states=[state]))
+
+
+def test_fewer_phases_than_before(data: DataConfig, byte_tokenizer: str) -> None:
+    phased = dataclasses.replace(data, phases=[PhaseConfig(1, {"web": 9}), PhaseConfig(2, {"web": 0})])
+    _, state = take(rank_loader(phased, byte_tokenizer, sequences_per_step=2), 9)
+    assert {lane["phase"] for lane in state["lanes"].values()} == {2}
+    take(rank_loader(data, byte_tokenizer, states=[state]), 9)
+
+
+def test_ready_made_ids_beyond_the_vocabulary(tmp_path: Path, byte_tokenizer: str) -> None:
+    lines = [json.dumps({"token_ids": [7] * 12 + [last]}) for last in (7, 99999, 4_000_000_000, 8)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    data = DataConfig([SourceConfig("a", [str(tmp_path)], kind="token_ids")], seq_len=12, n_lanes=1, n_workers=0)
+    loader = rank_loader(data, byte_tokenizer)
+    batches, _ = take(loader, 2)
+    assert {id for batch in batches for row in batch for id in row} == {7, 8}
+    assert loader.stats()["bad_records"] == 2
+
+
+def test_the_limit_of_bad_records_is_the_runs(tmp_path: Path, byte_tokenizer: str) -> None:
+    good = b'{"text": "a document of some length"}\n'
+    (tmp_path / "a.jsonl").write_bytes((good * 2 + b"bad\n") * 12)
+    data = DataConfig([SourceConfig("a", [str(tmp_path)])], seq_len=7, n_lanes=4, n_workers=0, max_bad_records=16)
+    states = [take(rank_loader(data, byte_tokenizer, rank, 2), 40)[1] for rank in range(2)]
+    assert take(rank_loader(data, byte_tokenizer, states=states), 40)[1]["drawn"] > 0

@@ -110,3 +110,11 @@ def test_a_local_shard_that_changes_or_vanishes_under_us(local: DataConfig, byte
             path.unlink()
         with pytest.raises(DataError, match=r"zst of source 'web' was there when the run began"):
             next(loader)
+    for i in range(N_SHARDS):
+        (folder / f"{i}.jsonl.zst").write_bytes(shard_content(i))
+    with TokenLoader(local, byte_tokenizer, 0, 1, 1) as loader:
+        next(loader)
+        for path in folder.iterdir():  # the shard being read, too: the file is still open, its name is gone
+            path.unlink()
+        with pytest.raises(DataError, match=r"zst of source 'web' was there when the run began"):
+            list(itertools.islice(loader, 1000))

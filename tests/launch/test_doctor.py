@@ -180,3 +180,18 @@ def test_as_a_command(folder: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert str(folder / "tiny.yaml") in done.stdout
+
+
+def test_what_a_source_needs_is_looked_at(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = folder / "code"
+    sources = (
+        f"{{name: code, paths: [{shards}], text_key: content}}, {{name: web, paths: ['http://b.invalid/a.jsonl']}}"
+    )
+    overrides = [f"data.sources=[{sources}]", "data.duplicates=/nowhere.npz", "data.cache_gb=1e9"]
+    assert examine(folder, *overrides) == 1
+    captured = capsys.readouterr()
+    assert "web: 1 shards, size not known yet" in captured.out
+    for problem in ("records hold no document", "data.cache_gb=1e+09 is more than"):
+        assert problem in captured.err
+    assert examine(folder, "data.duplicates=/nowhere.npz") == 1
+    assert "data.duplicates=/nowhere.npz does not exist" in capsys.readouterr().err

@@ -1,0 +1,89 @@
+"""What the files of a checkpoint hold, read by anyone: no DeepSpeed, no process group, no configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fbitrain.errors import UserError
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """Every parameter of a checkpoint, whole, as name in the LlamaForCausalLM -> fp32 CPU tensor. Needs no DeepSpeed.
+
+    Raises UserError if the folder is not a complete, undamaged checkpoint.
+    """
+    if not (folder / "COMPLETE.json").is_file():
+        raise UserError(f"{folder} is not a complete checkpoint: it has no COMPLETE.json")
+    if fault := damage(folder):
+        raise UserError(f"{folder} is damaged: {fault}; choose another checkpoint")
+    reader = ShardReader(folder)
+    weights = {}
+    for name, shape in json.loads((folder / "trainer.json").read_text())["shapes"].items():
+        weights[name] = torch.empty(shape, dtype=torch.float32)
+        reader.read_into(weights[name].view(-1), "weight", name, 0)
+    return weights
+
+
+class ShardReader:
+    """Finds any range of any parameter among the slices that a checkpoint's ranks wrote."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._shards = [safe_open(path, framework="pt") for path in shard_files(folder)]
+        self._slices: dict[tuple[str, str], list[tuple[int, int, str]]] = {}  # (kind, name) -> (start, shard, key)
+        for index, shard in enumerate(self._shards):
+            for key in shard.keys():  # noqa: SIM118 - not a dict
+                kind, name, start = key.split("|")
+                self._slices.setdefault((kind, name), []).append((int(start), index, key))
+
+    def read_into(self, target: Tensor, kind: str, name: str, start: int) -> None:
+        """Copies elements [start, start + len(target)) of the flattened parameter into `target` [n]."""
+        stop, filled = start + target.numel(), 0
+        for left, index, key in self._slices.get((kind, name), ()):
+            piece = self._shards[index].get_slice(key)
+            right = left + piece.get_shape()[0]
+            low, high = max(start, left), min(stop, right)
+            if low < high:
+                target[low - start : high - start].copy_(piece[low - left : high - left])
+                filled += high - low
+        if filled != target.numel():
+            raise UserError(
+                f"{self._folder} does not hold elements {start} to {stop} of {kind} {name}; it is not of this model"
+            )
+
+
+def shard_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("shard_rank*.safetensors"))
+
+
+def checksum(tensor: Tensor) -> int:
+    """Sum of an fp32 tensor's bit patterns modulo 2**64: finds flipped bits at memory speed."""
+    return int(tensor.contiguous().view(torch.int32).sum(dtype=torch.int64).item())
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a complete checkpoint's files, by presence, size and checksum; empty if nothing."""
+    try:
+        marker = json.loads((folder / "COMPLETE.json").read_text())
+        for name, size in marker["files"].items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        for path in shard_files(folder):
+            with safe_open(path, framework="pt") as shard:
+                sums = json.loads(shard.metadata()["checksums"])
+                for key in shard.keys():  # noqa: SIM118 - not a dict
+                    if checksum(shard.get_tensor(key)) != sums[key]:
+                        return f"{path.name} fails its checksum at {key}"
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
