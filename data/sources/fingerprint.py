@@ -47,6 +47,10 @@ def _first_difference(saved: Mapping[str, int], now: Mapping[str, int]) -> str:
         what = f"{vanished[0]} has vanished"
     elif appeared:
         what = f"{appeared[0]} has appeared"
+    elif changed and -1 in (saved[changed[0]], now[changed[0]]):
+        # Who reads which shard was planned by the sizes that were known, so another plan would repeat documents.
+        known = "not known then and is now" if saved[changed[0]] == -1 else "known then and is not now"
+        return f"the size of {changed[0]} was {known}, as they are read from another kind of place"
     elif changed:
         what = f"{changed[0]} had {saved[changed[0]]} bytes and has {now[changed[0]]}"
     else:
