@@ -76,11 +76,9 @@ def find_sources(data: DataConfig) -> dict[str, list[Shard]]:
     for source in data.sources:
         shards = found[source.name] = _tokenized(index, source) if index else find_shards(source)
         originals = index.originals(source.name) if index else [shard.path for shard in shards]
-        for path in originals if held else ():
-            if os.path.realpath(path) not in held:
-                continue
+        if both := [path for path in originals if os.path.realpath(path) in held] if held else []:
             raise DataError(
-                f"{path} is both held out and part of source {source.name!r}; "
+                f"{both[0]} is both held out and part of source {source.name!r}; "
                 "take it out of data.heldout or data.sources"
             )
     return found
