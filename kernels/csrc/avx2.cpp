@@ -1,0 +1,334 @@
+// The kernels with AVX2: 8 rows of a panel per register. docs/kernels.md draws the data paths.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace fbitrain {
+namespace {
+
+#include "pack.inl"
+
+constexpr int kLanes = 8;
+constexpr int kGroups = kRows / kLanes;       // registers that hold one word of every row
+constexpr int kTileTokens = 6;                // int8 and float tiles: tokens x 2 registers of sums
+constexpr int kPairTables = kWordBits / 2;    // float: one table of 4 sums per pair of columns
+constexpr int kNibbles = kWordBits / 4;       // xnor: nibbles per word
+
+__m256i load(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
+
+void add_to(int32_t* sums, __m256i values) {
+    auto* p = reinterpret_cast<__m256i*>(sums);
+    _mm256_store_si256(p, _mm256_add_epi32(_mm256_load_si256(p), values));
+}
+
+// Has the compiler finish this sum before it starts on the next. Left to itself, gcc reorders a tile's products until
+// they no longer fit the registers, at half the speed.
+template <typename Register>
+void in_register(Register& sum) {
+    __asm__("" : "+x"(sum));
+}
+
+// --- int8 ---
+
+// Sixteen 16-bit sums, two neighbours belonging to one row -> 8 sums of 32 bits.
+__m256i widen(__m256i sums16) { return _mm256_madd_epi16(sums16, _mm256_set1_epi16(1)); }
+
+// x of four columns, the same for all 8 rows.
+__m256i four(const int8_t* x) {
+    int32_t bytes;
+    __builtin_memcpy(&bytes, x, sizeof bytes);
+    return _mm256_set1_epi32(bytes);
+}
+
+// One token. A bit is used where it stands: byte (bit << j) times x, for j < 4, and the same again after a shift by 4,
+// so that three instructions (and, multiply-add of pairs, add) do 32 weights. sum[j] holds 2^j times its value; it takes
+// 2 * kLoadWords terms of at most 2 * 8 * 127 before it is read, which 16 bits just hold.
+template <int kRegisters>
+void int8_one_token(const uint32_t* panel, int n_words, const int8_t* x, int32_t* sums) {
+    const __m256i mask[4] = {_mm256_set1_epi8(1), _mm256_set1_epi8(2), _mm256_set1_epi8(4), _mm256_set1_epi8(8)};
+    for (int begin = 0; begin < n_words; begin += kLoadWords) {
+        const int end = begin + kLoadWords < n_words ? begin + kLoadWords : n_words;
+        __m256i sum[kRegisters][4] = {};
+        for (int w = begin; w < end; ++w)
+            #pragma GCC unroll 8
+            for (int half = 0; half < 2; ++half)
+                #pragma GCC unroll 8
+                for (int j = 0; j < 4; ++j) {
+                    const __m256i x4 = four(x + w * kWordBits + half * 16 + j * 4);
+                    #pragma GCC unroll 8
+                    for (int g = 0; g < kRegisters; ++g) {
+                        __m256i bits = load(panel + w * kRows + g * kLanes);
+                        if (half) bits = _mm256_srli_epi32(bits, 4);
+                        const __m256i products = _mm256_maddubs_epi16(_mm256_and_si256(bits, mask[j]), x4);
+                        sum[g][j] = _mm256_add_epi16(sum[g][j], products);
+                        in_register(sum[g][j]);
+                    }
+                }
+        #pragma GCC unroll 8
+        for (int g = 0; g < kRegisters; ++g) {
+            const __m256i low = _mm256_add_epi16(sum[g][0], _mm256_srai_epi16(sum[g][1], 1));
+            const __m256i high = _mm256_add_epi16(_mm256_srai_epi16(sum[g][2], 2), _mm256_srai_epi16(sum[g][3], 3));
+            add_to(sums + g * kLanes, widen(_mm256_add_epi16(low, high)));
+        }
+    }
+}
+
+// The bits of 16 rows as bytes 0 and 1: bytes[8 * word + j][2], each register 8 rows x the 4 columns of one j.
+void expand(const uint32_t* panel, int n_words, __m256i* bytes) {
+    const __m256i ones = _mm256_set1_epi8(1);
+    for (int w = 0; w < n_words; ++w)
+        #pragma GCC unroll 8
+        for (int g = 0; g < 2; ++g) {
+            const __m256i bits = load(panel + w * kRows + g * kLanes);
+            #pragma GCC unroll 8
+            for (int j = 0; j < 8; ++j) bytes[2 * (8 * w + j) + g] = _mm256_and_si256(_mm256_srli_epi32(bits, j), ones);
+        }
+}
+
+// 16 rows x kTokens: two instructions (multiply-add of pairs, add) do 32 weights. At most 128 steps of at most 254.
+template <int kTokens>
+void int8_tile(const __m256i* bytes, int n_steps, const int8_t* x, ptrdiff_t stride, int32_t* sums) {
+    __m256i sum[kTokens][2] = {};
+    for (int step = 0; step < n_steps; ++step)
+        #pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t) {
+            const __m256i x4 = four(x + t * stride + 4 * step);
+            #pragma GCC unroll 8
+            for (int g = 0; g < 2; ++g)
+            {
+                sum[t][g] = _mm256_add_epi16(sum[t][g], _mm256_maddubs_epi16(bytes[2 * step + g], x4));
+                in_register(sum[t][g]);
+            }
+        }
+    #pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t)
+        #pragma GCC unroll 8
+        for (int g = 0; g < 2; ++g) add_to(sums + t * kRows + g * kLanes, widen(sum[t][g]));
+}
+
+void int8_block(const uint32_t* panel, int n_words, const int8_t* x, ptrdiff_t stride, int tokens, int32_t* sums) {
+    if (tokens < 3) {  // fewer than it takes to pay for `expand`
+        for (int t = 0; t < tokens; ++t)
+            for (int g = 0; g < kGroups; g += 2)
+                int8_one_token<2>(panel + g * kLanes, n_words, x + t * stride, sums + t * kRows + g * kLanes);
+        return;
+    }
+    __m256i bytes[kBlockWords * 8 * 2];
+    constexpr decltype(&int8_tile<1>) tiles[] = {nullptr,      int8_tile<1>, int8_tile<2>, int8_tile<3>,
+                                                 int8_tile<4>, int8_tile<5>, int8_tile<6>};
+    for (int g = 0; g < kGroups; g += 2) {
+        expand(panel + g * kLanes, n_words, bytes);
+        for (int t = 0; t < tokens; t += kTileTokens) {
+            const int n = tokens - t < kTileTokens ? tokens - t : kTileTokens;
+            tiles[n](bytes, 8 * n_words, x + t * stride, stride, sums + t * kRows + g * kLanes);
+        }
+    }
+}
+
+// --- float ---
+
+// For columns k and k + 1 with z values a and b, the sums that their two bits can select: -a-b, a-b, -a+b, a+b.
+void float_tables(const float* z, int n_words, float* tables) {
+    const __m128 sign_a = _mm_setr_ps(-0.0f, 0.0f, -0.0f, 0.0f), sign_b = _mm_setr_ps(-0.0f, -0.0f, 0.0f, 0.0f);
+    for (int pair = 0; pair < n_words * kPairTables; ++pair) {
+        const __m128 a = _mm_xor_ps(_mm_set1_ps(z[2 * pair]), sign_a);
+        const __m128 b = _mm_xor_ps(_mm_set1_ps(z[2 * pair + 1]), sign_b);
+        _mm_storeu_ps(tables + 4 * pair, _mm_add_ps(a, b));
+    }
+}
+
+// kTokens x kRegisters * 8 rows: vpermilps looks at the two lowest bits of each lane, so that a shift (shared by all
+// tokens), a lookup and an add do 16 weights.
+template <int kTokens, int kRegisters>
+void float_tile(const uint32_t* panel, int n_words, const float* tables, ptrdiff_t stride, float* sums) {
+    __m256 sum[kTokens][kRegisters] = {};
+    for (int w = 0; w < n_words; ++w) {
+        __m256i bits[kRegisters];
+        #pragma GCC unroll 8
+        for (int g = 0; g < kRegisters; ++g) bits[g] = load(panel + w * kRows + g * kLanes);
+#pragma GCC unroll 1
+        for (int pair = 0; pair < kPairTables; ++pair) {
+            #pragma GCC unroll 8
+            for (int t = 0; t < kTokens; ++t) {
+                const __m256 table = _mm256_broadcast_ps(
+                    reinterpret_cast<const __m128*>(tables + t * stride + 4 * (w * kPairTables + pair)));
+                #pragma GCC unroll 8
+                for (int g = 0; g < kRegisters; ++g)
+                {
+                    sum[t][g] = _mm256_add_ps(sum[t][g], _mm256_permutevar_ps(table, bits[g]));
+                    in_register(sum[t][g]);
+                }
+            }
+            #pragma GCC unroll 8
+            for (int g = 0; g < kRegisters; ++g) bits[g] = _mm256_srli_epi32(bits[g], 2);
+        }
+    }
+    #pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t)
+        #pragma GCC unroll 8
+        for (int g = 0; g < kRegisters; ++g) {
+            float* p = sums + t * kRows + g * kLanes;
+            _mm256_store_ps(p, _mm256_add_ps(_mm256_load_ps(p), sum[t][g]));
+        }
+}
+
+void float_block(const uint32_t* panel, int n_words, const float* tables, ptrdiff_t stride, int tokens, float* sums) {
+    constexpr decltype(&float_tile<1, 2>) tiles[] = {nullptr,          float_tile<1, 4>, float_tile<2, 2>, float_tile<3, 2>,
+                                                     float_tile<4, 2>, float_tile<5, 2>, float_tile<6, 2>};
+    for (int t = 0; t < tokens; t += kTileTokens) {
+        const int n = tokens - t < kTileTokens ? tokens - t : kTileTokens;
+        const int registers = n == 1 ? 4 : 2;
+        for (int g = 0; g < kGroups; g += registers)
+            tiles[n](panel + g * kLanes, n_words, tables + t * stride, stride, sums + t * kRows + g * kLanes);
+    }
+}
+
+// --- xnor ---
+
+// One token: the popcount of each byte, by a lookup per nibble. At most 16 words x 8 in a byte.
+void xnor_one_token(const uint32_t* panel, int n_words, const uint32_t* a, int32_t* sums) {
+    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi8(1);
+    const __m256i counts = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
+                                            0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+    for (int g = 0; g < kGroups; ++g) {
+        __m256i sum = _mm256_setzero_si256();
+        for (int w = 0; w < n_words; ++w) {
+            const __m256i differing =
+                _mm256_xor_si256(load(panel + w * kRows + g * kLanes), _mm256_set1_epi32(static_cast<int>(a[w])));
+            const __m256i high = _mm256_and_si256(_mm256_srli_epi16(differing, 4), low);
+            sum = _mm256_add_epi8(sum, _mm256_shuffle_epi8(counts, _mm256_and_si256(differing, low)));
+            sum = _mm256_add_epi8(sum, _mm256_shuffle_epi8(counts, high));
+        }
+        add_to(sums + g * kLanes, widen(_mm256_maddubs_epi16(sum, ones)));
+    }
+}
+
+// The nibbles of 32 rows: per nibble a register of 32 bytes, one per row, in the order that `add_bytes` knows. `stride`
+// is the distance between registers.
+void split_nibbles(const uint32_t* panel, int n_words, __m256i* nibbles, int stride) {
+    const __m256i low = _mm256_set1_epi8(15);
+    const __m256i by_column =  // four rows of four bytes -> four columns of four bytes
+        _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
+                         0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (int w = 0; w < n_words; ++w) {
+        __m256i v[4], column[4];
+        #pragma GCC unroll 8
+        for (int g = 0; g < 4; ++g) v[g] = _mm256_shuffle_epi8(load(panel + w * kRows + g * kLanes), by_column);
+        const __m256i ab = _mm256_unpacklo_epi32(v[0], v[1]), AB = _mm256_unpackhi_epi32(v[0], v[1]);
+        const __m256i cd = _mm256_unpacklo_epi32(v[2], v[3]), CD = _mm256_unpackhi_epi32(v[2], v[3]);
+        column[0] = _mm256_unpacklo_epi64(ab, cd);
+        column[1] = _mm256_unpackhi_epi64(ab, cd);
+        column[2] = _mm256_unpacklo_epi64(AB, CD);
+        column[3] = _mm256_unpackhi_epi64(AB, CD);
+        #pragma GCC unroll 8
+        for (int b = 0; b < 4; ++b) {
+            nibbles[(kNibbles * w + 2 * b) * stride] = _mm256_and_si256(column[b], low);
+            nibbles[(kNibbles * w + 2 * b + 1) * stride] = _mm256_and_si256(_mm256_srli_epi16(column[b], 4), low);
+        }
+    }
+}
+
+// Adds the bytes of such a register to the sums of their 32 rows. Of the four bytes of 32-bit lane g, in the lower and
+// in the upper half, come the 4 + 4 sums of rows 8 * g to 8 * g + 7.
+void add_bytes(int32_t* sums, __m256i bytes) {
+    #pragma GCC unroll 8
+    for (int g = 0; g < 4; ++g) {
+        const __m256i one_group = _mm256_shuffle_epi8(
+            bytes, _mm256_set1_epi32(0x03020100 + 0x04040404 * g));  // lane g, four times over
+        const __m256i separate = _mm256_and_si256(
+            one_group, _mm256_setr_epi32(0xFF, 0xFF00, 0xFF0000, static_cast<int>(0xFF000000u), 0xFF, 0xFF00, 0xFF0000,
+                                         static_cast<int>(0xFF000000u)));
+        add_to(sums + g * kLanes, _mm256_srlv_epi32(separate, _mm256_setr_epi32(0, 8, 16, 24, 0, 8, 16, 24)));
+    }
+}
+
+// popcount(q ^ i) for every nibble i, one row of 16 bytes for each nibble q of a.
+struct XnorTables {
+    alignas(16) uint8_t rows[16][16];
+    constexpr XnorTables() : rows() {
+        for (int q = 0; q < 16; ++q)
+            for (int i = 0; i < 16; ++i)
+                for (int bit = 0; bit < 4; ++bit) rows[q][i] += ((q ^ i) >> bit) & 1;
+    }
+};
+constexpr XnorTables kXnorTables;
+
+// 64 rows x kTokens: a lookup and an add do 128 bits. A byte takes at most n_nibbles <= 63 terms of at most 4.
+template <int kTokens>
+void xnor_tile(const __m256i* nibbles, int n_nibbles, const uint8_t* a, ptrdiff_t stride, int32_t* sums) {
+    __m256i sum[kTokens][2] = {};
+    for (int i = 0; i < n_nibbles; ++i)
+        #pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t) {
+            const __m256i table = _mm256_broadcastsi128_si256(
+                _mm_load_si128(reinterpret_cast<const __m128i*>(&kXnorTables.rows[0][0] + a[t * stride + i])));
+            #pragma GCC unroll 8
+            for (int g = 0; g < 2; ++g)
+            {
+                sum[t][g] = _mm256_add_epi8(sum[t][g], _mm256_shuffle_epi8(table, nibbles[2 * i + g]));
+                in_register(sum[t][g]);
+            }
+        }
+    #pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t)
+        #pragma GCC unroll 8
+        for (int g = 0; g < 2; ++g) add_bytes(sums + t * kRows + g * kRows / 2, sum[t][g]);
+}
+
+void xnor_block(const uint32_t* panel, int n_words, const uint32_t* a, const uint8_t* a_nibbles, ptrdiff_t stride,
+                int tokens, int32_t* sums) {
+    if (tokens < 3) {
+        for (int t = 0; t < tokens; ++t) xnor_one_token(panel, n_words, a + t * stride, sums + t * kRows);
+        return;
+    }
+    constexpr int kMostNibbles = 60;
+    __m256i nibbles[kBlockWords * kNibbles * 2];
+    split_nibbles(panel, n_words, nibbles, 2);
+    split_nibbles(panel + kRows / 2, n_words, nibbles + 1, 2);
+    constexpr decltype(&xnor_tile<1>) tiles[] = {nullptr,      xnor_tile<1>, xnor_tile<2>, xnor_tile<3>,
+                                                 xnor_tile<4>, xnor_tile<5>, xnor_tile<6>};
+    for (int t = 0; t < tokens; t += kTileTokens) {
+        const int n = tokens - t < kTileTokens ? tokens - t : kTileTokens;
+        for (int i = 0; i < kNibbles * n_words; i += kMostNibbles) {
+            const int rest = kNibbles * n_words - i;
+            tiles[n](nibbles + 2 * i, rest < kMostNibbles ? rest : kMostNibbles, a_nibbles + t * kNibbles * stride + i,
+                     kNibbles * stride, sums + t * kRows);
+        }
+    }
+}
+
+// 8 rows of 8 words -> 8 words of 8 rows.
+void transpose_8x8(const uint32_t* words, ptrdiff_t stride, uint32_t* panel) {
+    __m256i halves[8];  // rows r and r + 4 of words 0..3, then of words 4..7
+    for (int r = 0; r < 4; ++r)
+        #pragma GCC unroll 8
+        for (int half = 0; half < 2; ++half) {
+            const auto* top = reinterpret_cast<const __m128i*>(words + r * stride + 4 * half);
+            const auto* bottom = reinterpret_cast<const __m128i*>(words + (r + 4) * stride + 4 * half);
+            halves[4 * half + r] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(top)),
+                                                           _mm_loadu_si128(bottom), 1);
+        }
+    #pragma GCC unroll 8
+    for (int half = 0; half < 2; ++half) {
+        const __m256i* row = halves + 4 * half;
+        const __m256i low01 = _mm256_unpacklo_epi32(row[0], row[1]), high01 = _mm256_unpackhi_epi32(row[0], row[1]);
+        const __m256i low23 = _mm256_unpacklo_epi32(row[2], row[3]), high23 = _mm256_unpackhi_epi32(row[2], row[3]);
+        const __m256i word[4] = {_mm256_unpacklo_epi64(low01, low23), _mm256_unpackhi_epi64(low01, low23),
+                                 _mm256_unpacklo_epi64(high01, high23), _mm256_unpackhi_epi64(high01, high23)};
+        for (int w = 0; w < 4; ++w)
+            _mm256_store_si256(reinterpret_cast<__m256i*>(panel + (4 * half + w) * kRows), word[w]);
+    }
+}
+
+}  // namespace
+
+void avx2_transpose(const uint32_t* words, ptrdiff_t stride, int n_words, uint32_t* panel) {
+    for (int r = 0; r < kRows; r += kLanes)
+        for (int w = 0; w < n_words; w += kLoadWords)
+            transpose_8x8(words + r * stride + w, stride, panel + w * kRows + r);
+}
+
+const KernelSet kAvx2 = {"avx2",      avx2_transpose, int8_block, 4 * kPairTables, float_tables,
+                         float_block, xnor_block,     pack_row,   unpack_row};
+
+}  // namespace fbitrain
