@@ -10,6 +10,7 @@ import ctypes
 import functools
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -37,11 +38,10 @@ _ARGUMENTS = {
 }
 
 
-class _Library:
-    """The C functions of the compiled library. Raises BuildError where there is none."""
+class Library:
+    """The C functions of a compiled library. Raises BuildError if it cannot be loaded."""
 
-    def __init__(self) -> None:
-        path = build()
+    def __init__(self, path: Path) -> None:
         try:
             self._loaded = ctypes.CDLL(str(path))
         except OSError as error:
@@ -66,8 +66,8 @@ class _Library:
 
 
 @functools.cache
-def _library() -> _Library:
-    return _Library()
+def _library() -> Library:
+    return Library(build())
 
 
 @functools.cache

@@ -23,14 +23,13 @@ COMPILERS = ("g++", "clang++", "c++")
 
 # No -march anywhere: a file gets the instructions that its name says, and is entered only where the CPU has them.
 # Contraction is off because a fused multiply-add rounds differently from the reference.
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra")
-BASELINE = ("binary_linear.cpp", "xnor_gemm.cpp", "cpu_features.cpp", "threads.cpp", "portable.cpp")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread")
+BASELINE = ("binary_linear.cpp", "xnor_gemm.cpp", "kernel_sets.cpp", "cpu_features.cpp", "threads.cpp", "portable.cpp")
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "avx2": ("-mavx2", "-mfma"),
     "avx512": tuple(f"-mavx512{part}" for part in ("f", "dq", "bw", "vl", "vnni", "vpopcntdq")),
     "amx": ("-mavx512f", "-mavx512bw", "-mamx-tile", "-mamx-int8"),
 }
-NEEDS = {"avx512": "avx2", "amx": "avx512"}  # each takes functions from the one below it
 
 
 class BuildError(RuntimeError):
@@ -84,9 +83,8 @@ def _fingerprint(compiler: list[str]) -> str:
 def _compile(compiler: list[str], scratch: Path, library: Path) -> None:
     """Objects one by one, then the library under a temporary name, then its own."""
     compiled: list[str] = []
-    for name in INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else ():
-        if NEEDS.get(name, name) in (name, *compiled) and _compiles(compiler, name, scratch):
-            compiled.append(name)
+    if platform.machine() == "x86_64":
+        compiled = [name for name in INSTRUCTION_SETS if _compiles(compiler, name, scratch)]
     defines = [f"-DFBITRAIN_{name.upper()}" for name in compiled]
     for source in BASELINE:
         _run([*compiler, *FLAGS, *defines, "-c", str(SOURCES / source), "-o", str(scratch / f"{source}.o")])

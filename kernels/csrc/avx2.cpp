@@ -320,15 +320,15 @@ void transpose_8x8(const uint32_t* words, ptrdiff_t stride, uint32_t* panel) {
     }
 }
 
-}  // namespace
-
-void avx2_transpose(const uint32_t* words, ptrdiff_t stride, int n_words, uint32_t* panel) {
+void transpose(const uint32_t* words, ptrdiff_t stride, int n_words, uint32_t* panel) {
     for (int r = 0; r < kRows; r += kLanes)
         for (int w = 0; w < n_words; w += kLoadWords)
             transpose_8x8(words + r * stride + w, stride, panel + w * kRows + r);
 }
 
-const KernelSet kAvx2 = {"avx2",      avx2_transpose, int8_block, 4 * kPairTables, float_tables,
-                         float_block, xnor_block,     pack_row,   unpack_row};
+}  // namespace
+
+const KernelSet kAvx2 = {"avx2",      transpose,  int8_block, 4 * kPairTables, float_tables,
+                         float_block, xnor_block, pack_row,   unpack_row};
 
 }  // namespace fbitrain

@@ -12,8 +12,6 @@
 namespace fbitrain {
 namespace {
 
-enum Level { kLevelPortable = 0, kLevelAvx2 = 1, kLevelAvx512 = 2, kLevelAmx = 3 };
-
 #if defined(__x86_64__)
 
 bool bit(unsigned reg, int position) { return (reg >> position) & 1u; }
@@ -60,39 +58,11 @@ int detect() { return kLevelPortable; }
 
 #endif
 
-const KernelSet* compiled(int level) {
-    switch (level) {
-        case kLevelPortable:
-            return &kPortable;
-#if defined(FBITRAIN_AVX2)
-        case kLevelAvx2:
-            return &kAvx2;
-#endif
-#if defined(FBITRAIN_AVX512)
-        case kLevelAvx512:
-            return &kAvx512;
-#endif
-#if defined(FBITRAIN_AMX)
-        case kLevelAmx:
-            return &kAmx;
-#endif
-        default:
-            return nullptr;
-    }
-}
+}  // namespace
 
-int highest() {
+int highest_level() {
     static const int level = detect();
     return level;
 }
 
-}  // namespace
-
-const KernelSet* kernel_set(int level) { return level <= highest() ? compiled(level) : nullptr; }
-
 }  // namespace fbitrain
-
-// 1: this CPU, under this operating system, runs the level; 0: it does not; -1: the compiler could not build it.
-extern "C" FBITRAIN_EXPORT int fbitrain_supports(int level) noexcept {
-    return !fbitrain::compiled(level) ? -1 : level <= fbitrain::highest();
-}

@@ -53,18 +53,19 @@ struct KernelSet {
     void (*unpack_row)(int format, const uint32_t* words, int64_t k, void* out);
 };
 
-// Each in the file of its name. The files hold no inline function or template that another file could share: the linker
-// would keep one copy, perhaps the one that needs AVX-512, for all.
+// Each in the file of its name; null functions are taken from the level below. The files hold no inline function or
+// template that another file could share: the linker would keep one copy, perhaps the one that needs AVX-512, for all.
 extern const KernelSet kPortable;
 extern const KernelSet kAvx2;
 extern const KernelSet kAvx512;
 extern const KernelSet kAmx;
 
-// What AVX-512 and AMX take from the sets below them.
-void avx2_transpose(const uint32_t* words, ptrdiff_t stride, int n_words, uint32_t* panel);
+enum Level { kLevelPortable = 0, kLevelAvx2 = 1, kLevelAvx512 = 2, kLevelAmx = 3, kLevels = 4 };
 
-// The set of a level (0 portable, 1 avx2, 2 avx512, 3 amx), or null if this CPU or OS cannot run it, or it was not
-// compiled.
+// The highest level that this CPU and its operating system run, compiled or not.
+int highest_level();
+
+// The functions of a level, or null if it was not compiled or cannot run here.
 const KernelSet* kernel_set(int level);
 
 }  // namespace fbitrain

@@ -11,14 +11,14 @@ from torch import Tensor
 from fbitrain.kernels import cpu, reference
 from fbitrain.kernels.layout import SCALES, scale_shape
 
-WIDTHS = (1, 31, 32, 33, 63, 65, 511, 512, 513, 1000, 4096)
+WIDTHS = (1, 31, 32, 33, 63, 65, 511, 4096)
 # Tokens and rows around what tiles and panels hold: 1 to 6 tokens a tile, 60 a task, 480 a slab; 64 rows a panel.
 SHAPES = [(1, 1), (2, 63), (3, 64), (5, 65), (6, 7), (7, 130), (61, 5)]
 
 
 @pytest.mark.parametrize("level", cpu.LEVELS)
 def test_this_machine_runs(level: str) -> None:
-    """Skips what the tests below cannot cover here; test_emulated.py runs it on any CPU."""
+    """Skips what this machine lacks; the tests below run AVX-512 and AMX emulated, here as everywhere."""
     if why_not := cpu.levels()[level]:
         pytest.skip(f"{level}: {why_not}")
     assert cpu.kernel("pack_signs", level)(torch.ones(33)).tolist() == [-1, 1]
@@ -78,7 +78,7 @@ def test_float_mode_is_near_fp64(level: str, k: int, scale: str, beta: bool, dty
     group_size = 32
     if scale == "group":
         k = -(-k // 32) * 32  # groups are whole words
-    for m, n in SHAPES:
+    for m, n in SHAPES if dtype == torch.float32 else SHAPES[1:4]:
         x, words, alpha, shift = linear_inputs(m, n, k, scale, beta, group_size)
         x = x.to(dtype)
         y = cpu.kernel("binary_linear", level)(x, words, alpha, shift, scale, k, group_size)
@@ -93,7 +93,7 @@ def test_float_mode_is_near_fp64(level: str, k: int, scale: str, beta: bool, dty
 @pytest.mark.parametrize("scale", ["column", "row", "tensor"])
 @pytest.mark.parametrize("k", WIDTHS)
 def test_int8_mode_without_shift_is_exact(level: str, k: int, scale: str, dtype: torch.dtype) -> None:
-    for m, n in SHAPES:
+    for m, n in SHAPES if dtype == torch.float32 else SHAPES[1:4]:
         x, words, alpha, _ = linear_inputs(m, n, k, scale, False, k)
         arguments = (x.to(dtype), words, alpha, None, scale, k, k, "int8")
         assert torch.equal(cpu.kernel("binary_linear", level)(*arguments), reference.binary_linear(*arguments))
