@@ -55,6 +55,46 @@ void int8_one_token(const uint32_t* panel, int n_words, const int8_t* x, int32_t
             add_to(sums + g * kLanes, _mm512_sra_epi32(sum[g][j], _mm_cvtsi32_si128(j)));
 }
 
+constexpr int64_t kWordsAhead = 1024;
+
+// One token and whole rows: as above, but a register holds 16 words of one row instead of one word of 16 rows.
+template <int kTogether>
+void int8_together(const uint32_t* words, int64_t n_words, const int8_t* x, int32_t* sums) {
+    __m512i sum[kTogether][8] = {};
+    for (int64_t w = 0; w < n_words; w += kLanes) {
+        const int64_t left = n_words - w;
+        const auto present = static_cast<__mmask16>(left >= kLanes ? 0xFFFF : (1 << left) - 1);
+        __m512i bits[kTogether];
+        // Each register is a cache line; see avx2.cpp for the distance.
+#pragma GCC unroll 4
+        for (int r = 0; r < kTogether; ++r) __builtin_prefetch(words + r * n_words + w + kWordsAhead);
+#pragma GCC unroll 4
+        for (int r = 0; r < kTogether; ++r) bits[r] = _mm512_maskz_loadu_epi32(present, words + r * n_words + w);
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) {
+            const __m512i x64 = load(x + w * kWordBits + 64 * j);
+            const __m512i mask = _mm512_set1_epi32(static_cast<int32_t>(0x01010101u << j));
+#pragma GCC unroll 4
+            for (int r = 0; r < kTogether; ++r) {
+                sum[r][j] = _mm512_dpbusd_epi32(sum[r][j], _mm512_and_si512(bits[r], mask), x64);
+                in_register(sum[r][j]);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kTogether; ++r) {
+        sums[r] = 0;
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) sums[r] += _mm512_reduce_add_epi32(sum[r][j]) >> j;
+    }
+}
+
+void int8_rows(const uint32_t* words, int64_t n_words, int rows, const int8_t* x, int32_t* sums) {
+    int r = 0;
+    for (; r + 2 <= rows; r += 2) int8_together<2>(words + r * n_words, n_words, x, sums + r);
+    if (r < rows) int8_together<1>(words + r * n_words, n_words, x, sums + r);
+}
+
 // 32 rows x kTokens: one instruction does 64 weights; bringing the bits to bytes 0 and 1 is shared by the tokens.
 template <int kTokens>
 void int8_tile(const uint32_t* panel, int n_words, const int8_t* x, ptrdiff_t stride, int32_t* sums) {
@@ -192,7 +232,7 @@ void xnor_block(const uint32_t* panel, int n_words, const uint32_t* a, const uin
 
 }  // namespace
 
-const KernelSet kAvx512 = {"avx512",    nullptr,    int8_block, 16 * kQuadTables, float_tables,
-                           float_block, xnor_block, pack_row,   unpack_row};
+const KernelSet kAvx512 = {"avx512",     nullptr,     int8_block, kLanes,   int8_rows, 16 * kQuadTables,
+                           float_tables, float_block, xnor_block, pack_row, unpack_row};
 
 }  // namespace fbitrain

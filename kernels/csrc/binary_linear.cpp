@@ -18,6 +18,7 @@ enum Scale { kColumn = 0, kRow = 1, kTensor = 2, kGroup = 3 };
 
 // Tokens made ready at a time, which bounds the memory: 1 byte per column and token of int8, 8 or 16 of float tables.
 constexpr int kInt8Tokens = 8 * kMaxTokens, kFloatTokens = 24;
+constexpr int kRowTokens = 2;  // up to here int8_rows, which does a token at a time, is faster than int8_block
 
 struct Linear {
     const KernelSet& set;
@@ -29,9 +30,11 @@ struct Linear {
     int64_t m, k, group_size;
 
     int64_t groups() const { return scale == kGroup ? k / group_size : 1; }
+    bool by_rows() const { return mode == kInt8Mode && scale != kGroup && m <= kRowTokens && set.int8_rows; }
     int64_t padded() const { return weight.padded_words() * kWordBits; }
     // From one token to the next, in elements.
     int64_t token_stride() const {
+        if (by_rows()) return round_up(padded(), set.chunk_words * kWordBits);
         return mode == kInt8Mode ? padded() + kSkew : weight.padded_words() * set.floats_per_word + kSkew / 4;
     }
     float parameter(const float* values, int64_t i) const {  // rounded to x's dtype, as in training
@@ -89,6 +92,17 @@ void total_groups(const Linear& p, const int8_t* q, int32_t* totals) {
     }
 }
 
+// From the order of int8_block to that of int8_rows; the four columns of an i stay together.
+void order_by_rows(const Linear& p, int8_t* q, float* scratch) {
+    const int64_t chunk = p.set.chunk_words, n_words = p.token_stride() / kWordBits;
+    std::memset(q + p.padded(), 0, static_cast<size_t>(p.token_stride() - p.padded()));
+    auto* from = reinterpret_cast<char*>(scratch);
+    std::memcpy(from, q, static_cast<size_t>(p.token_stride()));
+    for (int64_t w = 0; w < n_words; ++w)
+        for (int64_t j = 0; j < 8; ++j)
+            std::memcpy(q + (w / chunk * chunk * 8 + j * chunk + w % chunk) * 4, from + (w * 8 + j) * 4, 4);
+}
+
 // Makes token `first + t` ready as number t of the slab; false if int8 mode finds NaN or infinity in it.
 bool prepare(const Linear& p, int64_t first, int64_t t, float* z, Ready& ready) {
     read_token(p, first + t, z);
@@ -101,6 +115,7 @@ bool prepare(const Linear& p, int64_t first, int64_t t, float* z, Ready& ready) 
         token.scale = quantize(z, p.padded(), q);
         if (!std::isfinite(token.scale)) return false;
         total_groups(p, q, ready.totals.get() + t * p.groups());
+        if (p.by_rows()) order_by_rows(p, q, z);
     } else {
         token.scale = 1.0f;
         p.set.float_tables(z, static_cast<int>(p.weight.padded_words()), ready.tables.get() + t * p.token_stride());
@@ -118,14 +133,10 @@ public:
     void run(int64_t row_of_y) {
         std::fill_n(&result_[0][0], tokens_ * kRows, 0.0f);
         clear();
-        for (int64_t word = 0; word < p_.weight.padded_words();) {
-            const int n_words = p_.weight.read(p_.set, panel_, word, bits_);
-            if (p_.scale == kGroup)
-                add_groups(word, n_words);
-            else
-                add(bits_, word, n_words);
-            word += n_words;
-        }
+        if (p_.by_rows())
+            add_rows();
+        else
+            add_blocks();
         if (p_.scale != kGroup) finish_sums(0, nullptr);
         for (int t = 0; t < tokens_; ++t) write(t, row_of_y + first_ + t);
     }
@@ -134,6 +145,24 @@ private:
     void clear() {
         std::memset(int_sums_, 0, sizeof(int32_t) * tokens_ * kRows);
         std::memset(float_sums_, 0, sizeof(float) * tokens_ * kRows);
+    }
+
+    void add_rows() {
+        const uint32_t* rows = p_.weight.words + panel_ * kRows * p_.weight.row_words;
+        for (int t = 0; t < tokens_; ++t)
+            p_.set.int8_rows(rows, p_.weight.row_words, p_.weight.rows_of(panel_),
+                             ready_.quantized.get() + (first_ + t) * p_.token_stride(), int_sums_[t]);
+    }
+
+    void add_blocks() {
+        for (int64_t word = 0; word < p_.weight.padded_words();) {
+            const int n_words = p_.weight.read(p_.set, panel_, word, bits_);
+            if (p_.scale == kGroup)
+                add_groups(word, n_words);
+            else
+                add(bits_, word, n_words);
+            word += n_words;
+        }
     }
 
     void add(const uint32_t* bits, int64_t word, int n_words) {

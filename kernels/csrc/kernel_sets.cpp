@@ -27,6 +27,10 @@ struct Levels {
         const KernelSet& below = sets[below_level];
         if (!set.transpose) set.transpose = below.transpose;
         if (!set.int8_block) set.int8_block = below.int8_block;
+        if (!set.int8_rows) {
+            set.chunk_words = below.chunk_words;
+            set.int8_rows = below.int8_rows;
+        }
         if (!set.float_block) {
             set.floats_per_word = below.floats_per_word;
             set.float_tables = below.float_tables;

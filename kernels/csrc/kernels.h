@@ -35,6 +35,12 @@ struct KernelSet {
     void (*int8_block)(const uint32_t* panel, int n_words, const int8_t* x, ptrdiff_t stride, int tokens,
                        int32_t* sums);
 
+    // sums[r] = sum over the columns k whose bit is set in row r of x[k], for few tokens and whole rows: no transposing,
+    // and the weight is read in one stream. words [rows][n_words]; x in the order [chunk][j][w][i] of column
+    // 32 * (chunk_words * chunk + w) + 8 * i + j, w < chunk_words, zeros past the row's end. Null where there is none.
+    int chunk_words;
+    void (*int8_rows)(const uint32_t* words, int64_t n_words, int rows, const int8_t* x, int32_t* sums);
+
     // Floats of tables per word, and their making: z [32 * n_words] -> tables. What is in them is up to the set.
     int floats_per_word;
     void (*float_tables)(const float* z, int n_words, float* tables);

@@ -68,7 +68,7 @@ void xnor_block(const uint32_t* panel, int n_words, const uint32_t* a, const uin
 
 }  // namespace
 
-const KernelSet kPortable = {"portable",  transpose,  int8_block, kWordBits, float_tables,
-                             float_block, xnor_block, pack_row,   unpack_row};
+const KernelSet kPortable = {"portable",   transpose,   int8_block, 0,        nullptr,   kWordBits,
+                             float_tables, float_block, xnor_block, pack_row, unpack_row};
 
 }  // namespace fbitrain

@@ -11,7 +11,7 @@ from fbitrain.kernels import cpu, cpu_build
 from fbitrain.kernels.cpu_build import BuildError, find_compiler
 
 HERE = Path(__file__).parent
-SANITIZE = ("-std=c++17", "-O1", "-g1", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZE = ("-std=c++17", "-O0", "-g1", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,18 @@ inline __m512i _mm512_load_si512(const void* p) {
     std::memcpy(&result, p, sizeof result);
     return result;
 }
+using __mmask16 = uint16_t;
+inline __m512i _mm512_maskz_loadu_epi32(__mmask16 mask, const void* p) {
+    __m512i result = {};
+    for (int i = 0; i < 16; ++i)
+        if (mask >> i & 1) std::memcpy(&result.lane[i], static_cast<const char*>(p) + 4 * i, 4);
+    return result;
+}
+inline int _mm512_reduce_add_epi32(__m512i v) {
+    uint32_t total = 0;
+    for (uint32_t lane : v.lane) total += lane;
+    return static_cast<int>(total);
+}
 inline void _mm512_store_si512(void* p, __m512i v) {
     require_aligned(p);
     std::memcpy(p, &v, sizeof v);
