@@ -104,11 +104,11 @@ def contenders(n: int, k: int, m: int) -> tuple[dict[str, Contender], dict[str, 
 
 
 def in_turns(runs: dict[str, Contender], rounds: int) -> dict[str, float]:
-    """Median seconds of each; one that takes over a second runs in every fifth round only."""
+    """Median seconds of each; one that takes over a second runs only once after the warm-up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):  # the first round warms up
         for name, run in runs.items():
-            if number > 1 and number % 5 and times[name][-1] > 1:
+            if number > 1 and times[name][0] > 1:
                 continue
             start = time.perf_counter()
             run()

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fbitrain.kernels import ops, reference
 
@@ -114,6 +116,32 @@ def test_binary_linear_is_traced_whole(mode: str) -> None:
 def test_wrong_input_is_refused_with_its_shape(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+class Watcher(TorchDispatchMode):
+    """Notes the operators that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_and_tracers_see_binary_linear() -> None:
+    """Eager calls go past the dispatcher, but not past anybody who listens to it."""
+    with Watcher() as watcher:
+        y = ops.binary_linear(X, WORDS_N, ALPHA, BETA, "column", K, 1)
+    assert "fbitrain.binary_linear_inference.default" in watcher.seen
+    assert torch.equal(y, ops.binary_linear(X, WORDS_N, ALPHA, BETA, "column", K, 1))
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        return ops.binary_linear(x, WORDS_N, ALPHA, BETA, "column", K, 1)
+
+    assert "binary_linear_inference" in make_fx(compute)(X).code
+    assert "binary_linear_inference" in str(torch.jit.trace(compute, (X,)).graph)
 
 
 def test_fake_refuses_wrong_shapes_too() -> None:
