@@ -5,7 +5,9 @@
 All contenders of a shape run in turns, so that a busy machine slows them alike; times are medians. Decode (few tokens)
 takes its weight from a pool larger than the caches, as a model's layers do. `roofline` is the time that cannot be
 beaten divided by the time taken. That time is the longer of two: reading the bits at the measured bandwidth, and
-executing the kernel's innermost instructions at their measured peak; both are measured in the same turns.
+executing the kernel's innermost instructions at their measured peak; both are measured in the same turns. With
+--threads 1 the times are CPU time, so that what other programs take of the core is not counted; use it for `roofline` on
+a machine that is not idle.
 """
 
 from __future__ import annotations
@@ -104,16 +106,17 @@ def contenders(n: int, k: int, m: int) -> tuple[dict[str, Contender], dict[str, 
 
 
 def in_turns(runs: dict[str, Contender], rounds: int) -> dict[str, float]:
-    """Median seconds of each; one that takes over a second runs only once after the warm-up."""
+    """Median seconds of each after a warm-up, which is all there is of one that takes over a second."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):  # the first round warms up
         for name, run in runs.items():
-            if number > 1 and times[name][0] > 1:
+            if number and times[name][0] > 1:
                 continue
-            start = time.perf_counter()
+            start = clock()
             run()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
+            times[name].append(clock() - start)
+    return {name: statistics.median(taken[1:] or taken) for name, taken in times.items()}
 
 
 def bench_shape(n: int, k: int, m: int, peaks: Peaks, rounds: int) -> None:
