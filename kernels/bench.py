@@ -2,18 +2,19 @@
 
     python -m fbitrain.kernels.bench [--preset 7b] [--tokens 1 512] [--threads 2] [--rounds 15] [--help]
 
-All contenders of a shape run in turns, so that a busy machine slows them alike; times are medians. Decode (few tokens)
-takes its weight from a pool larger than the caches, as a model's layers do. `roofline` is the time that cannot be
-beaten divided by the time taken. That time is the longer of two: reading the bits at the measured bandwidth, and
-executing the kernel's innermost instructions at their measured peak; both are measured in the same turns. With
---threads 1 the times are CPU time, so that what other programs take of the core is not counted; use it for `roofline` on
-a machine that is not idle.
+All contenders of a shape run in turns, in ever another order, so that a busy machine slows them alike; times are
+medians. Decode (few tokens) takes its weight from a pool larger than the caches, as a model's layers do. `roofline` is
+the time that cannot be beaten divided by the time taken. That time is the longer of two: reading the bits at the
+measured bandwidth, and executing the kernel's innermost instructions at their measured peak; both are measured in the
+same turns. With --threads 1 all times are CPU time, so that what other programs take of the core is not counted: the
+way to read `roofline` on a machine that is not idle.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import random
 import statistics
 import subprocess
 import tempfile
@@ -109,8 +110,11 @@ def in_turns(runs: dict[str, Contender], rounds: int) -> dict[str, float]:
     """Median seconds of each after a warm-up, which is all there is of one that takes over a second."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs.items())
+    shuffle = random.Random(0).shuffle
     for number in range(rounds + 1):  # the first round warms up
-        for name, run in runs.items():
+        shuffle(order)
+        for name, run in order:
             if number and times[name][0] > 1:
                 continue
             start = clock()

@@ -75,15 +75,13 @@ inline float quantize(const float* z, int64_t padded, int8_t* q) {
     const float inverse = 1.0f / scale;
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: its last bit is worth 1, so adding it rounds to an integer
     for (int64_t word = 0; word < padded / kWordBits; ++word, z += kWordBits, q += kWordBits) {
-        int8_t plain[kWordBits];
-        for (int i = 0; i < kWordBits; ++i) {
-            const float shifted = z[i] * inverse + kRound;
-            int32_t bits;
-            std::memcpy(&bits, &shifted, sizeof bits);
-            plain[i] = static_cast<int8_t>(bits);  // the integer is in the lowest bits
-        }
-        for (int j = 0; j < 8; ++j)
-            for (int i = 0; i < 4; ++i) q[4 * j + i] = plain[8 * i + j];
+        float shifted[kWordBits];
+        uint32_t low[kWordBits], fours[8];
+        for (int i = 0; i < kWordBits; ++i) shifted[i] = z[i] * inverse + kRound;
+        std::memcpy(low, shifted, sizeof low);
+        for (uint32_t& pattern : low) pattern &= 0xFF;  // the integer, as int8
+        for (int j = 0; j < 8; ++j) fours[j] = low[j] | low[8 + j] << 8 | low[16 + j] << 16 | low[24 + j] << 24;
+        std::memcpy(q, fours, sizeof fours);
     }
     return scale;
 }
