@@ -55,7 +55,7 @@ def run_parts(options: argparse.Namespace) -> None:
             "startup": lambda: bench_startup(data, tokenizer, options.rounds, scratch),
             "memory": lambda: bench_memory(data, tokenizer, options.memory_gb, scratch),
         }
-        for name in options.only.split(","):
+        for name in options.only:
             parts[name]()
 
 
@@ -241,13 +241,24 @@ def stub_tokenizer(scratch: Path) -> Path:
     return path
 
 
+def part_names(text: str) -> list[str]:
+    """argparse type of a list of PARTS."""
+    names = text.split(",")
+    for name in names:
+        if name not in PARTS:
+            raise argparse.ArgumentTypeError(f"{name!r} is no part; the parts are {', '.join(PARTS)}")
+    return names
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(command_parser(), run_parts, arguments)
 
 
 def command_parser() -> argparse.ArgumentParser:
     parser = config_parser("bench", __doc__.splitlines()[0])
-    parser.add_argument("--only", default="text,tokens,startup", help=f"parts to run, of {', '.join(PARTS)}")
+    parser.add_argument(
+        "--only", type=part_names, default="text,tokens,startup", help=f"parts to run, of {', '.join(PARTS)}"
+    )
     parser.add_argument("--rounds", type=positive, default=5, help="measured rounds of each competitor")
     parser.add_argument("--memory-gb", type=float, default=20.0, help="size of the synthetic corpus")
     parser.add_argument("--scratch", help="folder for what is written meanwhile (default: the system's)")

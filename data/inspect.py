@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,12 @@ def notes(surveys: Sequence[Survey], data: DataConfig) -> list[str]:
     if not all(of_source.has_all_tokens for of_source in surveys):
         n_bytes = sum(of_source.read.sampled_bytes for of_source in surveys)
         lines.append(f"~ tokens: from {human_bytes(n_bytes)} of text tokenized (--sample-mb).")
+    lines += [
+        f"{of_source.source.name}: {of_source.read.foreign:,} of the sequences read hold ids beyond the vocabulary, "
+        "which training counts as bad records; give the data.tokenizer that they were made with."
+        for of_source in surveys
+        if of_source.read.foreign
+    ]
     if data.heldout_fraction or data.duplicates:
         lines.append("Documents that data.heldout_fraction and data.duplicates leave out are counted here.")
     return lines
@@ -111,6 +118,8 @@ def _inspect(options: argparse.Namespace) -> None:
     data, tokenizer_path = read_data_config(options.config, options.overrides)
     if not tokenizer_path:
         raise DataError(f"{options.config} names no tokenizer; set data.tokenizer")
+    # What is held out is not shown, and may not have been gathered yet.
+    data = dataclasses.replace(data, heldout=[])
     tokenizer = load_tokenizer(tokenizer_path)
     if options.out:
         _make_folder(options.out)  # before the minutes that reading may take

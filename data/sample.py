@@ -16,8 +16,8 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,10 +28,13 @@ import zstandard
 from tqdm import tqdm
 
 from fbitrain.data.errors import DataError
+from fbitrain.data.files import fsync_folder, scratch_folder
 from fbitrain.data.streaming.plan import shuffle_key
+from fbitrain.data.tools.command import run_command
 from fbitrain.data.tools.sample_sources import Document, code_documents, prose_documents
 
 VERSION = 5
+MIN_MEGABYTES = 0.1  # with less, a shard may have no document at all
 DOCS_SHARE = 0.1  # of the text; the rest is code
 SHARDS = {"github": 4, "docs": 2}
 HELDOUT_BYTES = 300_000  # of text, and at most a tenth of all
@@ -42,22 +45,24 @@ HELDOUT = "heldout.jsonl.zst"
 
 def write_sample(out: Path, megabytes: float, seed: int) -> bool:
     """Makes the sample corpus in `out`; False if a valid one was there already. Raises DataError."""
-    out = out.absolute()
+    if not MIN_MEGABYTES <= megabytes < math.inf:
+        raise DataError(f"--megabytes {megabytes} must be a number, and at least {MIN_MEGABYTES}")
+    out = out.resolve()  # where it is a link, the folder that it leads to is replaced
     settings = {"version": VERSION, "python": sys.version.split()[0], "megabytes": megabytes, "seed": seed}
     if is_valid(out, settings):
         return False
-    if out.exists() and not _may_be_replaced(out):
-        raise DataError(f"{out} exists and is no sample corpus; give --out another folder, or remove it")
-    temporary = out.with_name(out.name + ".tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        _write_files(temporary, settings)
         if out.exists():
-            shutil.rmtree(out)
-        temporary.rename(out)
+            _require_ours(out)
+        with scratch_folder(out.with_name(f".{out.name}.tmp")) as scratch:
+            (scratch / "new").mkdir()
+            _write_files(scratch / "new", settings)
+            if out.exists():
+                _require_ours(out)  # still: the writing may have taken minutes
+                out.rename(scratch / "old")
+            (scratch / "new").rename(out)
+            fsync_folder(out.parent)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise DataError(f"the sample corpus cannot be written to {out}: {error.strerror or error}") from None
     return True
 
@@ -72,15 +77,18 @@ def is_valid(out: Path, settings: dict[str, Any]) -> bool:
         return False
 
 
-def _may_be_replaced(out: Path) -> bool:
-    """Whether `out` is an empty folder or one that this module wrote: nothing else is ever deleted."""
-    if not out.is_dir():
-        return False
+def _require_ours(out: Path) -> None:
+    """Raises DataError unless `out` is a folder that holds nothing but what this module wrote: that may be deleted."""
     try:
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        return isinstance(manifest, dict) and manifest.keys() == {"settings", "files"}
-    except (OSError, ValueError):
-        return not any(out.iterdir())
+        ours = {MANIFEST, *manifest["files"]} if manifest.keys() == {"settings", "files"} else set()
+    except (OSError, ValueError, TypeError, AttributeError):
+        ours = set()
+    names = (path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir())
+    other = next((name for name in names if name not in ours), "")
+    if other or not out.is_dir():
+        what = f"holds {other}, which" if other else "exists and"
+        raise DataError(f"{out} {what} is no sample corpus; give --out another folder, or remove it")
 
 
 def _write_files(folder: Path, settings: dict[str, Any]) -> None:
@@ -172,19 +180,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--megabytes", type=float, default=12.0, help="text to collect, before compression")
     parser.add_argument("--seed", type=int, default=0, help="chooses, orders and holds out documents")
-    options = parser.parse_args(arguments)
-    try:
-        if options.megabytes <= 0:
-            raise DataError(f"--megabytes {options.megabytes} must be positive")
-        written = write_sample(options.out, options.megabytes, options.seed)
-    except DataError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
+    return run_command(parser, _run, arguments)
+
+
+def _run(options: argparse.Namespace) -> None:
+    written = write_sample(options.out, options.megabytes, options.seed)
     files = json.loads((options.out / MANIFEST).read_text(encoding="utf-8"))["files"].values()
     n_documents, text_bytes = (sum(file[key] for file in files) for key in ("documents", "text_bytes"))
     what = "wrote" if written else "kept the valid sample corpus in"
     print(f"{what} {options.out}: {n_documents} documents, {text_bytes / 1e6:.1f} MB of text, {len(files)} files")
-    return 0
 
 
 if __name__ == "__main__":

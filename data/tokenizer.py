@@ -111,7 +111,9 @@ class Tokenizer(ABC):
         return load_tokenizer, (self.path,)
 
     def _identify(self, pieces: dict[str, int]) -> None:
-        """Sets what follows from the vocabulary; called last by the subclasses' __init__."""
+        """Sets what follows from the vocabulary; called last by the subclasses' __init__. Raises DataError if empty."""
+        if not pieces:
+            raise DataError(f"tokenizer {self.path} has an empty vocabulary; fetch it again")
         self.vocab_size = max(pieces.values()) + 1
         content = (sorted(pieces.items()), self.bos_id, self.eos_id, self.encode(PROBE))
         self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -228,6 +230,8 @@ def _specials(folder: Path, backend: tokenizers.Tokenizer) -> tuple[int | None, 
             values = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"{folder / name} cannot be read ({error}); fetch the tokenizer again") from None
+        if not isinstance(values, dict):
+            raise DataError(f"{folder / name} is not a JSON object; fetch the tokenizer again")
         for kind, known in found.items():
             if known is None:
                 found[kind] = _special_id(values, kind, backend)

@@ -74,13 +74,13 @@ def tokenize_part(job: Job) -> None:
             if isinstance(entry, BadRecord):
                 writer.lost = entry.line, entry.reason
                 break
-            item = decode(entry, job.format, job.shard.path)
+            item = _decoded(entry, job)
             if isinstance(item, BadRecord):
                 writer.bad[str(item.line)] = item.reason
                 _require_few(writer.bad, item, job.max_bad_records)
                 ids: Ids = NO_IDS
             else:
-                ids = _ids(item, job, entry.at.line)
+                ids = _ids(item, job)
             writer.add(_row(entry, item, len(ids)), ids)
             job.progress.add(entry.size)
         _require_unchanged(opened.path, job.shard)
@@ -152,21 +152,20 @@ def _row(entry: Entry, item: Document | BadRecord, n_tokens: int) -> tuple[int, 
     return (*place, item.n_bytes, item.content_hash, item.n_replaced, BORDERED if item.bordered else 0)
 
 
-def _ids(document: Document, job: Job, line: int) -> Ids:
-    """The document's tokens. Raises DataError for ready-made ids that no token of this vocabulary has.
+def _decoded(entry: Entry, job: Job) -> Document | BadRecord:
+    """What is in `entry`. Ready-made ids that no token of this vocabulary has are a bad record, as in the stream."""
+    item = decode(entry, job.format, job.shard.path)
+    if isinstance(item, Document) and item.token_ids is not None:
+        largest = int(item.token_ids.max(initial=0))
+        if largest >= _tokenizer(job.tokenizer_path).vocab_size:
+            return BadRecord(job.shard.path, entry.at.line, f"token id {largest} is not in the vocabulary")
+    return item
 
-    That is no bad record to be passed over: the ids were made with another tokenizer, all of them.
-    """
-    tokenizer = _tokenizer(job.tokenizer_path)
-    if document.token_ids is None:
-        return tokenizer.encode_array(document.text)
-    largest = int(document.token_ids.max(initial=0))
-    if largest >= tokenizer.vocab_size:
-        raise DataError(
-            f"{job.shard.path}, line {line + 1}: token id {largest} is not in the vocabulary of {job.tokenizer_path}, "
-            f"which has {tokenizer.vocab_size} tokens; give the tokenizer that the ids were made with"
-        )
-    return document.token_ids
+
+def _ids(document: Document, job: Job) -> Ids:
+    if document.token_ids is not None:
+        return document.token_ids
+    return _tokenizer(job.tokenizer_path).encode_array(document.text)
 
 
 # A process does many jobs, all with the same two.

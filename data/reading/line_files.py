@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, Protocol
 
 import zstandard
+
+from fbitrain.data.errors import DataError
 
 CHUNK_BYTES = 1 << 18
 # Decompressed at once: small, because repetitive text shrinks to a thousandth, and all of it comes back together.
@@ -34,7 +37,8 @@ def read_lines(path: str, offset: int = 0) -> Iterator[bytes]:
     """Lines of `path` without their newline, from byte `offset` on, which is counted after decompression.
 
     A plain file is entered there, a compressed one is decompressed up to it. Memory does not grow with the file; a
-    line, however long, is held at most three times. Raises Damaged where no more can be read.
+    line, however long, is held at most three times. Raises Damaged where the content ends before its time, and
+    DataError where the system does not give it: that says nothing against the file, and would lose all of it.
     """
     try:
         with open(path, "rb") as file:
@@ -45,8 +49,16 @@ def read_lines(path: str, offset: int = 0) -> Iterator[bytes]:
             else:
                 file.seek(offset)
                 yield from _lines(iter(lambda: file.read(CHUNK_BYTES), b""))
-    except (OSError, zlib.error, zstandard.ZstdError) as error:
+    except (zlib.error, zstandard.ZstdError) as error:
         raise Damaged(str(error)) from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: str, error: OSError) -> DataError:
+    """What to say where a file is there no more, may not be read, or its disk fails."""
+    reason = os.strerror(error.errno) if error.errno else error  # pyarrow's own text has the path once more
+    return DataError(f"{path} cannot be read ({reason}); restore it or mend its disk, then start again")
 
 
 def _new_zstd() -> _Decompressor:

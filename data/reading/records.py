@@ -1,7 +1,8 @@
 """Documents out of one shard: lines of .jsonl, .jsonl.gz or .jsonl.zst, rows of .parquet, surviving what is damaged.
 
 A damaged record or a damaged file never ends the reading of a corpus. It comes out as a BadRecord in the place where a
-document would have been, for the caller to count and report.
+document would have been, for the caller to count and report. A file that the system does not give is another matter:
+nothing is known to be wrong with it, and all of it would be lost without a word.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def read_entries(
 
     Blank lines are no records; a byte order mark at the start of the file is dropped. Where the file is cut off, its
     compression is damaged, or it lacks the column, the last item is a BadRecord; it is given to one part only, the one
-    that owned the lost line.
+    that owned the lost line. Raises DataError for a file that cannot be opened or read.
     """
     line, offset = start.line, start.offset
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fbitrain.data.reading.line_files import Damaged
+from fbitrain.data.reading.line_files import Damaged, unreadable
 
 if TYPE_CHECKING:
     import pyarrow
@@ -29,10 +29,11 @@ class Cell(NamedTuple):
 
 
 def read_cells(path: str, column: str, row: int = 0) -> Iterator[Cell]:
-    """The cells of `column` of the parquet file `path`, from row `row` on. Raises Damaged where no more can be read.
+    """The cells of `column` of the parquet file `path`, from row `row` on.
 
     Row groups before `row` are skipped unread. Batches are counted from the start of their row group, so that a
-    damaged page ends the reading at the same row wherever it began.
+    damaged page ends the reading at the same row wherever it began. Raises Damaged where the content ends before its
+    time, and DataError where the system does not give it.
     """
     import pyarrow
     from pyarrow import parquet
@@ -51,6 +52,9 @@ def read_cells(path: str, column: str, row: int = 0) -> Iterator[Cell]:
                 else:
                     row -= n_rows
     except (OSError, pyarrow.ArrowException) as error:
+        # pyarrow raises OSError for what is no parquet too, but then there is no number from the system.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(path, error) from None
         raise Damaged(" ".join(str(error).split())) from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -70,12 +71,14 @@ class LanePlan:
 def find_sources(data: DataConfig) -> dict[str, list[Shard]]:
     """The shards of every source, by its name. Raises DataError for a missing one, and for one that is held out."""
     index = TokenIndex(data.pretokenized) if data.pretokenized else None
-    held = {shard.path for shard in find_files(data.heldout, "heldout")} if data.heldout else set()
+    held = {os.path.realpath(shard.path) for shard in find_files(data.heldout, "heldout")} if data.heldout else set()
     found = {}
     for source in data.sources:
         shards = found[source.name] = _tokenized(index, source) if index else find_shards(source)
         originals = index.originals(source.name) if index else [shard.path for shard in shards]
-        for path in held.intersection(originals):
+        for path in originals if held else ():
+            if os.path.realpath(path) not in held:
+                continue
             raise DataError(
                 f"{path} is both held out and part of source {source.name!r}; "
                 "take it out of data.heldout or data.sources"

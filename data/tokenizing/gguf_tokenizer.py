@@ -6,6 +6,7 @@ header only (a fraction of a second). Format: https://github.com/ggml-org/ggml/b
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
@@ -21,6 +22,7 @@ STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 # tokenizer.ggml.pre: does the model see every digit on its own? (llama.cpp, src/llama-vocab.cpp)
 SPLITS_DIGITS = {"smollm": True, "gpt-2": False}
+MANY_BYTES = 1 << 20  # more of them are compared with what the file has left, before memory is asked for
 
 
 class TokenType(IntEnum):
@@ -46,12 +48,12 @@ def read_metadata(path: str, prefix: str) -> dict[str, Any]:
                 if key.startswith(prefix):
                     pairs[key] = value
             return pairs
-    except (OSError, EOFError, UnicodeDecodeError, KeyError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, KeyError, RecursionError) as error:
         raise DataError(f"tokenizer {path} is damaged ({error!r}); fetch it again") from None
 
 
 def build_bpe(path: str) -> tuple[Tokenizer, int | None, int | None]:
-    """The byte-level BPE tokenizer of GGUF file `path`, with its BOS and EOS ids.
+    """The byte-level BPE tokenizer of GGUF file `path`, with its BOS and EOS ids. Raises DataError.
 
     transformers' own conversion knows nothing of tokenizer.ggml.pre and so leaves out the splitting of digits that
     SmolLM2 was trained with: a number after several spaces then gets tokens the model never saw there.
@@ -63,9 +65,8 @@ def build_bpe(path: str) -> tuple[Tokenizer, int | None, int | None]:
             f"tokenizer {path} is of kind {kind}/{pre}; of GGUF tokenizers only gpt2 with {' or '.join(SPLITS_DIGITS)} "
             "can be read: give the model's folder with its tokenizer.json instead"
         )
-    tokens: list[str] = data["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in data["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokens, merges = (_strings(data, f"tokenizer.ggml.{name}", path) for name in ("tokens", "merges"))
+    tokenizer = Tokenizer(_bpe(tokens, merges, path))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if SPLITS_DIGITS[pre]:
         digits = pre_tokenizers.Digits(individual_digits=True)
@@ -75,6 +76,22 @@ def build_bpe(path: str) -> tuple[Tokenizer, int | None, int | None]:
     tokenizer.decoder = decoders.ByteLevel()
     _add_special(tokenizer, tokens, data.get("tokenizer.ggml.token_type", []))
     return tokenizer, data.get("tokenizer.ggml.bos_token_id"), data.get("tokenizer.ggml.eos_token_id")
+
+
+def _strings(data: dict[str, Any], key: str, path: str) -> list[str]:
+    found = data.get(key)
+    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        raise DataError(f"tokenizer {path} has no list of strings {key}; fetch it again, or give the model's folder")
+    return found
+
+
+def _bpe(tokens: Sequence[str], merges: Sequence[str], path: str) -> models.BPE:
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    try:
+        return models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs)
+    except Exception as error:
+        # The library raises bare Exception for merges of what are no tokens.
+        raise DataError(f"tokenizer {path} is damaged ({error}); fetch it again") from None
 
 
 def _add_special(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
@@ -88,7 +105,8 @@ def _add_special(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[in
 
 
 def _exactly(file: BinaryIO, n_bytes: int) -> bytes:
-    data = file.read(n_bytes)
+    left = os.fstat(file.fileno()).st_size - file.tell() if n_bytes > MANY_BYTES else n_bytes
+    data = file.read(min(n_bytes, left))
     if len(data) != n_bytes:
         raise EOFError("it ends in the middle of its header")
     return data
@@ -108,7 +126,7 @@ def _value(file: BinaryIO, type_: int) -> Any:
     if type_ == ARRAY:
         item_type, n = _scalar(file, "I"), _scalar(file, "Q")
         if item_type in SCALARS:
-            code = f"<{n}{SCALARS[item_type]}"
-            return list(struct.unpack(code, _exactly(file, struct.calcsize(code))))
+            code = SCALARS[item_type]
+            return list(struct.unpack(f"<{n}{code}", _exactly(file, n * struct.calcsize(f"<{code}"))))
         return [_value(file, item_type) for _ in range(n)]
     return _scalar(file, SCALARS[type_])

@@ -27,7 +27,7 @@ from fbitrain.data.reading.records import RecordFormat, decode, read_entries
 from fbitrain.data.sources.cache import ShardCache
 from fbitrain.data.sources.shards import SHARD_SUFFIXES, Shard, find_files
 from fbitrain.data.tokenizer import load_tokenizer
-from fbitrain.data.tools.command import natural, positive, run_command
+from fbitrain.data.tools.command import human_bytes, natural, positive, run_command
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,6 @@ class Sampling:
 def train(shards: Sequence[Shard], vocab_size: int, sampling: Sampling, cache: ShardCache) -> bytes:
     """A trained SentencePiece model, serialized. Raises DataError where the shards do not suffice for it."""
     lines = [line for text in sample_texts(shards, sampling, cache) for line in _lines(text)]
-    if not lines:
-        raise DataError(f"{shards[0].path} and the other shards hold no text under {sampling.text_key!r}; correct them")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -84,20 +82,27 @@ def sample_texts(shards: Sequence[Shard], sampling: Sampling, cache: ShardCache)
     """Texts of at most `sampling.max_bytes` UTF-8 bytes together, the same share of each shard that has enough.
 
     Of a shard every n-th record is taken, so that all of it is represented. Shards go from the smallest to the largest:
-    what one leaves of its share falls to those after it.
+    what one leaves of its share falls to those after it. Raises DataError where there is no text to be taken.
     """
     left = sampling.max_bytes
+    too_large: list[int] = []  # bytes of the documents that ended a shard's share
     with tqdm(total=left, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
         for i, shard in enumerate(sorted(shards, key=lambda shard: (shard.size, shard.name))):
             share = left // (len(shards) - i)
-            for document in _sample_shard(shard, share, sampling, cache):
+            for document in _drawn(shard, share, sampling, cache):
+                if document.n_bytes > share:
+                    too_large.append(document.n_bytes)
+                    break
                 yield document.text
+                share -= document.n_bytes
                 left -= document.n_bytes
                 bar.update(document.n_bytes)
+    if left == sampling.max_bytes:
+        raise DataError(_nothing_taken(shards, sampling, too_large))
 
 
-def _sample_shard(shard: Shard, share: int, sampling: Sampling, cache: ShardCache) -> Iterator[Document]:
-    """Documents of `shard` that have at most `share` bytes together."""
+def _drawn(shard: Shard, share: int, sampling: Sampling, cache: ShardCache) -> Iterator[Document]:
+    """Every n-th document of `shard`, so many that they have about `share` bytes together."""
     format = RecordFormat("text", sampling.text_key)
     with cache.open(shard) as opened:
         text_bytes = os.path.getsize(opened.path) * EXPANSION.get(Path(opened.path).suffix, 1.0)
@@ -107,11 +112,21 @@ def _sample_shard(shard: Shard, share: int, sampling: Sampling, cache: ShardCach
             found = entry if isinstance(entry, BadRecord) else decode(entry, format, shard.path)
             if isinstance(found, BadRecord):
                 logger.warning("skipped %s", found)
-                continue
-            share -= found.n_bytes
-            if share < 0:
-                return
-            yield found
+            else:
+                yield found
+
+
+def _nothing_taken(shards: Sequence[Shard], sampling: Sampling, too_large: Sequence[int]) -> str:
+    where = shards[0].path + (f" and {len(shards) - 1} more shards" if len(shards) > 1 else "")
+    if too_large:
+        return (
+            f"no document drawn from {where} fits into its shard's share of {human_bytes(sampling.max_bytes)}: the "
+            f"smallest has {human_bytes(min(too_large))}; give a larger --max-mb"
+        )
+    return (
+        f"the records drawn from {where} hold no text under {sampling.text_key!r}; correct --text-key or the shards, "
+        "or give a larger --max-mb, which draws more of them"
+    )
 
 
 def _lines(text: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from fbitrain.data.errors import DataError
 
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
+BROKEN_PIPE = 141  # and for one ended by writing into a closed pipe
 
 
 def config_parser(module: str, description: str) -> argparse.ArgumentParser:
@@ -25,15 +26,31 @@ def run_command(
     main: Callable[[argparse.Namespace], None],
     arguments: Sequence[str] | None,
 ) -> int:
-    """The exit code of `main(parsed arguments)`; a DataError becomes one sentence on stderr and 1, Ctrl-C 130."""
+    """The exit code of `main(parsed arguments)`.
+
+    A DataError becomes one sentence on stderr and 1, Ctrl-C 130, and an output that nobody reads to its end 141.
+    """
     options = parser.parse_intermixed_args(arguments)
+    try:
+        code = _exit_code(parser.prog, main, options)
+        sys.stdout.flush()  # what is left in the buffer must meet a closed pipe here, not at the interpreter's end
+    except BrokenPipeError:
+        # Nobody reads on, as with `| head`: no error. What is still buffered must go somewhere all the same.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return BROKEN_PIPE
+    return code
+
+
+def _exit_code(prog: str, main: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
     try:
         main(options)
     except DataError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        print(f"{prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
     return 0
 

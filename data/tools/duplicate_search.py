@@ -36,7 +36,7 @@ from fbitrain.data.sources.cache import ShardCache
 from fbitrain.data.sources.shards import Shard
 from fbitrain.data.streaming.plan import record_format
 from fbitrain.data.tools.command import config_parser, human_bytes, n_cpus, positive, run_command, table
-from fbitrain.data.tools.corpus import open_cache, read_documents, text_shards
+from fbitrain.data.tools.corpus import Tally, open_cache, read_documents, text_shards
 from fbitrain.data.tools.hash_buckets import N_BUCKETS, N_BYTES, PLACE, ROW_BYTES, Buckets, copies, hash_byte, read_rows
 from fbitrain.data.tools.parallel import in_processes
 from fbitrain.data.tools.progress import ProgressBar, Slot
@@ -69,6 +69,7 @@ class HashJob:
     shard: Shard
     format: RecordFormat
     cache: ShardCache
+    max_bad_records: int
     rows: Path  # where to write them
     progress: Slot
 
@@ -77,9 +78,8 @@ class HashJob:
 class HashedShard:
     """What a worker counted."""
 
-    documents: int
-    n_bytes: int
-    bad_records: int
+    tally: Tally
+    n_bytes: int  # UTF-8 bytes of the documents' texts
     size: int  # bytes of the shard's file
 
 
@@ -88,7 +88,8 @@ def find_duplicates(data: DataConfig, out: Path, memory_mb: int, n_workers: int)
 
     First means in the order of the sources, then of shard names, then of lines. Sorting takes about `memory_mb` (and a
     worker what one document takes), and there are 40 bytes per document on disk beside `out` while it runs. A run that
-    is killed leaves nothing but these, and the next one clears them away. Raises DataError.
+    is killed leaves nothing but these, and the next one clears them away. Raises DataError, also for a source of more
+    than data.max_bad_records bad records, or of nothing else.
     """
     sources = text_shards(data)
     counts = {source.name: SourceCounts() for source in data.sources}
@@ -113,7 +114,16 @@ def _jobs(data: DataConfig, sources: dict[str, list[Shard]], scratch: Path, bar:
     cache = open_cache(data)
     shards = [(source, shard) for source in data.sources for shard in sources[source.name]]
     return [
-        HashJob(number, source.name, shard, record_format(source), cache, scratch / f"rows_{number}", bar.slot(number))
+        HashJob(
+            number=number,
+            source=source.name,
+            shard=shard,
+            format=record_format(source),
+            cache=cache,
+            max_bad_records=data.max_bad_records,
+            rows=scratch / f"rows_{number}",
+            progress=bar.slot(number),
+        )
         for number, (source, shard) in enumerate(shards)
     ]
 
@@ -130,15 +140,16 @@ def hash_shard(job: HashJob) -> HashedShard:
 
 
 def _write_rows(job: HashJob, path: str, out: BinaryIO) -> HashedShard:
-    documents = n_bytes = bad_records = n_reported = 0
+    tally = Tally(job.source, job.max_bad_records)
+    n_bytes = n_reported = 0
     rows = bytearray()
     for item in read_documents(path, job.format, job.shard.path):
         if isinstance(item, BadRecord):
-            bad_records += 1
+            tally.add_bad(item)
             continue
         line, document = item
         rows += content_digest(document) + PLACE_AND_SIZE.pack(job.number << LINE_BITS | line, document.n_bytes)
-        documents += 1
+        tally.documents += 1
         n_bytes += document.n_bytes
         if len(rows) >= WRITE_BYTES:
             out.write(rows)
@@ -146,7 +157,7 @@ def _write_rows(job: HashJob, path: str, out: BinaryIO) -> HashedShard:
             job.progress.add(n_bytes - n_reported)
             n_reported = n_bytes
     out.write(rows)
-    return HashedShard(documents, n_bytes, bad_records, os.path.getsize(path))
+    return HashedShard(tally, n_bytes, os.path.getsize(path))
 
 
 def content_digest(document: Document) -> bytes:
@@ -158,18 +169,23 @@ def content_digest(document: Document) -> bytes:
 def _hash_corpus(
     jobs: Sequence[HashJob], n_workers: int, buckets: Buckets, counts: dict[str, SourceCounts]
 ) -> dict[str, list[Shard]]:
-    """Deals the rows of all shards to `buckets`, in the order of their places. The shards with their measured sizes."""
+    """Deals the rows of all shards to `buckets`, in the order of their places. The shards with their measured sizes.
+
+    Raises DataError for a source of too many bad records, or of nothing else.
+    """
     hashed: dict[str, list[Shard]] = {source: [] for source in counts}
+    tallies: dict[str, Tally] = {}
     with closing(in_processes(hash_shard, jobs, n_workers)) as results:
         for job, result in zip(jobs, results, strict=True):
             for rows in read_rows(job.rows, WRITE_BYTES // ROW_BYTES):
                 buckets.add(rows, hash_byte(rows, 0))
             job.rows.unlink()
-            of_source = counts[job.source]
-            of_source.documents += result.documents
-            of_source.n_bytes += result.n_bytes
-            of_source.bad_records += result.bad_records
+            tallies.setdefault(job.source, Tally(job.source, job.max_bad_records)).add(result.tally)
+            counts[job.source].n_bytes += result.n_bytes
             hashed[job.source].append(replace(job.shard, size=result.size))
+    for source, tally in tallies.items():
+        tally.close()
+        counts[source].documents, counts[source].bad_records = tally.documents, tally.bad_records
     return hashed
 
 

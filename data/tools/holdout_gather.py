@@ -20,11 +20,10 @@ from fbitrain.data.files import replacing
 from fbitrain.data.holdout import is_heldout
 from fbitrain.data.reading.documents import BadRecord
 from fbitrain.data.reading.records import RecordFormat
-from fbitrain.data.sources.cache import ShardCache
 from fbitrain.data.sources.shards import Shard
 from fbitrain.data.streaming.plan import record_format, shuffle_key
 from fbitrain.data.tools.command import config_parser, human_bytes, positive, run_command, table
-from fbitrain.data.tools.corpus import open_cache, read_documents, text_shards
+from fbitrain.data.tools.corpus import Tally, open_cache, read_documents, text_shards
 
 SPREAD = 32  # shards per source that share its part evenly; more are read only if these hold too few documents
 SUFFIX = ".jsonl.zst"
@@ -66,32 +65,41 @@ class Limit:
 class Gatherer:
     """Reads shards until it has enough; every text once."""
 
-    def __init__(self, cache: ShardCache, seed: int, fraction: float, bar: tqdm[Any]) -> None:
-        self._cache, self._seed, self._fraction, self._bar = cache, seed, fraction, bar
+    def __init__(self, data: DataConfig, bar: tqdm[Any]) -> None:
+        self._cache, self._bar = open_cache(data), bar
+        self._seed, self._fraction, self._max_bad_records = data.seed, data.heldout_fraction, data.max_bad_records
         self._seen: set[int] = set()
 
     def from_source(
         self, source: str, format: RecordFormat, shards: Sequence[Shard], limit: Limit
     ) -> list[HeldoutDocument]:
-        """Documents up to `limit`, about as many from each of SPREAD shards drawn by the seed."""
+        """Documents up to `limit`, about as many from each of SPREAD shards drawn by the seed.
+
+        Raises DataError for a source of too many bad records, or of nothing else.
+        """
         drawn = sorted(shards, key=lambda shard: shuffle_key(self._seed, "holdout", source, shard.name))
         found: list[HeldoutDocument] = []
+        tally = Tally(source, self._max_bad_records)
         for i, shard in enumerate(drawn):
             if limit.reached:
                 break
-            of_shard = self._from_shard(source, format, shard, limit.part(1 / max(1, min(len(drawn), SPREAD) - i)))
+            of_shard = self._from_shard(tally, format, shard, limit.part(1 / max(1, min(len(drawn), SPREAD) - i)))
             limit.take(of_shard)
             found += of_shard
+        tally.close()
         return found
 
-    def _from_shard(self, source: str, format: RecordFormat, shard: Shard, limit: Limit) -> list[HeldoutDocument]:
+    def _from_shard(self, tally: Tally, format: RecordFormat, shard: Shard, limit: Limit) -> list[HeldoutDocument]:
         found: list[HeldoutDocument] = []
+        source = tally.source
         self._bar.set_description(f"{source}/{shard.name}")
         with self._cache.open(shard) as opened:
             for item in read_documents(opened.path, format, shard.path):
                 if isinstance(item, BadRecord):
-                    continue  # training counts and reports them
+                    tally.add_bad(item)
+                    continue
                 line, document = item
+                tally.documents += 1
                 content_hash = document.content_hash
                 if not is_heldout(content_hash, self._seed, self._fraction) or content_hash in self._seen:
                     continue
@@ -108,7 +116,8 @@ def gather_heldout(data: DataConfig, max_documents: int, max_bytes: int) -> list
     """Held-out documents of the sources of text, shared out by their weights; reads no more than it needs.
 
     A source that has too few leaves its part to those behind it. The last document of a shard's part may exceed the
-    bytes. The texts are in memory, in an order that mixes the sources. Raises DataError if there are none.
+    bytes. The texts are in memory, in an order that mixes the sources. Raises DataError if there are none,
+    and for a source of too many bad records, or of nothing else.
     """
     if not data.heldout_fraction:
         raise DataError("data.heldout_fraction is 0, so no document is held out; set it, e.g. to 0.001")
@@ -116,7 +125,7 @@ def gather_heldout(data: DataConfig, max_documents: int, max_bytes: int) -> list
     sources = [source for source in data.sources if source.kind == "text"]
     limit, found = Limit(max_documents, max_bytes), list[HeldoutDocument]()
     with tqdm(total=max_documents, unit="document") as bar:
-        gatherer = Gatherer(open_cache(data), data.seed, data.heldout_fraction, bar)
+        gatherer = Gatherer(data, bar)
         for i, source in enumerate(sources):
             share = source.weight / sum(other.weight for other in sources[i:])
             of_source = limit.part(share)

@@ -40,7 +40,7 @@ def plot_lengths(surveys: Sequence[Survey], seq_len: int, path: Path) -> None:
 
 def _draw(panel: Any, survey: Survey, seq_len: int) -> None:
     lengths = survey.lengths
-    panel.set_title(f"{survey.source.name} ({len(lengths):,} documents)", fontsize=10)
+    panel.set_title(f"{survey.source.name} ({len(lengths):,} documents)", fontsize=10, parse_math=False)
     panel.set_xscale("log")
     panel.set_xlabel("UTF-8 bytes per document" if survey.is_text else "ids per document", fontsize=9)
     panel.set_ylabel("%", fontsize=9)

@@ -25,7 +25,7 @@ from fbitrain.data.sources.shards import Shard
 from fbitrain.data.streaming.plan import record_format
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.data.tools.corpus import open_cache, read_documents, text_shards
-from fbitrain.data.tools.excerpt import excerpt
+from fbitrain.data.tools.excerpt import decoded, excerpt
 from fbitrain.data.tools.parallel import in_processes
 from fbitrain.data.tools.progress import ProgressBar, Slot
 
@@ -43,6 +43,7 @@ class Counts:
     sampled_documents: int = 0  # tokenized
     sampled_bytes: int = 0
     sampled_tokens: int = 0  # without BOS and EOS
+    foreign: int = 0  # ready-made sequences with ids beyond the vocabulary
 
     def add(self, other: Counts) -> None:
         for name, value in vars(other).items():
@@ -203,6 +204,7 @@ def read_shard(job: ReadJob) -> ReadShard:
             else:
                 counts.sampled_documents += 1
                 counts.sampled_tokens += len(document.token_ids)
+                counts.foreign += bool((document.token_ids >= tokenizer.vocab_size).any())
         counts.size = _size(opened.path)
     for document in sample.documents():
         counts.sampled_documents += 1
@@ -237,7 +239,7 @@ def _length(document: Document) -> int:
 def _excerpt(document: Document, tokenizer: Tokenizer) -> str:
     if document.token_ids is None:
         return excerpt(document.text)
-    return excerpt(tokenizer.decode(document.token_ids[:EXCERPT_IDS].tolist()))
+    return excerpt(decoded(document.token_ids[:EXCERPT_IDS].tolist(), tokenizer))
 
 
 def _size(path: str) -> int:

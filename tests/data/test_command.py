@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
 
 import pytest
 
 from fbitrain.data.errors import DataError
-from fbitrain.data.tools.command import INTERRUPTED, config_parser, human_bytes, natural, positive, run_command, table
+from fbitrain.data.tools.command import (
+    BROKEN_PIPE,
+    INTERRUPTED,
+    config_parser,
+    human_bytes,
+    natural,
+    positive,
+    run_command,
+    table,
+)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +37,27 @@ def test_an_error_is_one_sentence_and_an_exit_code(
 
     assert run_command(config_parser("inspect", ""), main, ["config.yaml"]) == code
     assert capsys.readouterr().err == f"python -m fbitrain.data.inspect: {message}\n"
+
+
+PRINT = """
+import sys
+from fbitrain.data.tools.command import config_parser, run_command
+def main(options):
+    print("\\n".join(["line"] * int(sys.argv[1])))
+sys.exit(run_command(config_parser("inspect", ""), main, ["config.yaml"]))
+"""
+
+
+@pytest.mark.parametrize("n_lines", [1, 200_000], ids=["left in the buffer", "more than a pipe holds"])
+def test_an_output_that_nobody_reads_is_no_traceback(n_lines: int) -> None:
+    command = [sys.executable, "-c", PRINT, str(n_lines)]
+    end, closed = os.pipe()
+    os.close(end)
+    try:
+        ended = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=60)
+    finally:
+        os.close(closed)
+    assert (ended.returncode, ended.stderr) == (BROKEN_PIPE, "")
 
 
 def test_options_and_overrides_may_be_mixed() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+import sentencepiece
 
 from fbitrain.data.config import DataConfig, SourceConfig
 from fbitrain.data.inspect import main
@@ -158,6 +159,36 @@ def test_the_command(tmp_path: Path, wiki: DataConfig, byte_tokenizer: str, caps
     assert "sequence 1: 41 tokens" in out
     assert "<BOS>document " in out
     assert matplotlib.image.imread(tmp_path / "out" / "lengths.png").std() > 0.01
+
+
+def test_ids_of_another_vocabulary_are_shown_as_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["abc abd"] * 9), model_prefix=f"{tmp_path}/t", vocab_size=270, byte_fallback=True,
+        model_type="bpe", hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(tmp_path / "t.model")
+    abc = tokenizer.encode("abc")
+    sequences = [[*abc, 70000, tokenizer.vocab_size, *abc], abc]
+    (tmp_path / "0.jsonl").write_text("".join(json.dumps({"token_ids": ids}) + "\n" for ids in sequences))
+    source = {"name": "amber", "paths": [str(tmp_path / "0.jsonl")], "kind": "token_ids"}
+    data = {"sources": [source], "tokenizer": tokenizer.path, "seq_len": 2 * len(abc), "n_lanes": 1}
+    (tmp_path / "config.yaml").write_text(json.dumps({"data": data}))
+    assert main([str(tmp_path / "config.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert f"          abc<id 70000><id {tokenizer.vocab_size}>abc\n" in out
+    assert "amber: 1 of the sequences read hold ids beyond the vocabulary" in out
+
+
+def test_what_is_held_out_need_not_be_there_yet(
+    tmp_path: Path, wiki: DataConfig, byte_tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A name may hold any character, also those that begin a formula in a picture's title.
+    sources = [{"name": r"$\foo$", "paths": wiki.sources[0].paths}]
+    data = {"sources": sources, "tokenizer": byte_tokenizer, "seq_len": 40, "heldout": [f"{tmp_path}/none.jsonl"]}
+    (tmp_path / "config.yaml").write_text(json.dumps({"data": data}))
+    assert main([str(tmp_path / "config.yaml"), "--out", str(tmp_path / "out")]) == 0
+    assert "sequence 1: 41 tokens" in capsys.readouterr().out
+    assert (tmp_path / "out" / "lengths.png").is_file()
 
 
 def test_errors_are_one_sentence(tmp_path: Path, wiki: DataConfig, capsys: pytest.CaptureFixture[str]) -> None:

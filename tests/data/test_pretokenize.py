@@ -279,13 +279,18 @@ def test_two_runs_do_not_share_a_folder(corpus: Path, capsys: pytest.CaptureFixt
     assert run(corpus) == 0
 
 
-def test_ids_beyond_the_vocabulary_are_refused(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ids_beyond_the_vocabulary_are_bad_records(
+    corpus: Path, capsys: pytest.CaptureFixture[str], byte_tokenizer: str
+) -> None:
+    write_config(corpus, byte_tokenizer, ["few"])
     (corpus / "few" / "0.jsonl").write_text('{"text": [1, 257]}\n{"text": [258]}\n')
-    sentence = refusal(
-        corpus, capsys, "data.sources.0.kind=token_ids", "data.sources.0.text_key=text", "data.sources.0.ids_key=text"
-    )
-    assert "0.jsonl, line 2: token id 258 is not in the vocabulary of " in sentence
-    assert "which has 258 tokens; give the tokenizer" in sentence
+    ready_made = [f"data.sources.0.{key}" for key in ("kind=token_ids", "ids_key=text")]
+    (corpus / "few" / "1.jsonl").unlink()
+    assert run(corpus, *ready_made) == 0
+    (report,) = TokenIndex(corpus / "out").sources["few"]
+    assert (report.n_documents, report.n_tokens, report.n_records) == (1, 2, 2)
+    sentence = refusal(corpus, capsys, *ready_made, "data.max_bad_records=0", out="none")
+    assert "0.jsonl, line 2: token id 258 is not in the vocabulary; repair" in sentence
 
 
 def test_a_corpus_of_bad_records_ends_early(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

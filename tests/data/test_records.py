@@ -261,13 +261,6 @@ def test_flipped_bits_and_trailing_rubbish_are_noticed(tmp_path: Path, suffix: s
         assert "the rest of the file is lost" in damage(found)[-1][1]
 
 
-@pytest.mark.parametrize("name", ["gone.jsonl", "gone.jsonl.zst", "gone.parquet"])
-def test_a_vanished_shard_is_a_bad_record(tmp_path: Path, name: str) -> None:
-    found = list(read(tmp_path / name))
-    assert len(damage(found)) == 1
-    assert "No such file" in damage(found)[0][1]
-
-
 def test_parquet_of_every_string_type(tmp_path: Path) -> None:
     values = ["a", None, "", "é"]
     for type_ in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.binary()):

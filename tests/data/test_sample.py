@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def test_layout_sizes_and_manifest(made: Path) -> None:
         sum(len(text.encode()) for text in read(made / "heldout.jsonl.zst")) == files["heldout.jsonl.zst"]["text_bytes"]
     )
     assert 0.05 < files["heldout.jsonl.zst"]["text_bytes"] / (MEGABYTES * 1e6) < 0.25
-    assert not made.with_name("corpus.tmp").exists()
+    assert list(made.parent.iterdir()) == [made]
 
 
 def test_held_out_documents_are_in_no_shard_and_none_is_there_twice(made: Path) -> None:
@@ -76,8 +77,6 @@ def test_made_again_the_same_and_by_another_seed_not(made: Path, tmp_path: Path)
 
 
 def test_reused_only_while_valid(made: Path, tmp_path: Path, capsys: Any) -> None:
-    import shutil
-
     out = tmp_path / "copy"
     shutil.copytree(made, out)
     arguments = ["--out", str(out), "--megabytes", str(MEGABYTES)]
@@ -104,6 +103,47 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, manifest: str |
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_what_lies_in_or_beside_a_sample_corpus_is_left_alone(made: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "corpus"
+    shutil.copytree(made, out)
+    notes = [out / "docs" / "notes.txt", tmp_path / "corpus.tmp" / "notes.txt"]
+    for path in notes:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    arguments = ["--out", str(out), "--megabytes", "0.1"]
+    assert sample.main(arguments) == 1
+    assert f"{out} holds docs/notes.txt, which is no sample corpus" in capsys.readouterr().err
+    notes[0].rename(tmp_path / "notes.txt")
+    assert sample.main(arguments) == 0
+    assert (tmp_path / "notes.txt").read_text() == notes[1].read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"corpus", "corpus.tmp", "notes.txt"}
+
+
+def test_two_do_not_write_one_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files = sample._write_files
+    refused = []
+
+    def write(folder: Path, settings: dict[str, Any]) -> None:
+        monkeypatch.setattr(sample, "_write_files", write_files)
+        with pytest.raises(DataError, match="is in use by another run of this command") as caught:
+            sample.write_sample(tmp_path / "out", 0.1, 0)
+        refused.append(caught)
+        write_files(folder, settings)
+
+    monkeypatch.setattr(sample, "_write_files", write)
+    assert sample.write_sample(tmp_path / "out", 0.1, 0)
+    assert refused
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_to_a_corpus_stays_one(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "disk" / "corpus")
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "corpus")
+    assert sample.write_sample(tmp_path / "out", 0.1, 0)
+    assert (tmp_path / "out").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["corpus"]
+
+
 def test_a_failed_write_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
@@ -114,9 +154,11 @@ def test_a_failed_write_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_positive_to_collect(tmp_path: Path, capsys: Any) -> None:
-    assert sample.main(["--out", str(tmp_path / "out"), "--megabytes", "0"]) == 1
-    assert "must be positive" in capsys.readouterr().err
+@pytest.mark.parametrize("megabytes", ["0", "-1", "1e-7", "nan", "inf"])
+def test_too_little_or_too_much_to_collect(tmp_path: Path, capsys: Any, megabytes: str) -> None:
+    assert sample.main(["--out", str(tmp_path / "out"), "--megabytes", megabytes]) == 1
+    assert "must be a number, and at least 0.1" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,9 @@ def test_held_out_shards_cannot_be_trained_on(tmp_path: Path, write_shard: Any) 
     path = write_shard(tmp_path / "a" / "a.jsonl", ["x"])
     with pytest.raises(DataError, match=r"a\.jsonl is both held out and part of source 'a'"):
         find_sources(config(tmp_path, ["a"], heldout=[str(path)]))
+    (tmp_path / "link.jsonl").symlink_to(path)
+    with pytest.raises(DataError, match=r"a\.jsonl is both held out and part of source 'a'"):
+        find_sources(config(tmp_path, ["a"], heldout=[str(tmp_path / "link.jsonl")]))
 
 
 def test_phases_change_the_mixture_at_their_step(tmp_path: Path, tokenizer: Tokenizer, write_shard: Any) -> None:

@@ -287,11 +287,43 @@ def test_unreadable_tokenizers(tmp_path: Path, name: str, content: bytes | None,
     assert name.rstrip("/") in str(caught.value)
 
 
-def test_damaged_special_files(tmp_path: Path, bpe: tokenizers.Tokenizer) -> None:
+@pytest.mark.parametrize(("content", "message"), [("{", "cannot be read"), ("[]", "is not a JSON object")])
+def test_damaged_special_files(tmp_path: Path, bpe: tokenizers.Tokenizer, content: str, message: str) -> None:
     bpe.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(DataError, match=r"tokenizer_config\.json cannot be read"):
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(DataError, match=rf"tokenizer_config\.json {message}"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_tokens_is_refused(tmp_path: Path) -> None:
+    tokenizers.Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="has an empty vocabulary"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", [b"tokens", b"merges"])
+def test_a_gguf_file_without_tokens_or_merges_is_refused(
+    tmp_path: Path, bpe: tokenizers.Tokenizer, name: bytes
+) -> None:
+    path = write_gguf(tmp_path / "t.gguf", bpe)
+    path.write_bytes(path.read_bytes().replace(b"tokenizer.ggml." + name, b"tokenizer.ggml.absent"))
+    with pytest.raises(DataError, match=f"has no list of strings tokenizer.ggml.{name.decode()}"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("value", [b"\xff" * 8, b"\xff" * 7 + b"\x0f", b"\xff" * 5 + b"\0\0\0", bytes(8)])
+def test_a_gguf_file_damaged_anywhere_is_one_sentence(tmp_path: Path, bpe: tokenizers.Tokenizer, value: bytes) -> None:
+    path = write_gguf(tmp_path / "t.gguf", bpe)
+    whole = path.read_bytes()
+    n_refused = 0
+    # Every length at the beginning, where the lists begin, and some of the strings in them.
+    for at in [*range(4, 220), *range(220, len(whole), 97)]:
+        path.write_bytes(whole[:at] + value + whole[at + 8 :])
+        try:
+            load_tokenizer(path)
+        except DataError as error:
+            n_refused += str(error).startswith(f"tokenizer {path} ")
+    assert n_refused > 150
 
 
 @pytest.mark.parametrize("changed", [{"model": "llama"}, {"pre": "qwen2"}])

@@ -115,6 +115,17 @@ def test_what_cannot_be_is_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("n_shards", [1, 2])
+def test_documents_too_large_for_the_sample_are_said(
+    tmp_path: Path, write_shard: Any, capfd: pytest.CaptureFixture[str], n_shards: int
+) -> None:
+    for i in range(n_shards):
+        write_shard(tmp_path / "c" / f"{i}.jsonl", ["kato misen " * 115_000] * 4)
+    assert main(["train", "--max-mb", "1", "--out", str(tmp_path / "t.model"), str(tmp_path / "c")]) == 1
+    error = capfd.readouterr().err
+    assert "fits into its shard's share of 1.0 MB: the smallest has 1.3 MB; give a larger --max-mb" in error
+
+
 def test_damaged_records_are_passed_over(tmp_path: Path, corpus: Path) -> None:
     lines = [json.dumps({"text": f"kato misen {i}"}) for i in range(400)]
     lines[3:3] = ["{", '{"text": 3}']
