@@ -25,4 +25,5 @@ ruff format --check .
 echo "== mypy"
 mypy
 echo "== pytest"
-pytest "${selection[@]}" "$@"
+# Two at a time, a file each: one launches ranks and waits while the other computes.
+pytest -n 2 --dist loadfile "${selection[@]}" "$@"

@@ -6,6 +6,9 @@ Letters: N out_features, K in_features, G group size.
 from __future__ import annotations
 
 WORD_BITS = 32  # weights per packed int32 word
+MAX_K = 2**24  # 127·K fits in int32, so sums of int8 activations never overflow
+SCALES = ("column", "row", "tensor", "group")  # patterns of α
+MODES = ("float", "int8")  # what binary_linear does with its activations
 
 
 def n_words(k: int) -> int:
@@ -25,5 +28,5 @@ def scale_shape(scale: str, n: int, k: int, group_size: int) -> tuple[int, int]:
         return n, k // group_size
     shapes = {"column": (1, k), "row": (n, 1), "tensor": (1, 1)}
     if scale not in shapes:
-        raise ValueError(f"scale={scale!r} is unknown; choose column, row, tensor or group")
+        raise ValueError(f"scale={scale!r} is unknown; choose {', '.join(SCALES[:-1])} or {SCALES[-1]}")
     return shapes[scale]

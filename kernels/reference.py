@@ -9,6 +9,8 @@ Letters: N out_features, K in_features, Kw = ceil(K / 32) words, M tokens, G gro
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -58,32 +60,89 @@ def xnor_gemm(a: Tensor, b: Tensor, k: int) -> Tensor:
     return k - 2 * differing
 
 
+def quantize_int8(z: Tensor) -> tuple[Tensor, Tensor]:
+    """z [..., K] as (q int8 [..., K], scale fp32 [..., 1]), z ≈ q·scale, one scale per row: max |z| / 127.
+
+    Rounded to nearest, ties to even. A row whose scale is no normal fp32 number (all zeros, above all) becomes 0 with
+    scale 0. Raises ValueError for NaN or infinity.
+    """
+    z = z.to(torch.float32)
+    if not bool(torch.isfinite(z).all()):
+        row = int((~torch.isfinite(z)).any(-1).flatten().nonzero()[0])
+        raise ValueError(f"mode='int8' needs finite activations: row {row} of {list(z.shape)} holds NaN or infinity")
+    scale = z.abs().amax(-1, keepdim=True) / 127
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
+    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    return (z * inverse).round().to(torch.int8), scale
+
+
 def binary_linear(
-    x: Tensor, words: Tensor, alpha: Tensor, beta: Tensor | None, scale: str, k: int, group_size: int
+    x: Tensor,
+    words: Tensor,
+    alpha: Tensor,
+    beta: Tensor | None,
+    scale: str,
+    k: int,
+    group_size: int,
+    mode: str = "float",
 ) -> Tensor:
     """x [..., k] times ŵᵀ, ŵ = α·sign(W) + β, the signs of W [N, k] packed in `words` [N, Kw]; [..., N] in x's dtype.
 
     `alpha` and `beta` have the shape that `layout.scale_shape` names for `scale` and are rounded to x's dtype, as in
     training. The weight is unpacked in blocks of rows, so the dense matrix never exists.
+
+    mode "float" computes in x's dtype. mode "int8" quantizes x (column: x·α) per token by `quantize_int8`, sums in
+    integers and scales in fp32; β multiplies the x that was not quantized.
     """
-    n = words.shape[0]
-    x_MK = x.reshape(-1, k)
-    alpha = alpha.to(x.dtype)
+    x_MK, alpha = x.reshape(-1, k), alpha.to(x.dtype)
+    beta = None if beta is None else beta.to(x.dtype)
+    multiply = _int8_product if mode == "int8" else _float_product
+    return multiply(x_MK, words, alpha, beta, scale, k, group_size).to(x.dtype).reshape(*x.shape[:-1], words.shape[0])
+
+
+def _float_product(
+    x_MK: Tensor, words: Tensor, alpha: Tensor, beta: Tensor | None, scale: str, k: int, group_size: int
+) -> Tensor:
     left = x_MK * alpha if scale == "column" else x_MK
-    y_MN = x.new_empty(x_MK.shape[0], n)
-    rows = max(1, BLOCK_WEIGHTS // k)
-    for start in range(0, n, rows):
-        block = slice(start, start + rows)
-        signs = unpack_signs(words[block], k, x.dtype)
+    y_MN = x_MK.new_empty(x_MK.shape[0], words.shape[0])
+    for block in _row_blocks(words.shape[0], k):
+        signs = unpack_signs(words[block], k, x_MK.dtype)
         if scale == "group":
             signs = (torch.unflatten(signs, 1, (-1, group_size)) * alpha[block, :, None]).flatten(1)
         y_MN[:, block] = left @ signs.T
+    return _shifted(y_MN, x_MK, alpha, beta, scale)
+
+
+def _int8_product(
+    x_MK: Tensor, words: Tensor, alpha: Tensor, beta: Tensor | None, scale: str, k: int, group_size: int
+) -> Tensor:
+    x_MK, alpha, beta = x_MK.float(), alpha.float(), None if beta is None else beta.float()
+    q_MK, scale_M1 = quantize_int8(x_MK * alpha if scale == "column" else x_MK)
+    q_MgG = torch.unflatten(q_MK.double(), 1, (-1, group_size if scale == "group" else k))
+    y_MN = x_MK.new_empty(x_MK.shape[0], words.shape[0])
+    for block in _row_blocks(words.shape[0], k):
+        signs_ngG = torch.unflatten(unpack_signs(words[block], k, torch.float64), 1, q_MgG.shape[1:])
+        sums_gMn = q_MgG.transpose(0, 1) @ signs_ngG.permute(1, 2, 0)  # integers, exact in fp64 far beyond int32
+        if scale == "group":
+            y_MN[:, block] = (sums_gMn.float() * alpha[block].T[:, None]).sum(0)
+        else:
+            y_MN[:, block] = sums_gMn[0].float()
+    return _shifted(y_MN.mul_(scale_M1), x_MK, alpha, beta, scale)
+
+
+def _shifted(y_MN: Tensor, x_MK: Tensor, alpha: Tensor, beta: Tensor | None, scale: str) -> Tensor:
+    """y·α where α belongs to the rows of the weight, plus the part of β."""
     if scale in ("row", "tensor"):
         y_MN *= alpha.T
     if beta is not None:
-        beta = beta.to(x.dtype)
         y_MN += x_MK @ beta.T if scale == "column" else x_MK.sum(1, keepdim=True) * beta.T
-    return y_MN.reshape(*x.shape[:-1], n)
+    return y_MN
+
+
+def _row_blocks(n: int, k: int) -> Iterator[slice]:
+    rows = max(1, BLOCK_WEIGHTS // k)
+    for start in range(0, n, rows):
+        yield slice(start, start + rows)
 
 
 def _bit_positions(device: torch.device) -> Tensor:

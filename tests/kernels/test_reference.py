@@ -133,3 +133,33 @@ def test_scale_shape_refuses_unknown_patterns(scale: str) -> None:
 def test_scale_shape_refuses_group_sizes_that_do_not_divide(group_size: int) -> None:
     with pytest.raises(ValueError, match="in_features=64 is not a multiple"):
         scale_shape("group", 4, 64, group_size)
+
+
+def test_quantize_int8_by_hand() -> None:
+    z = torch.tensor([[127.0, -127.0, 0.5, 1.5, -2.5, 0.0], [0.0] * 6, [2.0, -1.0, 0.0, 0.0, 0.0, 0.0]])
+    q, scale = reference.quantize_int8(z)
+    assert q.tolist() == [[127, -127, 0, 2, -2, 0], [0] * 6, [127, -64, 0, 0, 0, 0]]  # ties go to the even integer
+    assert q.dtype == torch.int8
+    assert torch.equal(scale, torch.tensor([[127.0], [0.0], [2.0]]) / 127)
+    with pytest.raises(ValueError, match=r"row 1 of \[2, 2\] holds NaN or infinity"):
+        reference.quantize_int8(torch.tensor([[1.0, 2.0], [float("inf"), 0.0]]))
+
+
+@pytest.mark.parametrize(("scale", "beta"), [("column", True), ("row", True), ("tensor", False), ("group", False)])
+def test_int8_mode_is_integer_arithmetic(scale: str, beta: bool) -> None:
+    """Against Python's integers, element by element."""
+    n, k, group_size = 3, 40, 10
+    torch.manual_seed(5)
+    w, x = torch.randn(n, k), torch.randn(2, k)
+    shape = scale_shape(scale, n, k, group_size)
+    alpha, shift = torch.rand(shape) + 0.5, torch.randn(shape) if beta else None
+    y = reference.binary_linear(x, reference.pack_signs(w), alpha, shift, scale, k, group_size, "int8")
+    q, step = reference.quantize_int8(x * alpha if scale == "column" else x)
+    alpha_NK = torch.ones(n, k) if scale == "column" else alpha.repeat_interleave(k // alpha.shape[1], 1).expand(n, k)
+    for m in range(2):
+        for row in range(n):
+            terms = [int(q[m, i]) * (1 if w[row, i] >= 0 else -1) * float(alpha_NK[row, i]) for i in range(k)]
+            wanted = sum(terms) * float(step[m])
+            if shift is not None:
+                wanted += float((x[m] * shift.expand(n, k)[row]).sum())
+            assert float(y[m, row]) == pytest.approx(wanted, rel=1e-5, abs=1e-5)

@@ -1,0 +1,193 @@
+"""How fast the CPU kernels are: beside torch, and beside what this machine can do at most.
+
+    python -m fbitrain.kernels.bench [--preset 7b] [--tokens 1 512] [--threads 2] [--rounds 15] [--help]
+
+All contenders of a shape run in turns, in ever another order, so that a busy machine slows them alike; times are
+medians. Decode (few tokens) takes its weight from a pool larger than the caches, as a model's layers do. `roofline` is
+the time that cannot be beaten divided by the time taken. That time is the longer of two: reading the bits at the
+measured bandwidth, and executing the kernel's innermost instructions at their measured peak; both are measured in the
+same turns. With --threads 1 all times are CPU time, so that what other programs take of the core is not counted: the
+way to read `roofline` on a machine that is not idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import random
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fbitrain.kernels import cpu, ops, reference
+from fbitrain.kernels.cpu_build import FLAGS, SOURCES, find_compiler
+from fbitrain.kernels.dispatch import Call, select_backend
+
+# (N, K) of a preset's Linears: attention, gate and up, down.
+SHAPES = {
+    "130m": [(768, 768), (2048, 768), (768, 2048)],
+    "1.3b": [(2048, 2048), (5632, 2048), (2048, 5632)],
+    "7b": [(4096, 4096), (11008, 4096), (4096, 11008)],
+}
+POOL_BYTES = 96 * 2**20  # of packed weights that decode goes through
+DECODE_TOKENS = 8  # up to here a weight is read from memory, not from the cache
+BANDWIDTH_BYTES = 128 * 2**20
+Contender = Callable[[], object]
+
+
+class Peaks:
+    """Measured limits of this machine, as contenders that run in turns with the kernels."""
+
+    def __init__(self, level: str, threads: int) -> None:
+        self.level, self.threads = level, threads
+        self.memory = torch.ones(BANDWIDTH_BYTES // 8, dtype=torch.int64)
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / "peaks.so"
+            source = str(SOURCES / "bench_peaks.cpp")
+            subprocess.run(
+                [*find_compiler(), *FLAGS, "-fvisibility=default", "-shared", source, "-o", library], check=True
+            )
+            self.loaded = ctypes.CDLL(str(library))
+        self.loaded.fbitrain_peak.argtypes = [ctypes.c_char_p]
+        self.loaded.fbitrain_peak.restype = ctypes.c_double
+        self.loaded.fbitrain_read_bandwidth.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+        self.loaded.fbitrain_read_bandwidth.restype = ctypes.c_double
+
+    def bandwidth(self) -> float:
+        """Bytes per second, all threads together."""
+        return float(self.loaded.fbitrain_read_bandwidth(self.memory.data_ptr(), BANDWIDTH_BYTES, self.threads))
+
+    def instructions(self, kernel: str, tokens: int) -> float:
+        """Weights times tokens per second, all threads together; 0 where no loop is known (portable)."""
+        level = "avx512" if self.level == "amx" else self.level
+        name = f"{level} {kernel}" + (" 1" if tokens < 3 else "")
+        return float(self.loaded.fbitrain_peak(name.encode())) * self.threads
+
+
+def contenders(n: int, k: int, m: int) -> tuple[dict[str, Contender], dict[str, str]]:
+    """What is compared at a shape, by name; and for each of our kernels the peer that its ratio is against."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(n, k, generator=generator), torch.randn(m, k, generator=generator)
+    words, alpha, beta = ops.pack_signs(weight), torch.rand(1, k), torch.rand(1, k)
+    copies = max(1, POOL_BYTES // (words.numel() * 4)) if m <= DECODE_TOKENS else 1
+    pool, x_words = [words, *(words.clone() for _ in range(copies - 1))], ops.pack_signs(x)
+    turn = 0
+
+    def next_words() -> Tensor:
+        nonlocal turn
+        turn = (turn + 1) % len(pool)
+        return pool[turn]
+
+    def linear(dtype: torch.dtype, mode: str) -> Contender:
+        typed = x.to(dtype)
+        return lambda: ops.binary_linear(typed, next_words(), alpha, beta, "column", k, 128, mode)
+
+    def dense(dtype: torch.dtype) -> Contender:
+        typed_x, typed_weight = x.to(dtype), weight.to(dtype)
+        return lambda: F.linear(typed_x, typed_weight)
+
+    fp32, bf16 = torch.float32, torch.bfloat16
+    return {
+        "torch fp32": dense(fp32),
+        "torch bf16": dense(bf16),
+        "torch packed": lambda: reference.xnor_gemm(x_words, words, k),
+        "int8 (bf16)": linear(bf16, "int8"),
+        "float (bf16)": linear(bf16, "float"),
+        "int8 (fp32)": linear(fp32, "int8"),
+        "float (fp32)": linear(fp32, "float"),
+        "xnor": lambda: ops.xnor_gemm(x_words, next_words(), k),
+    }, {"xnor": "torch packed"}
+
+
+def in_turns(runs: dict[str, Contender], rounds: int) -> dict[str, float]:
+    """Median seconds of each after a warm-up, which is all there is of one that takes over a second."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs.items())
+    shuffle = random.Random(0).shuffle
+    for number in range(rounds + 1):  # the first round warms up
+        shuffle(order)
+        for name, run in order:
+            if number and times[name][0] > 1:
+                continue
+            start = clock()
+            run()
+            times[name].append(clock() - start)
+    return {name: statistics.median(taken[1:] or taken) for name, taken in times.items()}
+
+
+def bench_shape(n: int, k: int, m: int, peaks: Peaks, rounds: int) -> None:
+    """Prints the table of one shape."""
+    runs, peers = contenders(n, k, m)
+    limits: dict[str, list[float]] = {"bandwidth": [], "int8": [], "float": [], "xnor": []}
+
+    def measure_limits() -> None:
+        limits["bandwidth"].append(peaks.bandwidth())
+        for kernel in ("int8", "float", "xnor"):
+            limits[kernel].append(peaks.instructions(kernel, m))
+
+    median = in_turns({**runs, "limits": measure_limits}, rounds)
+    limit = {name: statistics.median(values) for name, values in limits.items()}
+    print(f"\nN={n} K={k} M={m}: memory {limit['bandwidth'] / 1e9:.1f} GB/s, peaks of the innermost loops in 10^9")
+    print("weights·tokens/s: " + ", ".join(f"{name} {limit[name] / 1e9:.0f}" for name in ("int8", "float", "xnor")))
+    print(f"{'':14}{'median':>10}{'10^9/s':>9}{'GB/s':>7}{'vs fp32':>9}{'vs bf16':>9}{'vs packed':>10}{'roofline':>10}")
+    for name in runs:
+        seconds, kernel = median[name], name.split()[0]
+        line = f"{name:14}{seconds * 1e6:>8.0f}µs{n * k * m / seconds / 1e9:>9.1f}"
+        if kernel not in limit:
+            print(line)
+            continue
+        instructions = n * k * m / limit[kernel] if limit[kernel] else 0.0
+        bound = max(n * k / 8 / limit["bandwidth"], instructions)
+        line += f"{n * k / 8 / seconds / 1e9:>7.1f}"
+        if name in peers:
+            line += f"{'':18}{median[peers[name]] / seconds:>9.1f}x"
+        else:
+            line += "".join(f"{median[peer] / seconds:>8.1f}x" for peer in ("torch fp32", "torch bf16")) + " " * 10
+        print(f"{line}{bound / seconds:>9.0%}")
+
+
+def bench_overhead(rounds: int) -> None:
+    """Prints what a call costs beyond the kernel: a weight of one word."""
+    x, words, alpha = torch.randn(1, 32), torch.ones(1, 1, dtype=torch.int32), torch.ones(1, 32)
+    calls = 1000
+
+    def many() -> None:
+        with torch.no_grad():
+            for _ in range(calls):
+                ops.binary_linear(x, words, alpha, None, "column", 32, 128)
+
+    print(f"\noverhead of a call: {in_turns({'calls': many}, rounds)['calls'] / calls * 1e6:.1f} µs (N=1, K=32, M=1)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the CPU kernels beside torch and the machine's limits.")
+    parser.add_argument("--preset", choices=SHAPES, default="7b", help="whose layers (default 7b)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 512], metavar="M", help="default 1 and 512")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's number")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each contender (default 15)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(select_backend(Call("binary_linear", "cpu", torch.bfloat16)))
+    level = select_backend(Call("binary_linear", "cpu", torch.bfloat16)).backend
+    if level not in cpu.LEVELS:
+        raise SystemExit(
+            f"the compiled kernels do not run here ({cpu.levels()['portable']}); there is nothing to measure"
+        )
+    peaks = Peaks(level, args.threads)
+    print(f"torch {torch.__version__}, {args.threads} threads")
+    for m in args.tokens:
+        for n, k in SHAPES[args.preset]:
+            bench_shape(n, k, m, peaks, args.rounds)
+    bench_overhead(args.rounds)
+
+
+if __name__ == "__main__":
+    main()

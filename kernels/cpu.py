@@ -1,0 +1,171 @@
+"""The CPU kernels of kernels/csrc as functions of tensors, called through ctypes.
+
+A level is an instruction set together with all below it: "amx" runs the AMX tiles where they pay and AVX-512 elsewhere.
+The functions take what `ops` has checked; see fbitrain.kernels.reference for what they compute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from fbitrain.kernels.cpu_build import BuildError, build
+from fbitrain.kernels.layout import MODES, SCALES, n_words
+
+LEVELS = ("amx", "avx512", "avx2", "portable")  # fastest first
+_NUMBER = {"portable": 0, "avx2": 1, "avx512": 2, "amx": 3}  # as in csrc/cpu_features.cpp
+_NEEDED = {"amx": "AMX-INT8", "avx512": "AVX-512 VNNI and VPOPCNTDQ", "avx2": "AVX2", "portable": "anything"}
+_FORMAT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as in csrc/pack.inl
+DTYPES = {
+    "pack_signs": tuple(_FORMAT),
+    "unpack_signs": tuple(_FORMAT),
+    "binary_linear": (torch.float32, torch.bfloat16),
+}
+
+_INT, _SIZE, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_ARGUMENTS = {
+    "binary_linear": [_INT] * 5 + [_POINTER] * 5 + [_SIZE] * 4,
+    "xnor_gemm": [_INT] * 2 + [_POINTER] * 3 + [_SIZE] * 3,
+    "pack_signs": [_INT] * 3 + [_POINTER] * 2 + [_SIZE] * 2,
+    "unpack_signs": [_INT] * 3 + [_POINTER] * 2 + [_SIZE] * 2,
+}
+
+
+class Library:
+    """The C functions of a compiled library. Raises BuildError if it cannot be loaded."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._loaded = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise BuildError(f"{path} cannot be loaded ({error}); delete it") from error
+        for name, arguments in _ARGUMENTS.items():
+            function = getattr(self._loaded, f"fbitrain_{name}")
+            function.argtypes, function.restype = arguments, ctypes.c_int64
+            setattr(self, name, function)
+
+    def why_not(self, level: str) -> str:
+        supports: int = self._loaded.fbitrain_supports(_NUMBER[level])
+        return {
+            1: "",
+            0: f"this CPU or operating system has no {_NEEDED[level]}",
+            -1: "the C++ compiler cannot build it",
+        }[supports]
+
+    binary_linear: Callable[..., int]
+    xnor_gemm: Callable[..., int]
+    pack_signs: Callable[..., int]
+    unpack_signs: Callable[..., int]
+
+
+@functools.cache
+def _library() -> Library:
+    return Library(build())
+
+
+@functools.cache
+def levels() -> Mapping[str, str]:
+    """Of each level why it does not run here, "" if it does. Builds the library; says so once if that fails."""
+    try:
+        library = _library()
+    except BuildError as error:
+        warnings.warn(f"{error}. Until then the binary ops run in plain torch, slowly.", RuntimeWarning, stacklevel=2)
+        return MappingProxyType(dict.fromkeys(LEVELS, str(error)))
+    return MappingProxyType({level: library.why_not(level) for level in LEVELS})
+
+
+def kernel(op: str, level: str) -> Callable[..., Tensor]:
+    """The function that runs `op` (the arguments are those of its reference) with the instructions of `level`."""
+    return functools.partial(_RUN[op], _NUMBER[level])
+
+
+def _pack_signs(level: int, w: Tensor) -> Tensor:
+    w = w.detach().contiguous()
+    k = w.shape[-1]
+    words = torch.empty((*w.shape[:-1], n_words(k)), dtype=torch.int32)
+    rows = w.numel() // max(k, 1)
+    status = _library().pack_signs(
+        level, torch.get_num_threads(), _FORMAT[w.dtype], w.data_ptr(), words.data_ptr(), rows, k
+    )
+    _require(status, "pack_signs")
+    return words
+
+
+def _unpack_signs(level: int, words: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    words = words.contiguous()
+    signs = torch.empty((*words.shape[:-1], k), dtype=dtype)
+    rows = signs.numel() // max(k, 1)
+    status = _library().unpack_signs(
+        level, torch.get_num_threads(), _FORMAT[dtype], words.data_ptr(), signs.data_ptr(), rows, k
+    )
+    _require(status, "unpack_signs")
+    return signs
+
+
+def _xnor_gemm(level: int, a: Tensor, b: Tensor, k: int) -> Tensor:
+    m, n = a.shape[0], b.shape[0]
+    product = torch.empty((m, n), dtype=torch.int32)
+    threads = torch.get_num_threads()
+    status = _library().xnor_gemm(level, threads, a.data_ptr(), b.data_ptr(), product.data_ptr(), m, n, k)
+    _require(status, "xnor_gemm")
+    return product
+
+
+def _binary_linear(
+    level: int,
+    x: Tensor,
+    words: Tensor,
+    alpha: Tensor,
+    beta: Tensor | None,
+    scale: str,
+    k: int,
+    group_size: int,
+    mode: str = "float",
+) -> Tensor:
+    n = words.shape[0]
+    x, alpha = x.contiguous(), alpha.float()
+    beta = None if beta is None else beta.float()
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    status = _library().binary_linear(
+        level,
+        torch.get_num_threads(),
+        MODES.index(mode),
+        x.dtype is torch.bfloat16,
+        SCALES.index(scale),
+        x.data_ptr(),
+        words.data_ptr(),
+        alpha.data_ptr(),
+        None if beta is None else beta.data_ptr(),
+        y.data_ptr(),
+        x.numel() // k,
+        n,
+        k,
+        group_size,
+    )
+    if status > 0:
+        raise ValueError(
+            f"mode='int8' needs finite activations: row {status - 1} of {list(x.shape)} holds NaN or infinity"
+        )
+    _require(status, "binary_linear")
+    return y
+
+
+def _require(status: int, op: str) -> None:
+    if status == -3:
+        raise MemoryError(f"{op}: not enough memory for its working buffers")
+    assert status == 0, f"{op} was called with arguments that it refuses: status {status}"
+
+
+_RUN: dict[str, Callable[..., Tensor]] = {
+    "pack_signs": _pack_signs,
+    "unpack_signs": _unpack_signs,
+    "xnor_gemm": _xnor_gemm,
+    "binary_linear": _binary_linear,
+}

@@ -1,0 +1,238 @@
+// The kernels with AVX-512, VNNI and VPOPCNTDQ: 16 rows of a panel per register. What is missing here (transpose) comes
+// from the level below. docs/kernels.md draws the data paths.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace fbitrain {
+namespace {
+
+#include "pack.inl"
+
+constexpr int kLanes = 16;
+constexpr int kGroups = kRows / kLanes;  // registers that hold one word of every row
+constexpr int kQuadTables = kWordBits / 4;  // float: one table of 16 sums per four columns
+
+__m512i load(const void* p) { return _mm512_load_si512(p); }
+
+void add_to(int32_t* sums, __m512i values) { _mm512_store_si512(sums, _mm512_add_epi32(load(sums), values)); }
+
+// Has the compiler finish this sum before it starts on the next: see avx2.cpp.
+template <typename Register>
+void in_register([[maybe_unused]] Register& sum) {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(sum));
+#endif
+}
+
+// x of four columns, the same for all 16 rows.
+__m512i four(const int8_t* x) {
+    int32_t bytes;
+    __builtin_memcpy(&bytes, x, sizeof bytes);
+    return _mm512_set1_epi32(bytes);
+}
+
+// One token and 32 rows. A bit is used where it stands: byte (bit << j) times x, so that two instructions (and,
+// multiply-add of fours) do 64 weights. sum[j] holds 2^j times its value.
+void int8_one_token(const uint32_t* panel, int n_words, const int8_t* x, int32_t* sums) {
+    __m512i sum[2][8] = {};
+    for (int w = 0; w < n_words; ++w)
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) {
+            const __m512i x4 = four(x + w * kWordBits + 4 * j);
+            const __m512i mask = _mm512_set1_epi32(static_cast<int32_t>(0x01010101u << j));
+#pragma GCC unroll 2
+            for (int g = 0; g < 2; ++g) {
+                const __m512i bits = _mm512_and_si512(load(panel + w * kRows + g * kLanes), mask);
+                sum[g][j] = _mm512_dpbusd_epi32(sum[g][j], bits, x4);
+                in_register(sum[g][j]);
+            }
+        }
+#pragma GCC unroll 2
+    for (int g = 0; g < 2; ++g)
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j)
+            add_to(sums + g * kLanes, _mm512_sra_epi32(sum[g][j], _mm_cvtsi32_si128(j)));
+}
+
+constexpr int64_t kWordsAhead = 1024;
+
+// One token and whole rows: as above, but a register holds 16 words of one row instead of one word of 16 rows.
+template <int kTogether>
+void int8_together(const uint32_t* words, int64_t n_words, const int8_t* x, int32_t* sums) {
+    __m512i sum[kTogether][8] = {};
+    for (int64_t w = 0; w < n_words; w += kLanes) {
+        const int64_t left = n_words - w;
+        const auto present = static_cast<__mmask16>(left >= kLanes ? 0xFFFF : (1 << left) - 1);
+        __m512i bits[kTogether];
+        // Each register is a cache line; see avx2.cpp for the distance.
+#pragma GCC unroll 4
+        for (int r = 0; r < kTogether; ++r) __builtin_prefetch(words + r * n_words + w + kWordsAhead);
+#pragma GCC unroll 4
+        for (int r = 0; r < kTogether; ++r) bits[r] = _mm512_maskz_loadu_epi32(present, words + r * n_words + w);
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) {
+            const __m512i x64 = load(x + w * kWordBits + 64 * j);
+            const __m512i mask = _mm512_set1_epi32(static_cast<int32_t>(0x01010101u << j));
+#pragma GCC unroll 4
+            for (int r = 0; r < kTogether; ++r) {
+                sum[r][j] = _mm512_dpbusd_epi32(sum[r][j], _mm512_and_si512(bits[r], mask), x64);
+                in_register(sum[r][j]);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kTogether; ++r) {
+        sums[r] = 0;
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) sums[r] += _mm512_reduce_add_epi32(sum[r][j]) >> j;
+    }
+}
+
+void int8_rows(const uint32_t* words, int64_t n_words, int rows, const int8_t* x, int32_t* sums) {
+    int r = 0;
+    for (; r + 2 <= rows; r += 2) int8_together<2>(words + r * n_words, n_words, x, sums + r);
+    if (r < rows) int8_together<1>(words + r * n_words, n_words, x, sums + r);
+}
+
+// 32 rows x kTokens: one instruction does 64 weights; bringing the bits to bytes 0 and 1 is shared by the tokens.
+template <int kTokens>
+void int8_tile(const uint32_t* panel, int n_words, const int8_t* x, ptrdiff_t stride, int32_t* sums) {
+    const __m512i ones = _mm512_set1_epi8(1);
+    __m512i sum[kTokens][2] = {};
+    for (int w = 0; w < n_words; ++w) {
+        __m512i bits[2] = {load(panel + w * kRows), load(panel + w * kRows + kLanes)};
+#pragma GCC unroll 1
+        for (int j = 0; j < 8; ++j) {
+            const __m512i bytes[2] = {_mm512_and_si512(bits[0], ones), _mm512_and_si512(bits[1], ones)};
+#pragma GCC unroll 8
+            for (int t = 0; t < kTokens; ++t) {
+                const __m512i x4 = four(x + t * stride + w * kWordBits + 4 * j);
+#pragma GCC unroll 2
+                for (int g = 0; g < 2; ++g) {
+                    sum[t][g] = _mm512_dpbusd_epi32(sum[t][g], bytes[g], x4);
+                    in_register(sum[t][g]);
+                }
+            }
+#pragma GCC unroll 2
+            for (int g = 0; g < 2; ++g) bits[g] = _mm512_srli_epi32(bits[g], 1);
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t)
+#pragma GCC unroll 8
+        for (int g = 0; g < 2; ++g) add_to(sums + t * kRows + g * kLanes, sum[t][g]);
+}
+
+void int8_block(const uint32_t* panel, int n_words, const int8_t* x, ptrdiff_t stride, int tokens, int32_t* sums) {
+    constexpr int kTile = 8;
+    constexpr decltype(&int8_tile<1>) tiles[] = {nullptr,      nullptr,      int8_tile<2>, int8_tile<3>, int8_tile<4>,
+                                                 int8_tile<5>, int8_tile<6>, int8_tile<7>, int8_tile<8>};
+    for (int g = 0; g < kGroups; g += 2)
+        for (int t = 0; t < tokens; t += kTile) {
+            const int n = tokens - t < kTile ? tokens - t : kTile;
+            const uint32_t* rows = panel + g * kLanes;
+            int32_t* out = sums + t * kRows + g * kLanes;
+            if (n == 1)
+                int8_one_token(rows, n_words, x + t * stride, out);
+            else
+                tiles[n](rows, n_words, x + t * stride, stride, out);
+        }
+}
+
+// For four columns, the 16 sums that their bits can select; bit i of the index is the sign of column i, set for plus.
+void float_tables(const float* z, int n_words, float* tables) {
+    alignas(64) uint32_t flips[4][16];  // the sign bit, where the index has a zero
+    for (int column = 0; column < 4; ++column)
+        for (uint32_t i = 0; i < 16; ++i) flips[column][i] = (~i >> column & 1u) << 31;
+    for (int quad = 0; quad < n_words * kQuadTables; ++quad) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int column = 0; column < 4; ++column) {
+            const __m512i value = _mm512_castps_si512(_mm512_set1_ps(z[4 * quad + column]));
+            sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_xor_si512(value, load(flips[column]))));
+        }
+        _mm512_store_ps(tables + 16 * quad, sum);
+    }
+}
+
+// 64 rows x kTokens: vpermps looks at the four lowest bits of each lane, so that a shift (shared by all tokens), a lookup
+// and an add do 64 weights.
+template <int kTokens>
+void float_tile(const uint32_t* panel, int n_words, const float* tables, ptrdiff_t stride, float* sums) {
+    __m512 sum[kTokens][kGroups] = {};
+    for (int w = 0; w < n_words; ++w) {
+        __m512i bits[kGroups];
+#pragma GCC unroll 8
+        for (int g = 0; g < kGroups; ++g) bits[g] = load(panel + w * kRows + g * kLanes);
+#pragma GCC unroll 1
+        for (int quad = 0; quad < kQuadTables; ++quad) {
+#pragma GCC unroll 8
+            for (int t = 0; t < kTokens; ++t) {
+                const __m512 table = _mm512_load_ps(tables + t * stride + 16 * (w * kQuadTables + quad));
+#pragma GCC unroll 8
+                for (int g = 0; g < kGroups; ++g) {
+                    sum[t][g] = _mm512_add_ps(sum[t][g], _mm512_permutexvar_ps(bits[g], table));
+                    in_register(sum[t][g]);
+                }
+            }
+#pragma GCC unroll 8
+            for (int g = 0; g < kGroups; ++g) bits[g] = _mm512_srli_epi32(bits[g], 4);
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t)
+#pragma GCC unroll 8
+        for (int g = 0; g < kGroups; ++g) {
+            float* p = sums + t * kRows + g * kLanes;
+            _mm512_store_ps(p, _mm512_add_ps(_mm512_load_ps(p), sum[t][g]));
+        }
+}
+
+void float_block(const uint32_t* panel, int n_words, const float* tables, ptrdiff_t stride, int tokens, float* sums) {
+    constexpr int kTile = 5;
+    constexpr decltype(&float_tile<1>) tiles[] = {nullptr,       float_tile<1>, float_tile<2>,
+                                                  float_tile<3>, float_tile<4>, float_tile<5>};
+    for (int t = 0; t < tokens; t += kTile) {
+        const int n = tokens - t < kTile ? tokens - t : kTile;
+        tiles[n](panel, n_words, tables + t * stride, stride, sums + t * kRows);
+    }
+}
+
+// 64 rows x kTokens: three instructions (xor, popcount, add) do 512 bits.
+template <int kTokens>
+void xnor_tile(const uint32_t* panel, int n_words, const uint32_t* a, ptrdiff_t stride, int32_t* sums) {
+    __m512i sum[kTokens][kGroups] = {};
+    for (int w = 0; w < n_words; ++w)
+#pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t) {
+            const __m512i word = _mm512_set1_epi32(static_cast<int32_t>(a[t * stride + w]));
+#pragma GCC unroll 8
+            for (int g = 0; g < kGroups; ++g) {
+                const __m512i differing = _mm512_xor_si512(load(panel + w * kRows + g * kLanes), word);
+                sum[t][g] = _mm512_add_epi32(sum[t][g], _mm512_popcnt_epi32(differing));
+                in_register(sum[t][g]);
+            }
+        }
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t)
+#pragma GCC unroll 8
+        for (int g = 0; g < kGroups; ++g) add_to(sums + t * kRows + g * kLanes, sum[t][g]);
+}
+
+void xnor_block(const uint32_t* panel, int n_words, const uint32_t* a, const uint8_t*, ptrdiff_t stride, int tokens,
+                int32_t* sums) {
+    constexpr int kTile = 5;
+    constexpr decltype(&xnor_tile<1>) tiles[] = {nullptr,      xnor_tile<1>, xnor_tile<2>,
+                                                 xnor_tile<3>, xnor_tile<4>, xnor_tile<5>};
+    for (int t = 0; t < tokens; t += kTile) {
+        const int n = tokens - t < kTile ? tokens - t : kTile;
+        tiles[n](panel, n_words, a + t * stride, stride, sums + t * kRows);
+    }
+}
+
+}  // namespace
+
+const KernelSet kAvx512 = {"avx512",     nullptr,     int8_block, kLanes,   int8_rows, 16 * kQuadTables,
+                           float_tables, float_block, xnor_block, pack_row, unpack_row};
+
+}  // namespace fbitrain

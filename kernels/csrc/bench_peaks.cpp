@@ -1,0 +1,98 @@
+// What this CPU can do at most, for the last column of `python -m fbitrain.kernels.bench`; no part of the library.
+// Each loop is a kernel's innermost instructions on registers alone, eight independent chains of them.
+#include <time.h>
+
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+namespace {
+
+double seconds(clockid_t clock) {
+    timespec t;
+    clock_gettime(clock, &t);
+    return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_nsec) * 1e-9;
+}
+
+// CPU time of this thread: what other programs take of the core is not counted.
+double now() { return seconds(CLOCK_THREAD_CPUTIME_ID); }
+
+constexpr int kLoops = 50000, kChains = 8;
+
+#define EIGHT(CHAIN) CHAIN(0) CHAIN(1) CHAIN(2) CHAIN(3) CHAIN(4) CHAIN(5) CHAIN(6) CHAIN(7)
+#define PEAK(CHAIN, weights)                                                                                       \
+    {                                                                                                              \
+        const double start = now();                                                                                \
+        for (int i = 0; i < kLoops; ++i)                                                                           \
+            __asm__ volatile(EIGHT(CHAIN)::: "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7",       \
+                             "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "rax", "rcx",   \
+                             "rdx", "rsi", "rdi", "r8", "r9", "r10");                                              \
+        return double{kLoops} * kChains * (weights) / (now() - start);                                             \
+    }
+
+// Of chain j: the sum is in register j; 11 to 15 are operands and scratch.
+#define SUM(instruction, width, j) instruction " %%" width "15, %%" width #j ", %%" width #j "\n"
+
+#define AVX2_INT8_ONE(j) "vpand %%ymm14, %%ymm13, %%ymm15\n vpmaddubsw %%ymm12, %%ymm15, %%ymm15\n" SUM("vpaddw", "ymm", j)
+#define AVX2_INT8(j) "vpmaddubsw %%ymm12, %%ymm14, %%ymm15\n" SUM("vpaddw", "ymm", j)
+#define AVX2_FLOAT_ONE(j) "vpsrld $2, %%ymm12, %%ymm11\n vpermilps %%ymm11, %%ymm14, %%ymm15\n" SUM("vaddps", "ymm", j)
+#define AVX2_FLOAT(j) "vpermilps %%ymm12, %%ymm14, %%ymm15\n" SUM("vaddps", "ymm", j)
+#define SCALAR_XNOR(j) "popcnt %%rax, %%rcx\n"
+
+#define AVX512_INT8_ONE(j) "vpandd %%zmm14, %%zmm13, %%zmm15\n vpdpbusd %%zmm12, %%zmm15, %%zmm" #j "\n"
+#define AVX512_INT8(j) "vpdpbusd %%zmm12, %%zmm14, %%zmm" #j "\n"
+#define AVX512_FLOAT_ONE(j) "vpsrld $4, %%zmm12, %%zmm11\n vpermps %%zmm14, %%zmm11, %%zmm15\n" SUM("vaddps", "zmm", j)
+#define AVX512_FLOAT(j) "vpermps %%zmm14, %%zmm12, %%zmm15\n" SUM("vaddps", "zmm", j)
+#define AVX512_XNOR(j) "vpxord %%zmm12, %%zmm14, %%zmm15\n vpopcntd %%zmm15, %%zmm15\n" SUM("vpaddd", "zmm", j)
+
+double avx2_int8_one() PEAK(AVX2_INT8_ONE, 32)
+double avx2_int8() PEAK(AVX2_INT8, 32)
+double avx2_float_one() PEAK(AVX2_FLOAT_ONE, 16)
+double avx2_float() PEAK(AVX2_FLOAT, 16)
+double scalar_xnor() PEAK(SCALAR_XNOR, 64)
+double avx512_int8_one() PEAK(AVX512_INT8_ONE, 64)
+double avx512_int8() PEAK(AVX512_INT8, 64)
+double avx512_float_one() PEAK(AVX512_FLOAT_ONE, 64)
+double avx512_float() PEAK(AVX512_FLOAT, 64)
+double avx512_xnor() PEAK(AVX512_XNOR, 512)
+
+struct Peak {
+    const char* name;
+    double (*measure)();
+};
+constexpr Peak kPeaks[] = {{"avx2 int8 1", avx2_int8_one},    {"avx2 int8", avx2_int8},
+                           {"avx2 float 1", avx2_float_one},  {"avx2 float", avx2_float},
+                           {"avx2 xnor 1", scalar_xnor},      {"avx2 xnor", scalar_xnor},
+                           {"avx512 int8 1", avx512_int8_one}, {"avx512 int8", avx512_int8},
+                           {"avx512 float 1", avx512_float_one}, {"avx512 float", avx512_float},
+                           {"avx512 xnor 1", avx512_xnor},    {"avx512 xnor", avx512_xnor}};
+
+}  // namespace
+
+// Weights times tokens per second of one core, by the innermost loop of a level; 0 for a name that is not known. The
+// caller has asked whether the CPU runs the level.
+extern "C" double fbitrain_peak(const char* name) {
+    for (const Peak& peak : kPeaks)
+        if (!std::strcmp(peak.name, name)) return peak.measure();
+    return 0;
+}
+
+// Bytes per second (of CPU time if there is one thread) that `threads` threads read together from memory of `size` bytes (larger than the caches).
+extern "C" double fbitrain_read_bandwidth(const uint64_t* memory, int64_t size, int threads) {
+    const int64_t part = size / 8 / threads;
+    std::vector<uint64_t> sums(static_cast<size_t>(threads) * 8);
+    const auto read = [=, &sums](int t) {
+        uint64_t sum[8] = {};
+        for (int64_t i = t * part; i + 8 <= (t + 1) * part; i += 8)
+            for (int lane = 0; lane < 8; ++lane) sum[lane] += memory[i + lane];
+        for (int lane = 0; lane < 8; ++lane) sums[static_cast<size_t>(t) * 8 + lane] = sum[lane];
+    };
+    const clockid_t clock = threads == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC;
+    const double start = seconds(clock);
+    std::vector<std::thread> readers;
+    for (int t = 1; t < threads; ++t) readers.emplace_back(read, t);
+    read(0);
+    for (std::thread& reader : readers) reader.join();
+    return static_cast<double>(part * 8 * threads) / (seconds(clock) - start);
+}

@@ -1,0 +1,77 @@
+// What the parts of the CPU kernels share: the panel of transposed bits, and the table of functions that each
+// instruction set fills in. No torch and nothing that needs more than C++17. docs/kernels.md explains the data paths.
+//
+// Letters: M tokens, N rows of the weight (out_features), K columns (in_features).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#define FBITRAIN_EXPORT __attribute__((visibility("default")))
+
+namespace fbitrain {
+
+constexpr int kWordBits = 32;    // columns per packed word
+constexpr int kRows = 64;        // rows of a panel; a row is a SIMD lane
+constexpr int kBlockWords = 16;  // words of a panel: 512 columns, so that 16-bit sums of int8 pairs cannot overflow
+constexpr int kLoadWords = 8;    // `transpose` reads words by the eight; rows are padded to that with zeros
+constexpr int kMaxTokens = 60;   // tokens per call of a block function
+constexpr int64_t kMaxColumns = int64_t{1} << 24;  // 127 * K must fit in int32
+
+// What the C functions return; binary_linear also returns 1 + the number of a token it cannot quantize.
+enum Status : int64_t { kOk = 0, kBadArgument = -1, kNoLevel = -2, kNoMemory = -3 };
+
+// Functions of one instruction set. A panel is uint32 [n_words][kRows], 64-byte aligned. `sums` is [tokens][kRows] and
+// is added to. Strides are in elements, from one token to the next.
+struct KernelSet {
+    const char* name;
+
+    // words [kRows][stride] -> panel; n_words is a multiple of kLoadWords.
+    void (*transpose)(const uint32_t* words, ptrdiff_t stride, int n_words, uint32_t* panel);
+
+    // sums[t][r] += sum over the columns k whose bit is set in row r of x[t][k]. x is int8 in [-127, 127], in the order
+    // [word][j][i] of column 32 * word + 8 * i + j, j < 8, i < 4: the order in which (panel >> j) & 0x01010101 yields
+    // bits.
+    void (*int8_block)(const uint32_t* panel, int n_words, const int8_t* x, ptrdiff_t stride, int tokens,
+                       int32_t* sums);
+
+    // sums[r] = sum over the columns k whose bit is set in row r of x[k], for few tokens and whole rows: no transposing,
+    // and the weight is read in one stream. words [rows][n_words]; x in the order [chunk][j][w][i] of column
+    // 32 * (chunk_words * chunk + w) + 8 * i + j, w < chunk_words, zeros past the row's end. Null where there is none.
+    int chunk_words;
+    void (*int8_rows)(const uint32_t* words, int64_t n_words, int rows, const int8_t* x, int32_t* sums);
+
+    // Floats of tables per word, and their making: z [32 * n_words] -> tables. What is in them is up to the set.
+    int floats_per_word;
+    void (*float_tables)(const float* z, int n_words, float* tables);
+
+    // sums[t][r] += sum over k of z[t][k] where the bit is set and -z[t][k] where it is not.
+    void (*float_block)(const uint32_t* panel, int n_words, const float* tables, ptrdiff_t stride, int tokens,
+                        float* sums);
+
+    // sums[t][r] += popcount(a[t] ^ row r). `nibbles` holds the 8 nibbles of each word of a, times 16, lowest first;
+    // their stride is 8 * stride.
+    void (*xnor_block)(const uint32_t* panel, int n_words, const uint32_t* a, const uint8_t* nibbles, ptrdiff_t stride,
+                       int tokens, int32_t* sums);
+
+    // One row of k elements of a format (see pack.inl) -> ceil(k / 32) words, and back to +1 and -1.
+    void (*pack_row)(int format, const void* w, int64_t k, uint32_t* words);
+    void (*unpack_row)(int format, const uint32_t* words, int64_t k, void* out);
+};
+
+// Each in the file of its name; null functions are taken from the level below. The files hold no inline function or
+// template that another file could share: the linker would keep one copy, perhaps the one that needs AVX-512, for all.
+extern const KernelSet kPortable;
+extern const KernelSet kAvx2;
+extern const KernelSet kAvx512;
+extern const KernelSet kAmx;
+
+enum Level { kLevelPortable = 0, kLevelAvx2 = 1, kLevelAvx512 = 2, kLevelAmx = 3, kLevels = 4 };
+
+// The highest level that this CPU and its operating system run, compiled or not.
+int highest_level();
+
+// The functions of a level, or null if it was not compiled or cannot run here.
+const KernelSet* kernel_set(int level);
+
+}  // namespace fbitrain

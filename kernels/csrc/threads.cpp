@@ -1,0 +1,122 @@
+// The pool of threads behind parallel_for. Helpers sleep until there is a loop, take tasks from it while there are any,
+// and go back to sleep.
+#include "threads.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace fbitrain {
+namespace {
+
+constexpr int kSpins = 2000;  // looks at the flag before sleeping: some 50 µs, the pause between two layers' calls
+
+void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+class Pool {
+public:
+    // False if another thread is in a loop: the caller then works alone.
+    bool run(int threads, int64_t n_tasks, Run run, const void* self) {
+        std::unique_lock<std::mutex> alone(one_loop_, std::try_to_lock);
+        if (!alone) return false;
+        grow(threads - 1);
+        run_ = run;
+        self_ = self;
+        n_tasks_ = n_tasks;
+        step_ = std::max<int64_t>(1, n_tasks / (int64_t{8} * threads));
+        next_ = 0;
+        wanted_ = threads - 1;
+        open_ = true;
+        wake();
+        work(0);
+        open_ = false;  // from here on no helper enters; those inside have announced themselves before they looked
+        while (inside_ != 0) pause();
+        return true;
+    }
+
+private:
+    void grow(int helpers) {
+        try {
+            for (; helpers_ < helpers; ++helpers_) std::thread(&Pool::help, this, helpers_ + 1).detach();
+        } catch (const std::system_error&) {  // no more threads to be had: those there are do the work
+        }
+    }
+
+    void wake() {
+        ++loops_;
+        if (sleepers_ == 0) return;
+        { std::lock_guard<std::mutex> guard(sleep_); }  // one about to sleep has either seen the loop or is asleep now
+        loop_begun_.notify_all();
+    }
+
+    void help(int thread) {
+        for (uint64_t seen = 0;;) {
+            wait_for_loop(seen);
+            seen = loops_;
+            ++inside_;
+            if (open_ && thread <= wanted_) work(thread);
+            --inside_;
+        }
+    }
+
+    void wait_for_loop(uint64_t seen) {
+        for (int i = 0; i < kSpins; ++i) {
+            if (loops_ != seen) return;
+            pause();
+        }
+        std::unique_lock<std::mutex> guard(sleep_);
+        ++sleepers_;
+        loop_begun_.wait(guard, [&] { return loops_ != seen; });
+        --sleepers_;
+    }
+
+    void work(int thread) {
+        for (int64_t begin; (begin = next_.fetch_add(step_)) < n_tasks_;)
+            for (int64_t task = begin; task < std::min(begin + step_, n_tasks_); ++task) run_(self_, task, thread);
+    }
+
+    std::mutex one_loop_, sleep_;
+    std::condition_variable loop_begun_;
+    int helpers_ = 0;
+    // What the loop is; written while open_ is false and nobody is inside.
+    Run run_ = nullptr;
+    const void* self_ = nullptr;
+    int64_t n_tasks_ = 0, step_ = 1;
+    int wanted_ = 0;
+    std::atomic<int64_t> next_{0};
+    std::atomic<bool> open_{false};
+    std::atomic<int> inside_{0}, sleepers_{0};
+    std::atomic<uint64_t> loops_{0};
+};
+
+// A forked child has none of its parent's threads, so it gets a pool of its own. Pools are never destroyed: helpers may
+// be waiting in them when the process ends.
+Pool& pool() {
+    static std::mutex guard;
+    static Pool* current = nullptr;
+    static pid_t owner = 0;
+    std::lock_guard<std::mutex> lock(guard);
+    if (!current || owner != getpid()) {
+        current = new Pool;
+        owner = getpid();
+    }
+    return *current;
+}
+
+}  // namespace
+
+void run_tasks(int threads, int64_t n_tasks, Run run, const void* self) {
+    threads = static_cast<int>(std::min<int64_t>(threads, n_tasks));
+    if (threads > 1 && pool().run(threads, n_tasks, run, self)) return;
+    for (int64_t task = 0; task < n_tasks; ++task) run(self, task, 0);
+}
+
+}  // namespace fbitrain

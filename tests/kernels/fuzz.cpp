@@ -1,0 +1,179 @@
+// Calls the C functions with random shapes and with wrong arguments, every array allocated to the byte, so that
+// AddressSanitizer and UBSan see whatever the kernels do outside of them. Results of the levels are compared with each
+// other. Usage: fuzz SEED ROUNDS LEVEL...
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "kernels.h"
+
+extern "C" {
+int64_t fbitrain_binary_linear(int, int, int, int, int, const void*, const void*, const float*, const float*, void*,
+                               int64_t, int64_t, int64_t, int64_t) noexcept;
+int64_t fbitrain_xnor_gemm(int, int, const void*, const void*, void*, int64_t, int64_t, int64_t) noexcept;
+int64_t fbitrain_pack_signs(int, int, int, const void*, void*, int64_t, int64_t) noexcept;
+int64_t fbitrain_unpack_signs(int, int, int, const void*, void*, int64_t, int64_t) noexcept;
+}
+
+namespace {
+
+using fbitrain::kBadArgument;
+using fbitrain::kNoLevel;
+using fbitrain::kOk;
+
+std::mt19937_64 generator;
+std::vector<int> levels;
+
+void check(bool holds, const char* what) {
+    if (holds) return;
+    std::fprintf(stderr, "fuzz: %s\n", what);
+    std::exit(1);
+}
+
+int64_t pick(int64_t low, int64_t high) { return low + static_cast<int64_t>(generator() % (high - low + 1)); }
+
+// Mostly small, now and then around the sizes of panels, blocks and slabs.
+int64_t pick_size() {
+    static const int64_t special[] = {1, 31, 32, 33, 60, 61, 63, 64, 65, 255, 256, 257, 480, 511, 512, 513, 1025};
+    return pick(0, 3) ? pick(1, 40) : special[pick(0, 16)];
+}
+
+template <typename T>
+std::unique_ptr<T[]> filled(int64_t count) {
+    std::unique_ptr<T[]> array(new T[count]);
+    for (int64_t i = 0; i < count; ++i) array[i] = static_cast<T>(generator());
+    return array;
+}
+
+std::unique_ptr<float[]> floats(int64_t count) {
+    std::unique_ptr<float[]> array(new float[count]);
+    for (int64_t i = 0; i < count; ++i) array[i] = static_cast<float>(pick(-1000, 1000)) / 256.0f;
+    return array;
+}
+
+// Random bits, those past k clear.
+std::unique_ptr<uint32_t[]> packed(int64_t rows, int64_t k) {
+    const int64_t n_words = (k + 31) / 32;
+    auto words = filled<uint32_t>(rows * n_words);
+    if (k % 32)
+        for (int64_t row = 0; row < rows; ++row) words[row * n_words + n_words - 1] &= (1u << (k % 32)) - 1;
+    return words;
+}
+
+void linear() {
+    const int64_t m = pick_size(), n = pick_size(), scale = pick(0, 3), mode = pick(0, 1);
+    const int64_t group = 32 * pick(1, 20), k = scale == 3 ? group * pick(1, 3) : pick_size();
+    const int64_t n_scales[] = {k, n, 1, n * (k / group)};
+    const bool bfloat16 = pick(0, 1);
+    const auto words = packed(n, k);
+    const auto alpha = floats(n_scales[scale]), beta = floats(n_scales[scale]), x = floats(m * k);
+    std::unique_ptr<uint16_t[]> narrow(new uint16_t[m * k]);
+    for (int64_t i = 0; i < m * k; ++i) narrow[i] = static_cast<uint16_t>(0x3F80 + pick(-200, 200));
+    const void* input = bfloat16 ? static_cast<const void*>(narrow.get()) : x.get();
+    const float* shift = scale == 3 || pick(0, 1) ? nullptr : beta.get();
+    std::vector<float> first;
+    for (int level : levels) {
+        std::unique_ptr<float[]> y(new float[m * n]);
+        std::unique_ptr<uint16_t[]> narrow_y(new uint16_t[m * n]);
+        void* output = bfloat16 ? static_cast<void*>(narrow_y.get()) : y.get();
+        check(fbitrain_binary_linear(level, static_cast<int>(pick(1, 3)), static_cast<int>(mode), bfloat16,
+                                     static_cast<int>(scale), input, words.get(), alpha.get(), shift, output, m, n, k,
+                                     group) == kOk,
+              "binary_linear refused valid arguments");
+        if (bfloat16) continue;
+        if (first.empty()) first.assign(y.get(), y.get() + m * n);
+        for (int64_t i = 0; i < m * n; ++i)
+            check(std::fabs(first[i] - y[i]) <= 1e-3f * (1.0f + static_cast<float>(k)), "levels disagree");
+    }
+}
+
+void linear_of_nan() {
+    const int64_t m = pick(1, 8), k = pick_size(), n = 3, bad = pick(0, m * k - 1);
+    const auto x = floats(m * k), alpha = floats(1);
+    x[bad] = pick(0, 1) ? NAN : INFINITY;
+    const auto words = packed(n, k);
+    for (int level : levels) {
+        std::unique_ptr<float[]> y(new float[m * n]);
+        check(fbitrain_binary_linear(level, 1, 1, 0, 2, x.get(), words.get(), alpha.get(), nullptr, y.get(), m, n, k,
+                                     0) == 1 + bad / k,
+              "int8 mode did not name the token that is not finite");
+    }
+}
+
+void product() {
+    const int64_t m = pick_size(), n = pick_size(), k = pick_size(), n_words = (k + 31) / 32;
+    const auto a = packed(m, k), b = packed(n, k);
+    for (int level : levels) {
+        std::unique_ptr<int32_t[]> out(new int32_t[m * n]);
+        check(fbitrain_xnor_gemm(level, static_cast<int>(pick(1, 3)), a.get(), b.get(), out.get(), m, n, k) == kOk,
+              "xnor_gemm refused valid arguments");
+        for (int64_t i = 0; i < m * n; ++i) {
+            int64_t differing = 0;
+            for (int64_t w = 0; w < n_words; ++w)
+                differing += __builtin_popcount(a[i / n * n_words + w] ^ b[i % n * n_words + w]);
+            check(out[i] == k - 2 * differing, "xnor_gemm is wrong");
+        }
+    }
+}
+
+void packing() {
+    const int64_t rows = pick_size(), k = pick_size(), n_words = (k + 31) / 32;
+    static const int64_t bytes[] = {4, 2, 2, 8};
+    for (int level : levels)
+        for (int format = 0; format < 4; ++format) {
+            const auto words = packed(rows, k);
+            std::unique_ptr<uint64_t[]> signs(new uint64_t[(rows * k * bytes[format] + 7) / 8]);
+            std::unique_ptr<uint32_t[]> again(new uint32_t[rows * n_words]);
+            const int threads = static_cast<int>(pick(1, 3));
+            check(fbitrain_unpack_signs(level, threads, format, words.get(), signs.get(), rows, k) == kOk, "unpack_signs");
+            check(fbitrain_pack_signs(level, threads, format, signs.get(), again.get(), rows, k) == kOk, "pack_signs");
+            for (int64_t i = 0; i < rows * n_words; ++i) check(words[i] == again[i], "packing does not undo unpacking");
+        }
+}
+
+// Pointers that would crash if anything followed them.
+void wrong_arguments() {
+    float* const wild = reinterpret_cast<float*>(uintptr_t{64});
+    const auto linear_status = [=](int level, int threads, int mode, int scale, const void* x, const float* beta,
+                                   int64_t m, int64_t n, int64_t k, int64_t group) {
+        return fbitrain_binary_linear(level, threads, mode, 0, scale, x, wild, wild, beta, wild, m, n, k, group);
+    };
+    check(linear_status(-1, 1, 0, 0, wild, nullptr, 1, 1, 1, 0) == kNoLevel, "level -1");
+    check(linear_status(99, 1, 0, 0, wild, nullptr, 1, 1, 1, 0) == kNoLevel, "level 99");
+    check(linear_status(0, 0, 0, 0, wild, nullptr, 1, 1, 1, 0) == kBadArgument, "no threads");
+    check(linear_status(0, 1, 2, 0, wild, nullptr, 1, 1, 1, 0) == kBadArgument, "mode 2");
+    check(linear_status(0, 1, 0, 4, wild, nullptr, 1, 1, 1, 0) == kBadArgument, "scale 4");
+    check(linear_status(0, 1, 0, 0, nullptr, nullptr, 1, 1, 1, 0) == kBadArgument, "no x");
+    for (int64_t size : {int64_t{-1}, INT64_MIN, INT64_MAX, fbitrain::kMaxColumns + 1})
+        check(linear_status(0, 1, 0, 0, wild, nullptr, 1, 1, size, 0) == kBadArgument, "columns");
+    check(linear_status(0, 1, 0, 0, wild, nullptr, -1, 1, 1, 0) == kBadArgument, "tokens");
+    check(linear_status(0, 1, 0, 0, wild, nullptr, 1, -1, 1, 0) == kBadArgument, "rows");
+    for (int64_t group : {-32, 0, 16, 48, 96}) check(linear_status(0, 1, 0, 3, wild, nullptr, 1, 1, 64, group) < 0, "group");
+    check(linear_status(0, 1, 0, 3, wild, wild, 1, 1, 64, 32) == kBadArgument, "a shift of groups");
+    check(linear_status(0, 1, 0, 0, wild, nullptr, 0, 1, 1, 0) == kOk, "no tokens is no error");
+    check(fbitrain_xnor_gemm(0, 1, nullptr, wild, wild, 1, 1, 1) == kBadArgument, "no a");
+    check(fbitrain_xnor_gemm(0, 1, wild, wild, wild, 1, 1, -1) == kBadArgument, "columns of xnor_gemm");
+    check(fbitrain_pack_signs(0, 1, 4, wild, wild, 1, 1) == kBadArgument, "format 4");
+    check(fbitrain_unpack_signs(0, 1, -1, wild, wild, 1, 1) == kBadArgument, "format -1");
+    check(fbitrain_pack_signs(0, 1, 0, nullptr, wild, 1, 1) == kBadArgument, "no w");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    check(argc > 3, "usage: fuzz SEED ROUNDS LEVEL...");
+    generator.seed(std::strtoull(argv[1], nullptr, 10));
+    for (int i = 3; i < argc; ++i) levels.push_back(std::atoi(argv[i]));
+    wrong_arguments();
+    for (int round = std::atoi(argv[2]); round > 0; --round) {
+        linear();
+        linear_of_nan();
+        product();
+        packing();
+    }
+    std::puts("ok");
+}

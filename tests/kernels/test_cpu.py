@@ -1,0 +1,186 @@
+"""The compiled kernels, every instruction set in turn: integers exactly, floats by their signal-to-noise ratio."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from fbitrain.kernels import cpu, reference
+from fbitrain.kernels.layout import SCALES, scale_shape
+
+WIDTHS = (1, 31, 32, 33, 63, 65, 511, 4096)
+# Tokens and rows around what tiles and panels hold: 1 to 6 tokens a tile, 60 a task, 480 a slab; 64 rows a panel.
+SHAPES = [(1, 1), (2, 63), (3, 64), (5, 65), (6, 7), (7, 130), (61, 5)]
+
+
+@pytest.mark.parametrize("level", cpu.LEVELS)
+def test_this_machine_runs(level: str) -> None:
+    """Skips what this machine lacks; the tests below run AVX-512 and AMX emulated, here as everywhere."""
+    if why_not := cpu.levels()[level]:
+        pytest.skip(f"{level}: {why_not}")
+    assert cpu.kernel("pack_signs", level)(torch.ones(33)).tolist() == [-1, 1]
+
+
+def signs(*shape: int, seed: int) -> Tensor:
+    return torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed)).mul_(2).sub_(1).float()
+
+
+def signal_to_noise(wanted: Tensor, got: Tensor) -> float:
+    """In dB."""
+    noise = (got.double() - wanted.double()).norm()
+    return float(20 * torch.log10(wanted.double().norm() / noise.clamp_min(1e-300)))
+
+
+@pytest.mark.parametrize("k", WIDTHS)
+def test_xnor_gemm_is_exact(level: str, k: int) -> None:
+    for m, n in SHAPES:
+        a, b = signs(m, k, seed=k), signs(n, k, seed=k + 1)
+        product = cpu.kernel("xnor_gemm", level)(reference.pack_signs(a), reference.pack_signs(b), k)
+        assert product.dtype == torch.int32
+        assert torch.equal(product.float(), a @ b.T)
+
+
+def test_xnor_gemm_of_thousands_of_tokens(level: str) -> None:
+    a, b = signs(1963, 70, seed=0), signs(66, 70, seed=1)
+    product = cpu.kernel("xnor_gemm", level)(reference.pack_signs(a), reference.pack_signs(b), 70)
+    assert torch.equal(product.float(), a @ b.T)
+
+
+@pytest.mark.parametrize(("m", "n"), [(4, 5), (1, 3)])
+def test_xnor_gemm_at_its_extremes(level: str, m: int, n: int) -> None:
+    """All bits equal and all bits different: the largest counts that the byte sums must hold."""
+    k = 4096
+    ones, minus = torch.full((m, 128), -1, dtype=torch.int32), torch.zeros(n, 128, dtype=torch.int32)
+    run = cpu.kernel("xnor_gemm", level)
+    assert (run(ones, minus, k) == -k).all()
+    assert (run(ones, torch.full((n, 128), -1, dtype=torch.int32), k) == k).all()
+
+
+def linear_inputs(m: int, n: int, k: int, scale: str, beta: bool, group_size: int) -> tuple[Tensor, ...]:
+    torch.manual_seed(m * 7919 + n * 31 + k)
+    shape = scale_shape(scale, n, k, group_size)
+    x, words = torch.randn(m, k), reference.pack_signs(torch.randn(n, k))
+    return x, words, torch.rand(shape) + 0.5, torch.randn(shape) * 0.1 if beta else None
+
+
+PATTERNS = [
+    (scale, beta) for scale, beta in itertools.product(SCALES, [False, True]) if not (beta and scale == "group")
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("scale", "beta"), PATTERNS)
+@pytest.mark.parametrize("k", WIDTHS)
+def test_float_mode_is_near_fp64(level: str, k: int, scale: str, beta: bool, dtype: torch.dtype) -> None:
+    group_size = 32
+    if scale == "group":
+        k = -(-k // 32) * 32  # groups are whole words
+    for m, n in SHAPES if dtype == torch.float32 else SHAPES[1:4]:
+        x, words, alpha, shift = linear_inputs(m, n, k, scale, beta, group_size)
+        x = x.to(dtype)
+        y = cpu.kernel("binary_linear", level)(x, words, alpha, shift, scale, k, group_size)
+        assert y.dtype == dtype
+        assert y.shape == (m, n)
+        alpha, shift = alpha.to(dtype).double(), None if shift is None else shift.to(dtype).double()
+        wanted = reference.binary_linear(x.double(), words, alpha, shift, scale, k, group_size)
+        assert signal_to_noise(wanted, y) > (110 if dtype == torch.float32 else 45)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", ["column", "row", "tensor"])
+@pytest.mark.parametrize("k", WIDTHS)
+def test_int8_mode_without_shift_is_exact(level: str, k: int, scale: str, dtype: torch.dtype) -> None:
+    for m, n in SHAPES if dtype == torch.float32 else SHAPES[1:4]:
+        x, words, alpha, _ = linear_inputs(m, n, k, scale, False, k)
+        arguments = (x.to(dtype), words, alpha, None, scale, k, k, "int8")
+        assert torch.equal(cpu.kernel("binary_linear", level)(*arguments), reference.binary_linear(*arguments))
+
+
+@pytest.mark.parametrize(("k", "group_size"), [(64, 32), (512, 128), (1152, 384), (2048, 1024), (768, 768), (352, 352)])
+@pytest.mark.parametrize("mode", ["float", "int8"])
+def test_groups_that_are_smaller_and_larger_than_a_panel(level: str, k: int, group_size: int, mode: str) -> None:
+    """α are powers of two, so that the sum over groups is exact in any order, and int8 must agree to the bit."""
+    for m, n in SHAPES:
+        x, words, alpha, _ = linear_inputs(m, n, k, "group", False, group_size)
+        alpha = torch.exp2(torch.randint(-2, 3, alpha.shape).float())
+        arguments = (x, words, alpha, None, "group", k, group_size, mode)
+        y, wanted = cpu.kernel("binary_linear", level)(*arguments), reference.binary_linear(*arguments)
+        assert torch.equal(y, wanted) if mode == "int8" else signal_to_noise(wanted, y) > 110
+
+
+@pytest.mark.parametrize(("scale", "beta"), PATTERNS)
+def test_int8_mode_with_shift_is_near_its_reference(level: str, scale: str, beta: bool) -> None:
+    for m, n in [(1, 65), (7, 130), (490, 70)]:
+        x, words, alpha, shift = linear_inputs(m, n, 768, scale, beta, 128)
+        arguments = (x, words, alpha, shift, scale, 768, 128, "int8")
+        y, wanted = cpu.kernel("binary_linear", level)(*arguments), reference.binary_linear(*arguments)
+        assert signal_to_noise(wanted, y) > 110
+        exact = reference.binary_linear(x.double(), *arguments[1:-1])
+        assert signal_to_noise(exact, y) > 30
+
+
+def test_int8_mode_at_its_extremes(level: str) -> None:
+    """Every activation at ±127 steps, every bit set or clear: the largest sums that 16 bits must hold."""
+    for k, m in itertools.product([512, 4096, 4097], [1, 6, 7]):
+        words = torch.stack([reference.pack_signs(torch.ones(k)), reference.pack_signs(-torch.ones(k))])
+        for value in (127.0, -127.0):
+            x = torch.full((m, k), value)
+            y = cpu.kernel("binary_linear", level)(x, words, torch.ones(1, 1), None, "tensor", k, k, "int8")
+            assert torch.equal(y, torch.tensor([[value * k, -value * k]]).expand(m, 2))
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-39, 1.2e-38, 1e-30, 1e30, 3e38])
+def test_int8_mode_of_tiny_and_huge_tokens(level: str, magnitude: float) -> None:
+    x, words, _, _ = linear_inputs(3, 9, 96, "tensor", False, 96)
+    x = x / x.abs().max() * magnitude
+    arguments = (x, words, torch.full((1, 1), 0.01), None, "tensor", 96, 96, "int8")
+    assert torch.equal(cpu.kernel("binary_linear", level)(*arguments), reference.binary_linear(*arguments))
+
+
+def test_float_mode_passes_nan_and_infinity_on(level: str) -> None:
+    x, words, alpha, _ = linear_inputs(3, 70, 100, "column", False, 100)
+    x[0, 3], x[1, 5] = float("nan"), float("inf")
+    y = cpu.kernel("binary_linear", level)(x, words, alpha, None, "column", 100, 100)
+    assert y[0].isnan().all()
+    assert y[1].isinf().all()
+    assert y[2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("k", WIDTHS)
+def test_pack_and_unpack_agree_with_the_reference(level: str, k: int, dtype: torch.dtype) -> None:
+    """Each packs what the other unpacks, strided rows and all kinds of zero, NaN and infinity among them."""
+    w = torch.randn(k, 5, 2, generator=torch.Generator().manual_seed(k)).to(dtype).permute(2, 1, 0)
+    special = torch.tensor([0.0, -0.0, float("nan"), -float("nan"), float("inf"), -float("inf")], dtype=dtype)
+    w[0, 0, : len(special)] = special[:k]
+    words = cpu.kernel("pack_signs", level)(w)
+    assert torch.equal(words, reference.pack_signs(w))
+    unpack = cpu.kernel("unpack_signs", level)
+    assert torch.equal(unpack(words, k, dtype), reference.unpack_signs(words, k, dtype))
+    assert torch.equal(unpack(words[:, ::2], k, dtype), reference.unpack_signs(words[:, ::2], k, dtype))
+
+
+@pytest.mark.parametrize("shape", [(0, 33), (2, 0, 33), (3, 0)])
+def test_empty_inputs(level: str, shape: tuple[int, ...]) -> None:
+    words = cpu.kernel("pack_signs", level)(torch.empty(shape))
+    assert words.shape == (*shape[:-1], -(-shape[-1] // 32))
+    assert cpu.kernel("unpack_signs", level)(words, shape[-1], torch.float32).shape == shape
+    a, b = torch.empty(0, 2, dtype=torch.int32), torch.zeros(3, 2, dtype=torch.int32)
+    assert cpu.kernel("xnor_gemm", level)(a, b, 40).shape == (0, 3)
+    assert (cpu.kernel("xnor_gemm", level)(torch.empty(2, 0).int(), torch.empty(3, 0).int(), 0) == 0).all()
+    x, alpha = torch.empty(2, 0, 40), torch.rand(1, 40)
+    assert cpu.kernel("binary_linear", level)(x, b, alpha, None, "column", 40, 1).shape == (2, 0, 3)
+
+
+def test_the_number_of_threads_does_not_change_the_result(level: str) -> None:
+    x, words, alpha, beta = linear_inputs(40, 700, 600, "column", True, 600)
+    results = []
+    for n_threads in (1, 2, 3, 7):
+        before = torch.get_num_threads()
+        torch.set_num_threads(n_threads)
+        results.append(cpu.kernel("binary_linear", level)(x, words, alpha, beta, "column", 600, 600))
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
