@@ -38,7 +38,7 @@ from fbitrain.data.tools.command import config_parser, positive, run_command, ta
 
 PARTS = ("text", "tokens", "startup", "memory")
 BATCH = 8  # sequences
-TEXT_SECONDS = 4.0  # of work per round, about
+TEXT_SECONDS = 2.5  # of work per round, about
 N_SHARDS = 10_000
 SYNTHETIC_SHARD_BYTES = 100_000_000
 
@@ -97,7 +97,11 @@ def bench_tokens(data: DataConfig, tokenizer_path: str, rounds: int, scratch: Pa
 
 
 def race(title: str, competitors: dict[str, Iterator[Round]], rounds: int, unit: float, unit_name: str) -> None:
-    """Lets each do its round in turn, the first round unmeasured, and prints medians and ratios to the first."""
+    """Lets each do its round in turn, the first round unmeasured, and prints medians.
+
+    A ratio is the median over the rounds of a competitor's rate to the first one's in the same round: where a machine's
+    speed drifts, only neighbours in time can be compared.
+    """
     rates: dict[str, list[float]] = {name: [] for name in competitors}
     missing: list[str] = []
     for i in range(rounds + 1):
@@ -109,12 +113,12 @@ def race(title: str, competitors: dict[str, Iterator[Round]], rounds: int, unit:
             n_tokens, seconds = run()
             if i:
                 rates[name].append(n_tokens / seconds)
-    first = statistics.median(next(iter(rates.values())))
+    first = next(iter(rates.values()))
     rows = [
         [
             name,
             *(f"{rate / unit:.2f}" for rate in (statistics.median(found), min(found), max(found))),
-            f"{statistics.median(found) / first:.2f}",
+            f"{statistics.median(rate / base for rate, base in zip(found, first, strict=True)):.2f}",
         ]
         for name, found in rates.items()
         if found

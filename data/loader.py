@@ -92,6 +92,8 @@ class TokenLoader:
         # A lane that was found empty is not drawn again; its feed knows.
         self._turn = [plan.lane for plan in _in_turn(mine, first) if not saved[plan.lane]["empty"]]
         self._documents: list[str] = []
+        # A rank answers for its lanes' share, so that the limit is the same on any number of ranks.
+        self._bad_records_allowed = math.ceil(data.max_bad_records * len(mine) / data.n_lanes)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return self
@@ -200,9 +202,7 @@ class TokenLoader:
         if drawn.error:
             raise DataError(drawn.error)
         self._documents += drawn.documents
-        # A rank answers for its lanes' share, so that the limit is the same on any number of ranks.
-        share = math.ceil(self._data.max_bad_records * len(self._lane_states()) / self._data.n_lanes)
-        if drawn.last_bad and self._bad_records() > share:
+        if drawn.last_bad and self._bad_records() > self._bad_records_allowed:
             raise DataError(too_many_bad_records(self._data.max_bad_records, drawn.last_bad))
 
     def _lane_states(self) -> dict[int, dict[str, Any]]:
