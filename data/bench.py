@@ -30,11 +30,11 @@ from fbitrain.data.config_file import read_data_config
 from fbitrain.data.loader import TokenLoader
 from fbitrain.data.pretokenize import pretokenize
 from fbitrain.data.reading.documents import BadRecord
-from fbitrain.data.reading.records import decode, read_entries
 from fbitrain.data.streaming.plan import find_sources, record_format
 from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.data.tools.bench_peers import PEERS_OF_TEXT, PEERS_OF_TOKENS, Round
 from fbitrain.data.tools.command import config_parser, positive, run_command, table
+from fbitrain.data.tools.corpus import read_documents
 
 PARTS = ("text", "tokens", "startup", "memory")
 BATCH = 8  # sequences
@@ -134,10 +134,9 @@ def documents(data: DataConfig) -> Iterator[str]:
     for source, shards in zip(data.sources, find_sources(data).values(), strict=True):
         format = record_format(source)
         for shard in shards:
-            for entry in read_entries(shard.path, format):
-                document = entry if isinstance(entry, BadRecord) else decode(entry, format, shard.path)
-                if not isinstance(document, BadRecord):
-                    yield document.text
+            for item in read_documents(shard.path, format, shard.path):
+                if not isinstance(item, BadRecord):
+                    yield item[1].text
 
 
 def tokenizer_rounds(encode: Callable[[str], list[int]], texts: Sequence[str], n_tokens: int) -> Iterator[Round]:

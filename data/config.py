@@ -59,6 +59,10 @@ class DataConfig:
         1000  # per run; corrupt lines and truncated shards up to this many are counted, reported and skipped
     )
 
+    @property
+    def cache_bytes(self) -> int:
+        return int(self.cache_gb * 1e9)
+
 
 def data_problems(data: DataConfig) -> Iterator[str]:
     """Yields one sentence per impossible setting in `data` (files are looked at later, by data.shards)."""

@@ -8,7 +8,6 @@ The file is an .npz: for each shard that has duplicates one sorted array of line
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import zipfile
@@ -22,21 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fbitrain.data.errors import DataError
-from fbitrain.data.files import replacing
+from fbitrain.data.files import replacing, sha256_of
+from fbitrain.data.sources.fingerprint import ShardList, shard_list
 from fbitrain.data.sources.shards import Shard
 
 FINGERPRINT = "fingerprint"
 VERSION = 1
-
-Fingerprint = dict[str, dict[str, int]]
-
-
-def shards_fingerprint(sources: Mapping[str, Sequence[Shard]]) -> Fingerprint:
-    """What a list of duplicates is valid for: source -> shard name -> bytes, -1 where nobody has asked a remote server.
-
-    Paths are not in it: the corpus may move.
-    """
-    return {name: {shard.name: shard.size for shard in shards} for name, shards in sources.items()}
 
 
 class DuplicateList:
@@ -67,7 +57,7 @@ class DuplicateList:
     @property
     def digest(self) -> str:
         """SHA-256 of the file: which documents a run leaves out."""
-        return hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
+        return sha256_of(Path(self.path))
 
     def lines(self, source: str, shard_name: str) -> frozenset[int]:
         """The lines (counted from 0) of a shard whose text occurs before them in the corpus."""
@@ -84,7 +74,7 @@ class DuplicateList:
 
         A size that either side does not know (-1) is not compared.
         """
-        now = shards_fingerprint(sources)
+        now = shard_list(sources)
         if difference := _first_difference(self.fingerprint, now):
             raise DataError(
                 f"data.duplicates={self.path} was made for other shards: {difference}; make it again with "
@@ -109,7 +99,7 @@ class DuplicateList:
         )
 
 
-def _first_difference(then: Fingerprint, now: Fingerprint) -> str:
+def _first_difference(then: ShardList, now: ShardList) -> str:
     """In words, or nothing."""
     if then.keys() != now.keys():
         return f"its sources were {', '.join(then)}, they are now {', '.join(now)}"
@@ -135,7 +125,7 @@ def write_duplicates(
     names = Counter(_entry(source, shard.name) for source, shards in sources.items() for shard in shards)
     if twice := [name for name, n in names.items() if n > 1]:
         raise DataError(f"two shards are called {twice[0]}; give one of the two sources another name")
-    fingerprint = json.dumps({"version": VERSION, "sources": shards_fingerprint(sources)}).encode()
+    fingerprint = json.dumps({"version": VERSION, "sources": shard_list(sources)}).encode()
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         _write_array(archive, f"{FINGERPRINT}.npy", np.frombuffer(fingerprint, np.uint8))
         for source, shard_name, of_shard in lines:

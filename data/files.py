@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -58,6 +59,15 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(found)
         else:
             found.unlink()
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes, read a megabyte at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def fsync_file(path: Path) -> None:

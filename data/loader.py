@@ -169,7 +169,7 @@ class TokenLoader:
                 lanes=tuple((plan, states[plan.lane]) for plan in served),
                 tokenizer_path=tokenizer.path,
                 cache_dir=data.cache_dir,
-                cache_bytes=int(data.cache_gb * 1e9),
+                cache_bytes=data.cache_bytes,
                 duplicates=data.duplicates,
                 stride=len(plans) * self._world_size,
             )

@@ -146,7 +146,7 @@ def _jobs(
             dtype=dtype,
             tokenizer_path=tokenizer_path,
             cache_dir=data.cache_dir,
-            cache_bytes=int(data.cache_gb * 1e9),
+            cache_bytes=data.cache_bytes,
             max_bad_records=data.max_bad_records,
             progress=bar.slot(i),
             ahead=next_shard,

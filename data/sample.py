@@ -28,7 +28,7 @@ import zstandard
 from tqdm import tqdm
 
 from fbitrain.data.errors import DataError
-from fbitrain.data.files import fsync_folder, scratch_folder
+from fbitrain.data.files import fsync_folder, scratch_folder, sha256_of
 from fbitrain.data.streaming.plan import shuffle_key
 from fbitrain.data.tools.command import run_command
 from fbitrain.data.tools.sample_sources import Document, code_documents, prose_documents
@@ -72,7 +72,7 @@ def is_valid(out: Path, settings: dict[str, Any]) -> bool:
     try:
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"].items()
-        return manifest["settings"] == settings and all(_sha256(out / name) == file["sha256"] for name, file in files)
+        return manifest["settings"] == settings and all(sha256_of(out / name) == file["sha256"] for name, file in files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -167,10 +167,6 @@ def _write_durably(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

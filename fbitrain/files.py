@@ -7,9 +7,18 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
-from fbitrain.data.files import fsync_file, fsync_folder, replacing
+from fbitrain.data.files import fsync_file, fsync_folder, replacing, sha256_of
 
-__all__ = ["fsync_file", "fsync_folder", "fsync_tree", "lock_folder", "replacing", "write_json", "write_text"]
+__all__ = [
+    "fsync_file",
+    "fsync_folder",
+    "fsync_tree",
+    "lock_folder",
+    "replacing",
+    "sha256_of",
+    "write_json",
+    "write_text",
+]
 
 _held: list[IO[str]] = []  # open for as long as the process lives
 

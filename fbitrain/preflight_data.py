@@ -15,10 +15,10 @@ from fbitrain.data.duplicates import DuplicateList
 from fbitrain.data.errors import DataError
 from fbitrain.data.pretokenized.token_shards import TokenIndex
 from fbitrain.data.reading.documents import BadRecord
-from fbitrain.data.reading.records import decode, read_entries
 from fbitrain.data.sources.shards import Shard, find_files
 from fbitrain.data.streaming.plan import find_sources, record_format
 from fbitrain.data.tokenizer import load_tokenizer
+from fbitrain.data.tools.corpus import read_documents
 
 GB = 1e9
 LOOKED_AT = 20  # records of a source's first shard: one of them should hold a document
@@ -64,10 +64,7 @@ def _unreadable(config: Config, source: SourceConfig, shards: Sequence[Shard]) -
     if config.data.pretokenized or not local:
         return
     format = record_format(source)
-    items = [
-        entry if isinstance(entry, BadRecord) else decode(entry, format, local[0].path)
-        for entry in itertools.islice(read_entries(local[0].path, format), LOOKED_AT)
-    ]
+    items = list(itertools.islice(read_documents(local[0].path, format, local[0].path), LOOKED_AT))
     if items and all(isinstance(item, BadRecord) for item in items):
         yield f"source {source.name!r}: the first {len(items)} records hold no document, the last is {items[-1]}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from fbitrain.data.errors import DataError
 from fbitrain.data.tokenizing.gguf_tokenizer import read_metadata
 from fbitrain.errors import UserError
-from fbitrain.files import fsync_tree, write_json
+from fbitrain.files import fsync_tree, sha256_of, write_json
 from fbitrain.release_tokenizer import write_tokenizer
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -149,15 +148,6 @@ def is_export_of(folder: Path, sha256: str) -> bool:
         return bool(marker["sha256"] == sha256) and marker["sizes"] == _sizes(folder)
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def sha256_of(path: Path) -> str:
-    """The file's SHA-256, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _write_export(gguf_path: Path, sha256: str, folder: Path) -> None:

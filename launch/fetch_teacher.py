@@ -87,7 +87,7 @@ def _download(wheel: Path) -> None:
 
 
 def _check(file: Path, wanted: str, advice: str) -> None:
-    from fbitrain.teacher import sha256_of
+    from fbitrain.files import sha256_of
 
     if (found := sha256_of(file)) != wanted:
         raise UserError(f"{file} has the wrong checksum (sha256 {found}, not {wanted}); {advice}")

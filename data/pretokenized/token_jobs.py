@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def tokenize_part(job: Job) -> None:
     with cache.open(job.shard) as opened, writing(job.target, job.origin) as writer:
         if job.ahead:
             cache.prefetch(job.ahead)
-        for entry in _entries(opened.path, job):
+        for entry in read_entries(opened.path, job.format, part=job.part, n_parts=job.n_parts):
             if isinstance(entry, BadRecord):
                 writer.lost = entry.line, entry.reason
                 break
@@ -110,18 +110,6 @@ def join_parts(parts_of: tuple[Path, Sequence[Path]]) -> None:
             with_ending(part, ending).unlink()
 
 
-def _entries(path: str, job: Job) -> Iterator[Entry | BadRecord]:
-    """The records of the job. Raises DataError where the file cannot be opened or read at all."""
-    try:
-        yield from read_entries(path, job.format, part=job.part, n_parts=job.n_parts)
-    except OSError as error:
-        raise _unreadable(job.shard, error) from None
-
-
-def _unreadable(shard: Shard, error: OSError) -> DataError:
-    return DataError(f"{shard.path} cannot be read ({error.strerror or error}); restore it and run the command again")
-
-
 def _require_few(bad: Sized, last: BadRecord, limit: int) -> None:
     if len(bad) > limit:
         raise DataError(
@@ -135,7 +123,8 @@ def _require_unchanged(path: str, shard: Shard) -> None:
     try:
         size = os.path.getsize(path)
     except OSError as error:
-        raise _unreadable(shard, error) from None
+        reason = error.strerror or error
+        raise DataError(f"{shard.path} cannot be read ({reason}); restore it and run the command again") from None
     if 0 <= shard.size != size:
         raise DataError(
             f"{shard.path} has changed while it was tokenized: it had {shard.size} bytes and has {size}; run the "
@@ -155,10 +144,8 @@ def _row(entry: Entry, item: Document | BadRecord, n_tokens: int) -> tuple[int, 
 def _decoded(entry: Entry, job: Job) -> Document | BadRecord:
     """What is in `entry`. Ready-made ids that no token of this vocabulary has are a bad record, as in the stream."""
     item = decode(entry, job.format, job.shard.path)
-    if isinstance(item, Document) and item.token_ids is not None:
-        largest = int(item.token_ids.max(initial=0))
-        if largest >= _tokenizer(job.tokenizer_path).vocab_size:
-            return BadRecord(job.shard.path, entry.at.line, f"token id {largest} is not in the vocabulary")
+    if isinstance(item, Document) and (flaw := item.flaw(_tokenizer(job.tokenizer_path).vocab_size)):
+        return BadRecord(job.shard.path, entry.at.line, flaw)
     return item
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fbitrain.data.errors import DataError
-from fbitrain.data.files import replacing
+from fbitrain.data.files import replacing, sha256_of
 from fbitrain.data.pretokenized.token_shards import (
     BAD,
     RECORD,
@@ -134,14 +134,6 @@ def damage(shard: Path) -> str:
         return wrong
     for ending, file in ((TOKENS, report.tokens), (RECORDS, report.records)):
         path = with_ending(shard, ending)
-        if _sha256(path) != file.sha256:
+        if sha256_of(path) != file.sha256:
             return f"the bytes of {path} are not those that were written"
     return ""
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(HASH_BYTES):
-            digest.update(data)
-    return digest.hexdigest()

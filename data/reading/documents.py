@@ -50,6 +50,13 @@ class Document:
     n_replaced: int = 0  # invalid UTF-8 sequences that became U+FFFD
     stored_hash: int | None = None  # of the text, where it is no longer here
 
+    def flaw(self, vocab_size: int) -> str:
+        """Why a ready-made sequence cannot be trained on, or nothing; of a text there is nothing to say."""
+        if self.bordered or self.token_ids is None:
+            return ""
+        largest = int(self.token_ids.max(initial=0))
+        return f"token id {largest} is not in the vocabulary" if largest >= vocab_size else ""
+
     @property
     def content_hash(self) -> int:
         """64 bits of the content, the same whatever file it came from."""

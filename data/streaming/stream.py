@@ -131,7 +131,7 @@ class Lane:
                 self._notes.append(f"lane {self.plan.lane}: source {reader.plan.name!r} has no document for it")
                 self._mixture = self._mixed()
                 continue
-            if flaw := self._flaw_of(document):
+            if flaw := document.flaw(self.tokenizer.vocab_size):
                 self.report(reader.bad_record(flaw), reader.state.epoch == 0)
                 continue
             tokens = self._wrapped(document)
@@ -166,13 +166,6 @@ class Lane:
         return [
             (weight / sum(weights), reader) for weight, reader in zip(weights, self._readers, strict=True) if weight
         ]
-
-    def _flaw_of(self, document: Document) -> str:
-        """Why a ready-made sequence cannot be trained on; of a text there is nothing to say."""
-        if document.bordered or document.token_ids is None or not len(document.token_ids):
-            return ""
-        largest = int(document.token_ids.max())
-        return f"token id {largest} is not in the vocabulary" if largest >= self.tokenizer.vocab_size else ""
 
     def _wrapped(self, document: Document) -> npt.NDArray[np.int32]:
         if document.token_ids is None:

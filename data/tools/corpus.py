@@ -68,7 +68,7 @@ def text_shards(data: DataConfig) -> dict[str, list[Shard]]:
 
 
 def open_cache(data: DataConfig) -> ShardCache:
-    return ShardCache(data.cache_dir, int(data.cache_gb * 1e9))
+    return ShardCache(data.cache_dir, data.cache_bytes)
 
 
 def read_documents(path: str, format: RecordFormat, display_path: str) -> Iterator[tuple[int, Document] | BadRecord]:

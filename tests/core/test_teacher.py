@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from fbitrain import teacher as teacher_module
 from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.errors import UserError
+from fbitrain.files import sha256_of
 from fbitrain.launch import fetch_teacher
-from fbitrain.teacher import EXPORT_MARKER, export_gguf, is_export_of, load_teacher, sha256_of, teacher_vocab_size
+from fbitrain.teacher import EXPORT_MARKER, export_gguf, is_export_of, load_teacher, teacher_vocab_size
 
 V, D, LAYERS, HEADS, KV_HEADS, FF = 300, 32, 2, 4, 2, 48
 

@@ -218,6 +218,7 @@ def test_documents_without_tokens_end_a_lane(tmp_path: Path, tokenizer: Tokenize
     class Silent(Tokenizer):
         bos_id = eos_id = None
         path = ""
+        vocab_size = 1
 
         def _encode_whole(self, text: str) -> list[int]:
             return []
