@@ -169,3 +169,4 @@ _RUN: dict[str, Callable[..., Tensor]] = {
     "xnor_gemm": _xnor_gemm,
     "binary_linear": _binary_linear,
 }
+OPS = tuple(_RUN)

@@ -18,7 +18,7 @@ from fbitrain.kernels import cpu, reference
 from fbitrain.kernels.layout import WORD_BITS
 
 FORCE_VARIABLE = "FBITRAIN_BACKEND"
-OPS = ("pack_signs", "unpack_signs", "xnor_gemm", "binary_linear")
+OPS = ("pack_signs", "unpack_signs", "xnor_gemm", "binary_linear", "mixture_linear", "partial_linear")
 
 
 class BackendError(RuntimeError):
@@ -85,7 +85,7 @@ def _on_cpu(level: str) -> Callable[[Call, Mapping[str, str]], Availability]:
 
 BACKENDS: dict[str, list[Backend]] = {
     op: [
-        *(Backend(level, cpu.kernel(op, level), _on_cpu(level)) for level in cpu.LEVELS),
+        *(Backend(level, cpu.kernel(op, level), _on_cpu(level)) for level in cpu.LEVELS if op in cpu.OPS),
         Backend("reference", getattr(reference, op), _anywhere),
     ]
     for op in OPS
