@@ -4,43 +4,16 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
-#include "activations.h"
-#include "kernels.h"
-#include "panel.h"
+#include "linear.h"
 #include "threads.h"
 
 namespace fbitrain {
 namespace {
 
-enum Mode { kFloatMode = 0, kInt8Mode = 1 };
-enum Scale { kColumn = 0, kRow = 1, kTensor = 2, kGroup = 3 };
-
 // Tokens made ready at a time, which bounds the memory: 1 byte per column and token of int8, 8 or 16 of float tables.
 constexpr int kInt8Tokens = 8 * kMaxTokens, kFloatTokens = 24;
-constexpr int kRowTokens = 2;  // up to here int8_rows, which does a token at a time, is faster than int8_block
-
-struct Linear {
-    const KernelSet& set;
-    int threads, mode, bfloat16, scale;
-    const void* x;
-    Weight weight;
-    const float *alpha, *beta;
-    void* y;
-    int64_t m, k, group_size;
-
-    int64_t groups() const { return scale == kGroup ? k / group_size : 1; }
-    bool by_rows() const { return mode == kInt8Mode && scale != kGroup && m <= kRowTokens && set.int8_rows; }
-    int64_t padded() const { return weight.padded_words() * kWordBits; }
-    // From one token to the next, in elements.
-    int64_t token_stride() const {
-        if (by_rows()) return round_up(padded(), set.chunk_words * kWordBits);
-        return mode == kInt8Mode ? padded() + kSkew : weight.padded_words() * set.floats_per_word + kSkew / 4;
-    }
-    float parameter(const float* values, int64_t i) const {  // rounded to x's dtype, as in training
-        return bfloat16 ? rounded_to_bfloat16(values[i]) : values[i];
-    }
-};
 
 struct Token {
     float scale;  // int8: what one step of the quantized values is worth
@@ -235,30 +208,39 @@ private:
     alignas(64) float result_[kMaxTokens][kRows];
 };
 
-// A slab of tokens at a time: made ready in parallel over tokens, multiplied in parallel over panels.
-int64_t multiply(const Linear& p) {
+}  // namespace
+
+// A slab of tokens at a time: made ready in parallel over tokens, multiplied in parallel over panels, those of one
+// weight after those of the other. Only for pattern `column` do the weights differ in what they make of a token.
+int64_t multiply(const Linear* linears, int count) {
+    const Linear& p = linears[0];
     const int most = p.mode == kInt8Mode ? kInt8Tokens : kFloatTokens;
-    Ready ready(p, std::min<int64_t>(p.m, most));
+    const int n_ready = p.scale == kColumn ? count : 1;
+    std::vector<Ready> ready;
+    for (int i = 0; i < n_ready; ++i) ready.emplace_back(linears[i], std::min<int64_t>(p.m, most));
+    int64_t panels = 0, rows = 0;
+    for (int i = 0; i < count; ++i) panels += linears[i].weight.panels(), rows += linears[i].weight.n;
     for (int64_t first = 0; first < p.m; first += most) {
-        const int64_t count = std::min<int64_t>(most, p.m - first);
-        const int64_t work = count * p.k;
+        const int64_t tokens = std::min<int64_t>(most, p.m - first), work = tokens * p.k;
         std::atomic<int64_t> refused{0};  // 1 + the token that is not finite
-        parallel_for(useful_threads(p.threads, work), count, [&](int64_t t, int thread) {
-            if (!prepare(p, first, t, ready.scratch.get() + thread * p.padded(), ready)) refused = first + t + 1;
+        parallel_for(useful_threads(p.threads, work * n_ready), tokens * n_ready, [&](int64_t task, int thread) {
+            const int64_t t = task / n_ready, i = task % n_ready;
+            float* scratch = ready[i].scratch.get() + thread * p.padded();
+            if (!prepare(linears[i], first, t, scratch, ready[i])) refused = first + t + 1;
         });
         if (refused) return refused;
-        const int64_t token_blocks = (count + kMaxTokens - 1) / kMaxTokens;
-        parallel_for(useful_threads(p.threads, work * p.weight.n), p.weight.panels() * token_blocks,
-                     [&](int64_t task, int) {
-                         const int64_t begin = task % token_blocks * kMaxTokens;
-                         const int tokens = static_cast<int>(std::min<int64_t>(kMaxTokens, count - begin));
-                         PanelSums(p, ready, task / token_blocks, begin, tokens).run(first);
-                     });
+        const int64_t token_blocks = (tokens + kMaxTokens - 1) / kMaxTokens;
+        parallel_for(useful_threads(p.threads, work * rows), panels * token_blocks, [&](int64_t task, int) {
+            const int64_t begin = task % token_blocks * kMaxTokens;
+            int64_t panel = task / token_blocks, i = 0;
+            for (; panel >= linears[i].weight.panels(); ++i) panel -= linears[i].weight.panels();
+            const int in_block = static_cast<int>(std::min<int64_t>(kMaxTokens, tokens - begin));
+            PanelSums(linears[i], ready[n_ready == 1 ? 0 : i], panel, begin, in_block).run(first);
+        });
     }
     return kOk;
 }
 
-}  // namespace
 }  // namespace fbitrain
 
 // x [m][k] and y [m][n] of float32 or bfloat16; words [n][ceil(k / 32)]; alpha and beta (null: none) float32 in the shape
@@ -278,7 +260,8 @@ extern "C" FBITRAIN_EXPORT int64_t fbitrain_binary_linear(int level, int threads
     if (!x || !words || !alpha || !y) return kBadArgument;
     const Weight weight{static_cast<const uint32_t*>(words), n, (k + kWordBits - 1) / kWordBits};
     try {
-        return multiply({*set, threads, mode, bfloat16, scale, x, weight, alpha, beta, y, m, k, group_size});
+        const Linear linear{*set, threads, mode, bfloat16, scale, x, weight, alpha, beta, y, m, k, group_size};
+        return multiply(&linear, 1);
     } catch (const std::bad_alloc&) {
         return kNoMemory;
     }
