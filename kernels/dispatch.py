@@ -85,7 +85,7 @@ def _on_cpu(level: str) -> Callable[[Call, Mapping[str, str]], Availability]:
 
 BACKENDS: dict[str, list[Backend]] = {
     op: [
-        *(Backend(level, cpu.kernel(op, level), _on_cpu(level)) for level in cpu.LEVELS if op in cpu.OPS),
+        *(Backend(level, cpu.kernel(op, level), _on_cpu(level)) for level in cpu.LEVELS),
         Backend("reference", getattr(reference, op), _anywhere),
     ]
     for op in OPS

@@ -168,7 +168,7 @@ def _salient_places(row_starts: Tensor, columns: Tensor, k: int) -> tuple[Tensor
     """Row and column (int64) of each salient weight."""
     counts, columns = row_starts.diff(), columns.long()
     if int(row_starts[0]) != 0 or int(row_starts[-1]) != len(columns) or bool((counts < 0).any()):
-        raise ValueError(f"partial_linear: row_starts must ascend from 0 to the {len(columns)} entries of columns")
+        raise ValueError(f"partial_linear: row_starts must ascend from 0 to the {len(columns)} entries")
     rows = torch.repeat_interleave(counts)
     descends = (columns.diff() <= 0) & (rows.diff() == 0)
     if len(columns) and (bool(descends.any()) or int(columns.min()) < 0 or int(columns.max()) >= k):

@@ -12,6 +12,22 @@ enum Scale { kColumn = 0, kRow = 1, kTensor = 2, kGroup = 3 };
 
 constexpr int kRowTokens = 2;  // up to here int8_rows, which does a token at a time, is faster than int8_block
 
+// Token-dependent scales: x is multiplied with gates·alpha_in and the result with gates·alpha_out.
+struct Mixture {
+    const float* gates;  // [m][experts]
+    const float *alpha_in, *alpha_out;  // [experts][k] and [experts][n]
+    int64_t experts;
+};
+
+// Weights that are no bits: those of row n are the entries row_starts[n] .. row_starts[n + 1], columns ascending. A weight
+// is its int8 value times value_scale[n], or its float16 value where there is no value_scale.
+struct Salient {
+    const int32_t* row_starts;  // [n + 1]
+    const void *columns, *values;
+    const float* value_scale;
+    bool wide;  // columns are int32, not uint16
+};
+
 struct Linear {
     const KernelSet& set;
     int threads, mode, bfloat16, scale;
@@ -20,6 +36,8 @@ struct Linear {
     const float *alpha, *beta;
     void* y;
     int64_t m, k, group_size;
+    const Mixture* mixture = nullptr;  // scale is kTensor then
+    const Salient* salient = nullptr;  // scale is kRow or kGroup then
 
     int64_t groups() const { return scale == kGroup ? k / group_size : 1; }
     bool by_rows() const { return mode == kInt8Mode && scale != kGroup && m <= kRowTokens && set.int8_rows; }
@@ -34,9 +52,10 @@ struct Linear {
     }
 };
 
-// The products of `count` weights with the same x: y of each. They agree in everything but weight, alpha, beta and y.
-// Returns kOk, or 1 + the number of a token that holds NaN or infinity, in int8 mode; y is then unspecified. Throws
-// std::bad_alloc.
+// The products of `count` weights with the same x: y of each. They agree in everything but weight, alpha, beta and y, and
+// if there are several, none has a mixture or salient weights. Returns kOk; kBadEntries if salient columns do not ascend or
+// leave their row; or 1 + the number of a token that holds NaN or infinity, in int8 mode. y is unspecified unless kOk.
+// Throws std::bad_alloc.
 int64_t multiply(const Linear* linears, int count);
 
 }  // namespace fbitrain
