@@ -6,8 +6,9 @@ All contenders of a shape run in turns, in ever another order, so that a busy ma
 medians. Decode (few tokens) takes its weight from a pool larger than the caches, as a model's layers do. `roofline` is
 the time that cannot be beaten divided by the time taken. That time is the longer of two: reading the bits at the
 measured bandwidth, and executing the kernel's innermost instructions at their measured peak; both are measured in the
-same turns. With --threads 1 all times are CPU time, so that what other programs take of the core is not counted: the
-way to read `roofline` on a machine that is not idle.
+same turns. `vs peer` compares xnor with torch on packed ints, and the mixtures of 4 scales and the weights with 5 %
+salient int8 entries with the binary_linear of their mode. With --threads 1 all times are CPU time, so that what other
+programs take of the core is not counted: the way to read `roofline` on a machine that is not idle.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ SHAPES = {
 POOL_BYTES = 96 * 2**20  # of packed weights that decode goes through
 DECODE_TOKENS = 8  # up to here a weight is read from memory, not from the cache
 BANDWIDTH_BYTES = 128 * 2**20
+N_EXPERTS, SALIENT_SHARE = 4, 0.05
+ENTRY_BYTES = 3  # of a salient weight: its column and its int8 value
 Contender = Callable[[], object]
 
 
@@ -71,39 +74,61 @@ class Peaks:
         return float(self.loaded.fbitrain_peak(name.encode())) * self.threads
 
 
-def contenders(n: int, k: int, m: int) -> tuple[dict[str, Contender], dict[str, str]]:
-    """What is compared at a shape, by name; and for each of our kernels the peer that its ratio is against."""
-    generator = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(n, k, generator=generator), torch.randn(m, k, generator=generator)
-    words, alpha, beta = ops.pack_signs(weight), torch.rand(1, k), torch.rand(1, k)
-    copies = max(1, POOL_BYTES // (words.numel() * 4)) if m <= DECODE_TOKENS else 1
-    pool, x_words = [words, *(words.clone() for _ in range(copies - 1))], ops.pack_signs(x)
-    turn = 0
+class Layer:
+    """A random weight of each kind, its packed words taken from a pool that no cache holds if `tokens` are few."""
 
-    def next_words() -> Tensor:
-        nonlocal turn
-        turn = (turn + 1) % len(pool)
-        return pool[turn]
+    def __init__(self, n: int, k: int, tokens: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.k, self.weight = k, torch.randn(n, k, generator=generator)
+        words = ops.pack_signs(self.weight)
+        copies = max(1, POOL_BYTES // (words.numel() * 4)) if tokens <= DECODE_TOKENS else 1
+        self._pool, self._turn = [words, *(words.clone() for _ in range(copies - 1))], 0
+        self.alpha, self.beta, self.row_alpha = torch.rand(1, k), torch.rand(1, k), torch.rand(n, 1)
+        self.gates = torch.randn(tokens, N_EXPERTS, generator=generator).softmax(1)
+        self.experts = torch.rand(N_EXPERTS, k), torch.rand(N_EXPERTS, n)
+        salient = torch.rand(n, k, generator=generator) < SALIENT_SHARE
+        self.row_starts = torch.cat([torch.zeros(1, dtype=torch.int64), salient.sum(1).cumsum(0)]).int()
+        self.columns = salient.nonzero()[:, 1].to(torch.uint16)
+        self.values = torch.randint(-127, 128, self.columns.shape, generator=generator).to(torch.int8)
 
-    def linear(dtype: torch.dtype, mode: str) -> Contender:
-        typed = x.to(dtype)
-        return lambda: ops.binary_linear(typed, next_words(), alpha, beta, "column", k, 128, mode)
+    def words(self) -> Tensor:
+        self._turn = (self._turn + 1) % len(self._pool)
+        return self._pool[self._turn]
 
-    def dense(dtype: torch.dtype) -> Contender:
-        typed_x, typed_weight = x.to(dtype), weight.to(dtype)
-        return lambda: F.linear(typed_x, typed_weight)
+    def binary(self, x: Tensor, mode: str) -> Contender:
+        return lambda: ops.binary_linear(x, self.words(), self.alpha, self.beta, "column", self.k, 128, mode)
 
-    fp32, bf16 = torch.float32, torch.bfloat16
-    return {
-        "torch fp32": dense(fp32),
-        "torch bf16": dense(bf16),
-        "torch packed": lambda: reference.xnor_gemm(x_words, words, k),
-        "int8 (bf16)": linear(bf16, "int8"),
-        "float (bf16)": linear(bf16, "float"),
-        "int8 (fp32)": linear(fp32, "int8"),
-        "float (fp32)": linear(fp32, "float"),
-        "xnor": lambda: ops.xnor_gemm(x_words, next_words(), k),
-    }, {"xnor": "torch packed"}
+    def mixture(self, x: Tensor, mode: str) -> Contender:
+        return lambda: ops.mixture_linear(x, self.words(), self.gates, *self.experts, self.k, mode)
+
+    def partial(self, x: Tensor, mode: str) -> Contender:
+        entries = self.row_starts, self.columns, self.values, self.row_alpha
+        return lambda: ops.partial_linear(x, self.words(), self.row_alpha, "row", *entries, self.k, 128, mode)
+
+    def dense(self, x: Tensor) -> Contender:
+        weight = self.weight.to(x.dtype)
+        return lambda: F.linear(x, weight)
+
+
+def contenders(layer: Layer, m: int) -> tuple[dict[str, Contender], dict[str, str]]:
+    """What is compared at a shape, by name; and for some of our kernels the peer that `vs peer` is about."""
+    x = torch.randn(m, layer.k, generator=torch.Generator().manual_seed(1))
+    x_words, narrow = ops.pack_signs(x), x.bfloat16()
+    runs = {
+        "torch fp32": layer.dense(x),
+        "torch bf16": layer.dense(narrow),
+        "torch packed": lambda: reference.xnor_gemm(x_words, layer.words(), layer.k),
+        "int8 (bf16)": layer.binary(narrow, "int8"),
+        "float (bf16)": layer.binary(narrow, "float"),
+        "int8 (fp32)": layer.binary(x, "int8"),
+        "float (fp32)": layer.binary(x, "float"),
+        "xnor": lambda: ops.xnor_gemm(x_words, layer.words(), layer.k),
+    }
+    peers = {"xnor": "torch packed"}
+    for mode in ("int8", "float"):
+        runs[f"{mode} mixture"], runs[f"{mode} partial"] = layer.mixture(x, mode), layer.partial(x, mode)
+        peers[f"{mode} mixture"] = peers[f"{mode} partial"] = f"{mode} (fp32)"
+    return runs, peers
 
 
 def in_turns(runs: dict[str, Contender], rounds: int) -> dict[str, float]:
@@ -125,7 +150,8 @@ def in_turns(runs: dict[str, Contender], rounds: int) -> dict[str, float]:
 
 def bench_shape(n: int, k: int, m: int, peaks: Peaks, rounds: int) -> None:
     """Prints the table of one shape."""
-    runs, peers = contenders(n, k, m)
+    layer = Layer(n, k, m)
+    runs, peers = contenders(layer, m)
     limits: dict[str, list[float]] = {"bandwidth": [], "int8": [], "float": [], "xnor": []}
 
     def measure_limits() -> None:
@@ -137,7 +163,7 @@ def bench_shape(n: int, k: int, m: int, peaks: Peaks, rounds: int) -> None:
     limit = {name: statistics.median(values) for name, values in limits.items()}
     print(f"\nN={n} K={k} M={m}: memory {limit['bandwidth'] / 1e9:.1f} GB/s, peaks of the innermost loops in 10^9")
     print("weights·tokens/s: " + ", ".join(f"{name} {limit[name] / 1e9:.0f}" for name in ("int8", "float", "xnor")))
-    print(f"{'':14}{'median':>10}{'10^9/s':>9}{'GB/s':>7}{'vs fp32':>9}{'vs bf16':>9}{'vs packed':>10}{'roofline':>10}")
+    print(f"{'':14}{'median':>10}{'10^9/s':>9}{'GB/s':>7}{'vs fp32':>9}{'vs bf16':>9}{'vs peer':>10}{'roofline':>10}")
     for name in runs:
         seconds, kernel = median[name], name.split()[0]
         line = f"{name:14}{seconds * 1e6:>8.0f}µs{n * k * m / seconds / 1e9:>9.1f}"
@@ -145,12 +171,12 @@ def bench_shape(n: int, k: int, m: int, peaks: Peaks, rounds: int) -> None:
             print(line)
             continue
         instructions = n * k * m / limit[kernel] if limit[kernel] else 0.0
-        bound = max(n * k / 8 / limit["bandwidth"], instructions)
-        line += f"{n * k / 8 / seconds / 1e9:>7.1f}"
-        if name in peers:
-            line += f"{'':18}{median[peers[name]] / seconds:>9.1f}x"
-        else:
-            line += "".join(f"{median[peer] / seconds:>8.1f}x" for peer in ("torch fp32", "torch bf16")) + " " * 10
+        read = n * k / 8 + ENTRY_BYTES * layer.columns.numel() * name.endswith("partial")
+        bound = max(read / limit["bandwidth"], instructions)
+        line += f"{read / seconds / 1e9:>7.1f}"
+        dense = ("torch fp32", "torch bf16") if name != "xnor" else ()
+        line += "".join(f"{median[peer] / seconds:>8.1f}x" for peer in dense) or " " * 18
+        line += f"{median[peers[name]] / seconds:>9.2f}x" if name in peers else " " * 10
         print(f"{line}{bound / seconds:>9.0%}")
 
 

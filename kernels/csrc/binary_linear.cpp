@@ -73,7 +73,8 @@ private:
         else
             p_.set.float_block(bits, n_words, ready_.tables.get() + start + word * p_.set.floats_per_word, stride,
                                tokens_, &float_sums_[0][0]);
-        add_salient(word + n_words);
+        const int64_t end = word + n_words;
+        if (p_.scale == kGroup || end % kSalientWords == 0 || end == p_.weight.padded_words()) add_salient(end);
     }
 
     void add_salient(int64_t end_word) {

@@ -23,6 +23,11 @@ constexpr int64_t kMaxColumns = int64_t{1} << 24;  // 127 * K must fit in int32
 // What the C functions return; the linear ones also return 1 + the number of a token it cannot quantize.
 enum Status : int64_t { kOk = 0, kBadArgument = -1, kNoLevel = -2, kNoMemory = -3, kBadEntries = -4 };
 
+struct SalientEntries {
+    int32_t column[kSalientEntries];
+    float value[kSalientEntries], sign[kSalientEntries];
+};
+
 // Functions of one instruction set. A panel is uint32 [n_words][kRows], 64-byte aligned. `sums` is [tokens][kRows] and
 // is added to. Strides are in elements, from one token to the next.
 struct KernelSet {
@@ -56,10 +61,13 @@ struct KernelSet {
     void (*xnor_block)(const uint32_t* panel, int n_words, const uint32_t* a, const uint8_t* nibbles, ptrdiff_t stride,
                        int tokens, int32_t* sums);
 
-    // For each lane, sums over i < n of value[i] * x[column[i]][lane] and of sign[i] * x[column[i]][lane]; x is [columns][lanes].
-    // lanes is 1 or kSalientLanes, n at most kSalientEntries.
-    void (*salient_sums)(const int32_t* column, const float* value, const float* sign, int n, const float* x, int lanes,
-                         float* values, float* signs);
+    // Of n salient entries, whose columns are known: their values, int8 or float16, and the signs that the row's words have
+    // at their columns, as floats.
+    void (*salient_decode)(const void* values, bool float16, const uint32_t* words, int n, SalientEntries& entries);
+
+    // For each lane, sums over i < n of value[i] * x[column[i]][lane] and of sign[i] * x[column[i]][lane]; x is
+    // [columns][lanes], lanes is 1 or kSalientLanes.
+    void (*salient_sums)(const SalientEntries& entries, int n, const float* x, int lanes, float* values, float* signs);
 
     // One row of k elements of a format (see pack.inl) -> ceil(k / 32) words, and back to +1 and -1.
     void (*pack_row)(int format, const void* w, int64_t k, uint32_t* words);

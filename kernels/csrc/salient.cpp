@@ -2,18 +2,19 @@
 #include "salient.h"
 
 #include <algorithm>
-#include <cstring>
 
 namespace fbitrain {
 namespace {
 
-float from_float16(uint16_t half) {
-    uint32_t bits = uint32_t{half & 0x7FFFu} << 13;
-    float value;
-    if ((half & 0x7C00u) == 0x7C00u) bits |= 0x7F800000u;  // infinity or NaN
-    std::memcpy(&value, &bits, sizeof value);
-    if ((half & 0x7C00u) != 0x7C00u) value *= 0x1p112f;  // the exponents' biases, subnormal numbers included
-    return half & 0x8000u ? -value : value;
+// Columns as int32; how many of the first n are left of `end`, or -1 if they do not ascend from beyond `previous`.
+template <typename Column>
+int take_columns(const Column* columns, int64_t n, int64_t end, int64_t previous, int32_t* out) {
+    n = std::lower_bound(columns, columns + n, end, [](Column a, int64_t b) { return a < b; }) - columns;
+    if (n == 0) return 0;
+    bool ascending = columns[0] > previous && columns[n - 1] < end;
+    for (int64_t i = 1; i < n; ++i) ascending &= columns[i - 1] < columns[i];
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<int32_t>(columns[i]);
+    return ascending ? static_cast<int>(n) : -1;
 }
 
 }  // namespace
@@ -30,46 +31,41 @@ SalientSums::SalientSums(const Linear& p, const Ready& ready, int64_t panel, int
 void SalientSums::clear_signs() { std::fill_n(&signs_[0][0], tokens_ * kRows, 0.0); }
 
 bool SalientSums::add(int64_t end) {
-    Entries entries;
-    for (int r = 0; r < p_.weight.rows_of(panel_); ++r)
-        do {
-            decode(r, std::min(end, p_.k), entries);
-            add_row(r, entries);
-        } while (entries.count == kSalientEntries);
-    if (end >= p_.k)
-        for (int r = 0; r < p_.weight.rows_of(panel_); ++r)
-            ascending_ &= next_[r] == p_.salient->row_starts[panel_ * kRows + r + 1];
-    return ascending_;
-}
-
-// Takes the next entries of row r that are left of `end`.
-void SalientSums::decode(int r, int64_t end, Entries& entries) {
-    const Salient& salient = *p_.salient;
-    const uint32_t* words = p_.weight.words + (panel_ * kRows + r) * p_.weight.row_words;
-    const int64_t stop = salient.row_starts[panel_ * kRows + r + 1];
-    int64_t entry = next_[r], previous = previous_[r];
-    int n = 0;
-    for (; entry < stop && n < kSalientEntries; ++entry, ++n) {
-        const int64_t column = salient.wide ? static_cast<const uint32_t*>(salient.columns)[entry]
-                                            : static_cast<const uint16_t*>(salient.columns)[entry];
-        if (column >= end) break;
-        ascending_ &= column > previous;
-        previous = column;
-        entries.column[n] = static_cast<int32_t>(column);
-        entries.value[n] = salient.value_scale ? static_cast<float>(static_cast<const int8_t*>(salient.values)[entry])
-                                               : from_float16(static_cast<const uint16_t*>(salient.values)[entry]);
-        entries.sign[n] = static_cast<float>(static_cast<int>(words[column / kWordBits] >> column % kWordBits & 1u) * 2 - 1);
+    SalientEntries entries;
+    for (int r = 0; r < p_.weight.rows_of(panel_); ++r) {
+        int n = kSalientEntries;
+        while (n == kSalientEntries) {
+            n = next_entries(r, std::min(end, p_.k), entries);
+            if (n < 0) return false;
+            if (n > 0) add_row(r, entries, n);
+        }
+        if (end >= p_.k && next_[r] != p_.salient->row_starts[panel_ * kRows + r + 1]) return false;
     }
-    entries.count = n;
-    next_[r] = static_cast<int32_t>(entry);
-    previous_[r] = previous;
+    return true;
 }
 
-void SalientSums::add_row(int r, const Entries& entries) {
+// Takes the next entries of row r that are left of `end`, and returns how many; -1 if they do not ascend.
+int SalientSums::next_entries(int r, int64_t end, SalientEntries& entries) {
+    const Salient& salient = *p_.salient;
+    const int64_t row = panel_ * kRows + r, begin = next_[r];
+    const int64_t most = std::min<int64_t>(kSalientEntries, salient.row_starts[row + 1] - begin);
+    const int n = salient.wide ? take_columns(static_cast<const uint32_t*>(salient.columns) + begin, most, end,
+                                              previous_[r], entries.column)
+                               : take_columns(static_cast<const uint16_t*>(salient.columns) + begin, most, end,
+                                              previous_[r], entries.column);
+    if (n <= 0) return n;
+    const bool float16 = !salient.value_scale;
+    p_.set.salient_decode(static_cast<const char*>(salient.values) + begin * (float16 ? 2 : 1), float16,
+                          p_.weight.words + row * p_.weight.row_words, n, entries);
+    next_[r] += n;
+    previous_[r] = entries.column[n - 1];
+    return n;
+}
+
+void SalientSums::add_row(int r, const SalientEntries& entries, int n) {
     float values[kSalientLanes], signs[kSalientLanes];
     for (int t = 0; t < tokens_; t += ready_.lanes) {
-        p_.set.salient_sums(entries.column, entries.value, entries.sign, entries.count,
-                            ready_.plain_tile(p_, (first_ + t) / ready_.lanes), ready_.lanes, values, signs);
+        p_.set.salient_sums(entries, n, ready_.plain_tile(p_, (first_ + t) / ready_.lanes), ready_.lanes, values, signs);
         for (int lane = 0; lane < std::min(ready_.lanes, tokens_ - t); ++lane) {
             values_[t + lane][r] += values[lane];
             signs_[t + lane][r] += signs[lane];

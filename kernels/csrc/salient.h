@@ -9,6 +9,10 @@ namespace fbitrain {
 // Tokens that a panel's sums hold at a time where there are salient weights: whole tiles of tokens side by side.
 constexpr int kSalientTokens = kMaxTokens / kSalientLanes * kSalientLanes;
 
+// How many columns of bits are summed before their salient entries are, where no group ends earlier: x of so many columns
+// and kSalientTokens tokens stays in the L2 cache, and a row has entries enough to be worth starting on.
+constexpr int kSalientWords = 2048 / kWordBits;
+
 // Sums are in double, where those of integers are exact.
 class SalientSums {
 public:
@@ -23,19 +27,13 @@ public:
     void clear_signs();
 
 private:
-    struct Entries {
-        int count;
-        int32_t column[kSalientEntries];
-        float value[kSalientEntries], sign[kSalientEntries];
-    };
-    void decode(int r, int64_t end, Entries& entries);
-    void add_row(int r, const Entries& entries);
+    int next_entries(int r, int64_t end, SalientEntries& entries);
+    void add_row(int r, const SalientEntries& entries, int n);
 
     const Linear& p_;
     const Ready& ready_;
     const int64_t panel_, first_;
     const int tokens_;
-    bool ascending_ = true;
     int32_t next_[kRows];      // entry of each row
     int64_t previous_[kRows];  // column of the entry before it
     double values_[kSalientTokens][kRows], signs_[kSalientTokens][kRows];

@@ -1,39 +1,62 @@
-// Sums over the salient entries of a row. Included by each instruction set's file inside its own unnamed namespace, as
-// pack.inl is.
+// Salient entries of a row. Included by each instruction set's file inside its own unnamed namespace, as pack.inl is.
+
+// Through integers alone, so that the compiler makes vectors of it; subnormal numbers are scaled like all others.
+float from_float16(uint16_t half) {
+    const uint32_t magnitude = uint32_t{half & 0x7FFFu} << 13, special = (half & 0x7C00u) == 0x7C00u ? 0x7F800000u : 0u;
+    float value;
+    __builtin_memcpy(&value, &magnitude, sizeof value);
+    value *= 0x1p112f;  // the difference of the exponents' biases
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    bits |= special | uint32_t{half & 0x8000u} << 16;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+void salient_decode(const void* values, bool float16, const uint32_t* words, int n, SalientEntries& entries) {
+    if (float16)
+        for (int i = 0; i < n; ++i) entries.value[i] = from_float16(static_cast<const uint16_t*>(values)[i]);
+    else
+        for (int i = 0; i < n; ++i) entries.value[i] = static_cast<float>(static_cast<const int8_t*>(values)[i]);
+    for (int i = 0; i < n; ++i) {
+        const int32_t column = entries.column[i];
+        const auto bit = static_cast<int32_t>(words[column >> 5] >> (column & 31) & 1u);
+        entries.sign[i] = static_cast<float>(2 * bit - 1);
+    }
+}
 
 typedef float EightFloats __attribute__((vector_size(32)));
 
-// Eight tokens side by side.
-void salient_sums_of_eight(const int32_t* column, const float* value, const float* sign, int n, const float* x,
-                           float* values, float* signs) {
+void salient_sums_of_eight(const SalientEntries& entries, int n, const float* x, float* values, float* signs) {
     EightFloats value_sum = {}, sign_sum = {};
     for (int i = 0; i < n; ++i) {
         EightFloats at_column;
-        __builtin_memcpy(&at_column, x + int64_t{8} * column[i], sizeof at_column);
-        value_sum += value[i] * at_column;
-        sign_sum += sign[i] * at_column;
+        __builtin_memcpy(&at_column, x + int64_t{8} * entries.column[i], sizeof at_column);
+        value_sum += entries.value[i] * at_column;
+        sign_sum += entries.sign[i] * at_column;
     }
     __builtin_memcpy(values, &value_sum, sizeof value_sum);
     __builtin_memcpy(signs, &sign_sum, sizeof sign_sum);
 }
 
-void salient_sums(const int32_t* column, const float* value, const float* sign, int n, const float* x, int lanes,
-                  float* values, float* signs) {
-    if (lanes == 8) return salient_sums_of_eight(column, value, sign, n, x, values, signs);
+void salient_sums(const SalientEntries& entries, int n, const float* x, int lanes, float* values, float* signs) {
+    if (lanes == 8) return salient_sums_of_eight(entries, n, x, values, signs);
     EightFloats value_sum = {}, sign_sum = {};  // of every eighth entry
     int i = 0;
     for (; i + 8 <= n; i += 8) {
-        EightFloats at_column, value8, sign8;
-        for (int lane = 0; lane < 8; ++lane) at_column[lane] = x[column[i + lane]];
-        __builtin_memcpy(&value8, value + i, sizeof value8);
-        __builtin_memcpy(&sign8, sign + i, sizeof sign8);
+        const int32_t* column = entries.column + i;
+        const EightFloats at_column = {x[column[0]], x[column[1]], x[column[2]], x[column[3]],
+                                       x[column[4]], x[column[5]], x[column[6]], x[column[7]]};
+        EightFloats value8, sign8;
+        __builtin_memcpy(&value8, entries.value + i, sizeof value8);
+        __builtin_memcpy(&sign8, entries.sign + i, sizeof sign8);
         value_sum += value8 * at_column;
         sign_sum += sign8 * at_column;
     }
     values[0] = signs[0] = 0.0f;
     for (; i < n; ++i) {
-        values[0] += value[i] * x[column[i]];
-        signs[0] += sign[i] * x[column[i]];
+        values[0] += entries.value[i] * x[entries.column[i]];
+        signs[0] += entries.sign[i] * x[entries.column[i]];
     }
     for (int lane = 0; lane < 8; ++lane) {
         values[0] += value_sum[lane];

@@ -123,14 +123,14 @@ def test_partial_int8_mode_at_its_extremes(level: str) -> None:
         assert (y == -128 * 127 * k).all()
 
 
-def test_partial_of_rows_too_long_for_uint16(level: str) -> None:
-    k = 2**16 + 64
+@pytest.mark.parametrize("k", [2**16, 2**16 + 64])
+def test_partial_of_rows_that_just_fit_uint16_and_of_longer_ones(level: str, k: int) -> None:
     words, x = words_and_x(1, 2, k)
-    columns = torch.tensor([5, 2**16, k - 1], dtype=torch.int32)
-    values, row_starts = torch.tensor([3, -4, 5], dtype=torch.float16), torch.tensor([0, 0, 3], dtype=torch.int32)
-    y = cpu.kernel("partial_linear", level)(
-        x, words, torch.ones(2, 1), "row", row_starts, columns, values, None, k, k, "float"
-    )
+    columns = torch.tensor([5, 2**16 - 1, k - 1][: 2 if k == 2**16 else 3], dtype=torch.int32)
+    values = torch.tensor([3.0, -4.0, 5.0])[: len(columns)].half()
+    row_starts = torch.tensor([0, 0, len(columns)], dtype=torch.int32)
+    narrow = columns.to(torch.uint16) if k == 2**16 else columns
+    y = cpu.kernel("partial_linear", level)(x, words, torch.ones(2, 1), "row", row_starts, narrow, values, None, k, k)
     weight = signs_of(words, k)
     weight[1, columns.long()] = values.double()
     assert signal_to_noise(x.double() @ weight.T, y) > 105
