@@ -39,6 +39,7 @@ _ARGUMENTS = {
     "xnor_gemm": [_INT] * 2 + [_POINTER] * 3 + [_SIZE] * 3,
     "pack_signs": [_INT] * 3 + [_POINTER] * 2 + [_SIZE] * 2,
     "unpack_signs": [_INT] * 3 + [_POINTER] * 2 + [_SIZE] * 2,
+    "transpose_signs": [_INT] + [_POINTER] * 2 + [_SIZE] * 2,
 }
 
 
@@ -69,6 +70,7 @@ class Library:
     xnor_gemm: Callable[..., int]
     pack_signs: Callable[..., int]
     unpack_signs: Callable[..., int]
+    transpose_signs: Callable[..., int]
 
 
 @functools.cache
@@ -90,6 +92,15 @@ def levels() -> Mapping[str, str]:
 def kernel(op: str, level: str) -> Callable[..., Tensor]:
     """The function that runs `op` (the arguments are those of its reference) with the instructions of `level`."""
     return functools.partial(_RUN[op], _NUMBER[level])
+
+
+def transpose_signs(words: Tensor, k: int) -> Tensor:
+    """The packed signs of Wᵀ, int32 [k, ceil(N / 32)], from those of W: contiguous int32 [N, ceil(k / 32)]."""
+    n = words.shape[0]
+    transposed = torch.empty((k, n_words(n)), dtype=torch.int32)
+    status = _library().transpose_signs(torch.get_num_threads(), words.data_ptr(), transposed.data_ptr(), n, k)
+    _require(status, "transpose_signs")
+    return transposed
 
 
 def _pack_signs(level: int, w: Tensor) -> Tensor:
@@ -138,7 +149,7 @@ def _binary_linear(
     n = words.shape[0]
     x, alpha = x.contiguous(), alpha.float()
     beta = None if beta is None else beta.float()
-    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    y = x.new_empty((*x.shape[:-1], n))
     status = _library().binary_linear(
         level,
         torch.get_num_threads(),
@@ -171,7 +182,7 @@ def _mixture_linear(
 ) -> Tensor:
     n = words.shape[0]
     x, gates, alpha_in, alpha_out = x.contiguous(), gates.contiguous(), alpha_in.float(), alpha_out.float()
-    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    y = x.new_empty((*x.shape[:-1], n))
     status = _library().mixture_linear(
         level,
         torch.get_num_threads(),
@@ -208,7 +219,7 @@ def _partial_linear(
 ) -> Tensor:
     n = words.shape[0]
     x, alpha = x.contiguous(), alpha.float()
-    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    y = x.new_empty((*x.shape[:-1], n))
     status = _library().partial_linear(
         level,
         torch.get_num_threads(),

@@ -30,6 +30,7 @@ BASELINE = (
     "tokens.cpp",
     "salient.cpp",
     "xnor_gemm.cpp",
+    "transpose_signs.cpp",
     "kernel_sets.cpp",
     "cpu_features.cpp",
     "threads.cpp",

@@ -55,7 +55,7 @@ def binary_linear(
     arguments = (x, words, alpha, beta, scale, k, group_size, mode)
     if torch.is_grad_enabled() and (x.requires_grad or alpha.requires_grad):
         return _operator("binary_linear")(*arguments)
-    if _nobody_watches(x):
+    if nobody_watches(x):
         checks.check_binary_linear(*arguments)
         return _run_binary_linear(*arguments)
     return _operator("binary_linear_inference")(*arguments)
@@ -74,7 +74,7 @@ def mixture_linear(
     arguments = (x, words, gates, alpha_in, alpha_out, k, mode)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, gates, alpha_in, alpha_out)):
         return _operator("mixture_linear")(*arguments)
-    if _nobody_watches(x):
+    if nobody_watches(x):
         checks.check_mixture_linear(*arguments)
         return _run_mixture_linear(*arguments)
     return _operator("mixture_linear_inference")(*arguments)
@@ -107,13 +107,13 @@ def partial_linear(
     arguments = (x, words, alpha, scale, row_starts, columns, values, value_scale, k, group_size, mode)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, values)):
         return _operator("partial_linear")(*arguments)
-    if _nobody_watches(x):
+    if nobody_watches(x):
         checks.check_partial_linear(*arguments)
         return _run_partial_linear(*arguments)
     return _operator("partial_linear_inference")(*arguments)
 
 
-def _nobody_watches(x: Tensor) -> bool:
+def nobody_watches(x: Tensor) -> bool:
     """Whether the function may be called without the dispatcher: nothing compiles, traces, transforms or intercepts it.
 
     A function registered from Python runs at half its speed inside the dispatcher. For one token and a small layer that

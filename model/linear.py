@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from fbitrain.kernels import ops
 from fbitrain.kernels.layout import n_words
+from fbitrain.kernels.training import sign_matmul, sign_matmul_of_gradient
 from fbitrain.model.binarize import init_scales, scale_shape, sign, ste_gradient
 from fbitrain.model.config import STES
 
@@ -158,7 +159,7 @@ class _ColumnScaled(torch.autograd.Function):
         ctx.save_for_backward(x, weight, alpha, beta)
         ctx.ste = ste
         x_MK = x.reshape(-1, x.shape[-1])
-        y_MN = (x_MK * alpha.to(x.dtype)) @ sign(weight).to(x.dtype).T
+        y_MN = sign_matmul(x_MK * alpha.to(x.dtype), weight)
         if beta is not None:
             y_MN += x_MK @ beta.to(x.dtype).T
         return y_MN.reshape(*x.shape[:-1], weight.shape[0])
@@ -172,7 +173,7 @@ class _ColumnScaled(torch.autograd.Function):
         x_MK, dy_MN, alpha_x = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), alpha.to(x.dtype)
         dy_sum = None if beta is None else dy_MN.sum(1, keepdim=True)
         if needs_x or needs_alpha:
-            dscaled = dy_MN @ sign(weight).to(x.dtype)  # the gradient of x·α
+            dscaled = sign_matmul_of_gradient(dy_MN, weight)  # the gradient of x·α
             if needs_alpha:
                 dalpha = _token_sum(x_MK * dscaled).to(alpha.dtype)
             if needs_x:
@@ -195,7 +196,7 @@ class _RowScaled(torch.autograd.Function):
         ctx.save_for_backward(x, weight, alpha, beta)
         ctx.ste = ste
         x_MK = x.reshape(-1, x.shape[-1])
-        y_MN = (x_MK @ sign(weight).to(x.dtype).T).mul_(alpha.to(x.dtype).T)
+        y_MN = sign_matmul(x_MK, weight).mul_(alpha.to(x.dtype).T)
         if beta is not None:
             y_MN.addcmul_(x_MK.sum(1, keepdim=True), beta.to(x.dtype).T)
         return y_MN.reshape(*x.shape[:-1], weight.shape[0])
@@ -207,16 +208,15 @@ class _RowScaled(torch.autograd.Function):
         needs_x, needs_weight, needs_alpha, needs_beta, _ = ctx.needs_input_grad
         dx = dweight = dalpha = dbeta = None
         x_MK, dy_MN, alpha_x = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), alpha.to(x.dtype)
-        signs = sign(weight).to(x.dtype) if needs_x or needs_alpha else None
         if needs_x:
-            dx = (dy_MN * alpha_x.T) @ signs
+            dx = sign_matmul_of_gradient(dy_MN * alpha_x.T, weight)
             if beta is not None:
                 dx += dy_MN @ beta.to(x.dtype).expand(weight.shape[0], 1)
             dx = dx.reshape(x.shape)
         if needs_weight or needs_alpha:
             dscaled = dy_MN.T @ x_MK  # the gradient of α·S
             if needs_alpha:
-                dalpha = (dscaled * signs).sum(1, keepdim=True, dtype=_wide(x.dtype))
+                dalpha = (dscaled * sign(weight).to(x.dtype)).sum(1, keepdim=True, dtype=_wide(x.dtype))
                 dalpha = dalpha.sum_to_size(alpha.shape).to(alpha.dtype)
             if needs_weight:
                 dweight = ste_gradient(dscaled.mul_(alpha_x).to(weight.dtype), weight, ctx.ste)

@@ -57,10 +57,13 @@ private:
     void add_blocks() {
         for (int64_t word = 0; word < p_.weight.padded_words();) {
             const int n_words = p_.weight.read(p_.set, panel_, word, bits_);
-            if (p_.scale == kGroup)
-                add_groups(word, n_words);
-            else
-                add(bits_, word, n_words);
+            for (int begin = 0; begin < n_words; begin += kBlockWords) {
+                const int width = std::min(kBlockWords, n_words - begin);
+                if (p_.scale == kGroup)
+                    add_groups(bits_ + begin * kRows, word + begin, width);
+                else
+                    add(bits_ + begin * kRows, word + begin, width);
+            }
             word += n_words;
         }
     }
@@ -82,11 +85,11 @@ private:
     }
 
     // The words of the panel that belong to one group at a time; zeros past the row's end belong to none.
-    void add_groups(int64_t word, int n_words) {
+    void add_groups(const uint32_t* bits, int64_t word, int n_words) {
         const int64_t group_words = p_.group_size / kWordBits, end = std::min(word + n_words, p_.weight.row_words);
         for (int64_t w = word; w < end;) {
             const int64_t group = w / group_words, stop = std::min(end, (group + 1) * group_words);
-            add(bits_ + (w - word) * kRows, w, static_cast<int>(stop - w));
+            add(bits + (w - word) * kRows, w, static_cast<int>(stop - w));
             w = stop;
             if (w % group_words == 0) {
                 float alpha[kRows] = {};
@@ -163,7 +166,7 @@ private:
     const int tokens_;
     std::optional<SalientSums> salient_;
     bool entries_hold_ = true;
-    alignas(64) uint32_t bits_[kBlockWords * kRows];
+    alignas(64) uint32_t bits_[kReadWords * kRows];
     alignas(64) int32_t int_sums_[kMaxTokens][kRows];
     alignas(64) float float_sums_[kMaxTokens][kRows];
     alignas(64) float result_[kMaxTokens][kRows];

@@ -1,10 +1,12 @@
-// The pool of threads behind parallel_for. Helpers sleep until there is a loop, take tasks from it while there are any,
-// and go back to sleep.
+// The pool of threads behind parallel_for. Helpers take tasks while there are any; then they spin for as long as it takes
+// to get from one layer's call to the next, and sleep if no loop came.
 #include "threads.h"
 
+#include <sched.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
@@ -13,12 +15,38 @@
 namespace fbitrain {
 namespace {
 
-constexpr int kSpins = 2000;  // looks at the flag before sleeping: some 50 µs, the pause between two layers' calls
+using Clock = std::chrono::steady_clock;
+
+// Waking a thread that sleeps takes 50 µs and more, as long as a small layer's product.
+constexpr auto kSpinTime = std::chrono::microseconds(100);
+constexpr int kLooksPerCheck = 64;  // of a flag, per look at the clock
 
 void pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
+}
+
+// How many processors this process may use at once.
+int usable_processors() {
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+    return static_cast<int>(std::thread::hardware_concurrency());
+}
+
+// Looks at `done` until it holds or kSpinTime is over; whether it held.
+template <typename Done>
+bool spin_until(const Done& done) {
+    const auto start = Clock::now();
+    do {
+        for (int i = 0; i < kLooksPerCheck; ++i) {
+            if (done()) return true;
+            pause();
+        }
+    } while (Clock::now() - start < kSpinTime);
+    return false;
 }
 
 class Pool {
@@ -31,14 +59,15 @@ public:
         run_ = run;
         self_ = self;
         n_tasks_ = n_tasks;
-        step_ = std::max<int64_t>(1, n_tasks / (int64_t{8} * threads));
+        threads_ = threads;
         next_ = 0;
         wanted_ = threads - 1;
         open_ = true;
         wake();
         work(0);
         open_ = false;  // from here on no helper enters; those inside have announced themselves before they looked
-        while (inside_ != 0) pause();
+        const auto all_out = [&] { return inside_ == 0; };
+        while (!spin_until(all_out)) std::this_thread::yield();  // on a busy machine it may be this processor they wait for
         return true;
     }
 
@@ -68,19 +97,24 @@ private:
     }
 
     void wait_for_loop(uint64_t seen) {
-        for (int i = 0; i < kSpins; ++i) {
-            if (loops_ != seen) return;
-            pause();
-        }
+        // More threads than processors would take from each other what they spin away.
+        if (threads_ <= usable_processors() && spin_until([&] { return loops_ != seen; })) return;
         std::unique_lock<std::mutex> guard(sleep_);
         ++sleepers_;
         loop_begun_.wait(guard, [&] { return loops_ != seen; });
         --sleepers_;
     }
 
+    // Takes a share of the tasks that are left, so that the last ones are taken singly and all threads end together.
     void work(int thread) {
-        for (int64_t begin; (begin = next_.fetch_add(step_)) < n_tasks_;)
-            for (int64_t task = begin; task < std::min(begin + step_, n_tasks_); ++task) run_(self_, task, thread);
+        for (;;) {
+            int64_t begin = next_, share;
+            do {
+                share = std::max<int64_t>(1, (n_tasks_ - begin) / (int64_t{4} * threads_));
+                if (begin >= n_tasks_) return;
+            } while (!next_.compare_exchange_weak(begin, begin + share));
+            for (int64_t task = begin; task < begin + share; ++task) run_(self_, task, thread);
+        }
     }
 
     std::mutex one_loop_, sleep_;
@@ -89,8 +123,9 @@ private:
     // What the loop is; written while open_ is false and nobody is inside.
     Run run_ = nullptr;
     const void* self_ = nullptr;
-    int64_t n_tasks_ = 0, step_ = 1;
+    int64_t n_tasks_ = 0;
     int wanted_ = 0;
+    std::atomic<int> threads_{1};
     std::atomic<int64_t> next_{0};
     std::atomic<bool> open_{false};
     std::atomic<int> inside_{0}, sleepers_{0};

@@ -31,14 +31,18 @@ struct Product {
 // One panel of b and the tokens begin .. begin + tokens; `a` and `nibbles` are padded rows, from token 0 of the slab.
 void run_panel(const Product& p, int64_t panel, int64_t first, int64_t begin, int tokens, const uint32_t* a,
                const uint8_t* nibbles) {
-    alignas(64) uint32_t bits[kBlockWords * kRows];
+    alignas(64) uint32_t bits[kReadWords * kRows];
     alignas(64) int32_t differing[kMaxTokens][kRows];
     std::memset(differing, 0, sizeof(int32_t) * tokens * kRows);
     const int64_t stride = p.token_stride();
     for (int64_t word = 0; word < p.b.padded_words();) {
         const int n_words = p.b.read(p.set, panel, word, bits);
-        const int64_t start = begin * stride + word;
-        p.set.xnor_block(bits, n_words, a + start, nibbles + kNibbles * start, stride, tokens, &differing[0][0]);
+        for (int first_word = 0; first_word < n_words; first_word += kBlockWords) {
+            const int width = std::min(kBlockWords, n_words - first_word);
+            const int64_t start = begin * stride + word + first_word;
+            p.set.xnor_block(bits + first_word * kRows, width, a + start, nibbles + kNibbles * start, stride, tokens,
+                             &differing[0][0]);
+        }
         word += n_words;
     }
     for (int t = 0; t < tokens; ++t) {
