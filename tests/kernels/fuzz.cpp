@@ -22,6 +22,7 @@ int64_t fbitrain_partial_linear(int, int, int, int, int, const void*, const void
                                 int64_t) noexcept;
 int64_t fbitrain_xnor_gemm(int, int, const void*, const void*, void*, int64_t, int64_t, int64_t) noexcept;
 int64_t fbitrain_pack_signs(int, int, int, const void*, void*, int64_t, int64_t) noexcept;
+int64_t fbitrain_transpose_signs(int, const void*, void*, int64_t, int64_t) noexcept;
 int64_t fbitrain_unpack_signs(int, int, int, const void*, void*, int64_t, int64_t) noexcept;
 }
 
@@ -197,6 +198,16 @@ void packing() {
         }
 }
 
+void transposing() {
+    const int64_t n = pick_size(), k = pick_size(), n_words = n * ((k + 31) / 32);
+    const auto words = packed(n, k);
+    std::unique_ptr<uint32_t[]> once(new uint32_t[k * ((n + 31) / 32)]), twice(new uint32_t[n_words]);
+    check(fbitrain_transpose_signs(static_cast<int>(pick(1, 3)), words.get(), once.get(), n, k) == kOk, "transpose");
+    check(fbitrain_transpose_signs(1, once.get(), twice.get(), k, n) == kOk, "transpose back");
+    for (int64_t i = 0; i < n_words; ++i) check(words[i] == twice[i], "transposing twice is not the same again");
+    check(fbitrain_transpose_signs(1, nullptr, twice.get(), 1, 1) == kBadArgument, "no words");
+}
+
 // Pointers that would crash if anything followed them.
 void wrong_arguments() {
     float* const wild = reinterpret_cast<float*>(uintptr_t{64});
@@ -250,6 +261,7 @@ int main(int argc, char** argv) {
         linear_of_nan();
         product();
         packing();
+        transposing();
     }
     std::puts("ok");
 }
