@@ -1,0 +1,43 @@
+// The salient weights of partial_linear: what they add to a row's sum, and what their sign bits have wrongly added.
+#pragma once
+#include "linear_product.cuh"
+
+// For one row and TOKENS tokens: `values` = Σ value·z·value_scale, to be added to the result, and `signs` = Σ ±z, to be
+// taken out of the row's sum (S is float and the signs carry the group's α where that sum does).
+template <class S, int TOKENS> struct Salient {
+    float values[TOKENS];
+    S signs[TOKENS];
+
+    // By a whole warp. `z_at(token, column)` gives an activation, for the first `tokens` tokens. Z is i32 or float: the
+    // type of activations, in which the int8 values are summed; float16 values are summed in float.
+    template <class Z, class Read> __device__ void sum_row(const Product& p, int row, int tokens, Read z_at) {
+        if (p.value_bytes == 1) sum_entries<Z>(p, row, tokens, z_at);
+        else sum_entries<float>(p, row, tokens, z_at);
+    }
+
+    template <class V, class Read> __device__ void sum_entries(const Product& p, int row, int tokens, Read z_at) {
+        V value_sums[TOKENS] = {};
+        S sign_sums[TOKENS] = {};
+        for (int entry = p.row_starts[row] + int(threadIdx.x % WARP); entry < p.row_starts[row + 1]; entry += WARP) {
+            const int column = p.column_bytes == 2 ? int(static_cast<const u16*>(p.columns)[entry])
+                                                   : static_cast<const i32*>(p.columns)[entry];
+            const V value = p.value_bytes == 1 ? V(static_cast<const i8*>(p.values)[entry])
+                                               : V(to_float(static_cast<const f16*>(p.values)[entry]));
+            S sign = p.row(row)[column / WORD] >> column % WORD & 1 ? S(1) : S(-1);
+            if (p.group_size) sign *= S(rounded(p.group_scales().of(row, column / WORD), p.dtype));
+#pragma unroll
+            for (int token = 0; token < TOKENS; token++) {
+                if (token >= tokens) break;
+                const auto z = z_at(token, column);
+                value_sums[token] += value * V(z);
+                sign_sums[token] += sign * S(z);
+            }
+        }
+        const float scale = p.value_scale ? p.value_scale[row] : 1.0f;
+#pragma unroll
+        for (int token = 0; token < TOKENS; token++) {
+            values[token] = float(warp_sum(value_sums[token])) * scale;
+            signs[token] = warp_sum(sign_sums[token]);
+        }
+    }
+};
