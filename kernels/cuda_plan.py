@@ -16,7 +16,14 @@ WARP = 32  # threads
 POPC_TOKENS = 4  # up to here xnor_gemm is bound by reading the weight, which the ordinary cores keep up with
 SMALL_TILE_TOKENS = 64  # up to here tiles of 16 tokens waste less than tiles of 128
 TENSOR_CORES_COUNT_BITS = 80  # the first compute capability whose tensor cores multiply bits with AND
-MIN_CAPABILITY = {"pack_signs": 75, "unpack_signs": 75, "xnor_gemm": 75}
+MIN_CAPABILITY = {"pack_signs": 75, "unpack_signs": 75, "xnor_gemm": 75}  # by op
+
+
+class Gpu(NamedTuple):
+    """A GPU as far as the choice of a backend depends on it."""
+
+    capability: int  # 80 for compute capability 8.0
+    why_not: str = ""  # why no kernel can run on it
 
 
 class Long(NamedTuple):

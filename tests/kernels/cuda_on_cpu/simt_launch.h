@@ -8,8 +8,8 @@
 
 namespace simt {
 
-constexpr size_t MAX_SHARED_BYTES = 99 * 1024;  // what every architecture since sm_86 has at least
-static thread_local char in_shared_memory;      // makes sure that there is a thread-local segment
+constexpr size_t MAX_SHARED_BYTES = 99 * 1024;       // what every architecture since sm_86 has at least
+static thread_local volatile char in_shared_memory;  // makes sure that there is a thread-local segment
 
 // The segment of this library's thread-local variables: its static shared memory (see __shared__).
 static std::pair<char*, size_t> static_shared() {
