@@ -9,27 +9,6 @@
 #pragma once
 #include "linear_tile.cuh"
 
-enum Dtype { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
-
-// `value` rounded to a dtype: α and β take part in the dtype of the activations, as in training.
-__device__ inline float rounded(float value, int dtype) {
-    if (dtype == FLOAT16) return to_float(from_float<f16>(value));
-    if (dtype == BFLOAT16) return to_float(from_float<bf16>(value));
-    return value;
-}
-
-__device__ inline float load_as_float(const void* array, u64 i, int dtype) {
-    if (dtype == FLOAT16) return to_float(static_cast<const f16*>(array)[i]);
-    if (dtype == BFLOAT16) return to_float(static_cast<const bf16*>(array)[i]);
-    return static_cast<const float*>(array)[i];
-}
-
-__device__ inline void store_float(void* array, u64 i, int dtype, float value) {
-    if (dtype == FLOAT16) static_cast<f16*>(array)[i] = from_float<f16>(value);
-    else if (dtype == BFLOAT16) static_cast<bf16*>(array)[i] = from_float<bf16>(value);
-    else static_cast<float*>(array)[i] = value;
-}
-
 // Σ gates[e]·alpha[e, column] for alpha [n_experts, width], rounded after each operation: the int8 values that depend
 // on it are defined to the bit.
 __device__ inline float mixed(const float* gates, const float* alpha, int n_experts, int width, int column, int dtype) {
@@ -64,7 +43,7 @@ struct Product {
     __device__ int chunks() const { return ceil_div(k, CHUNK); }
     __device__ const u32* row(int row) const { return words + u64(row) * n_words(); }
     __device__ bool wide() const { return n_words() % 4 == 0 && aligned16(words); }
-    __device__ GroupScales group_scales() const { return {alpha, group_size / WORD, group_size ? k / group_size : 1}; }
+    __device__ GroupScales group_scales() const { return {alpha, group_size / WORD, group_size ? k / group_size : 1, dtype}; }
 
     __device__ void store(int token, int row, float sum, float salient) const {
         float result = sum;

@@ -24,7 +24,7 @@ template <class S, int TOKENS> struct Salient {
             const V value = p.value_bytes == 1 ? V(static_cast<const i8*>(p.values)[entry])
                                                : V(to_float(static_cast<const f16*>(p.values)[entry]));
             S sign = p.row(row)[column / WORD] >> column % WORD & 1 ? S(1) : S(-1);
-            if (p.group_size) sign *= S(rounded(p.group_scales().of(row, column / WORD), p.dtype));
+            if (p.group_size) sign *= S(p.group_scales().of(row, column / WORD));
 #pragma unroll
             for (int token = 0; token < TOKENS; token++) {
                 if (token >= tokens) break;

@@ -13,6 +13,7 @@
 //
 // Columns past K have activations 0, so whatever sign stands there adds nothing.
 #pragma once
+#include "linear_dtype.cuh"
 #include "mma.cuh"
 
 constexpr int WORD = 32;         // signs
@@ -47,8 +48,8 @@ template <class T> struct FloatSigns {
     using Sum = float;
     static constexpr int PER_REGISTER = 2;
 
-    // Four neighbouring words: one load of 16 bytes.
-    __device__ static constexpr int word_in_chunk(int t, int step) { return 4 * t + step; }
+    // Each lane takes four neighbouring words of the chunk: one load of 16 bytes.
+    static constexpr bool WIDE = true;
 
     // ±scale. A bit is shifted into each half's sign; 1 means plus, so `unit` is -scale twice (see `unit`).
     __device__ static u32 signs(u32 word, int r, u32 unit) { return (word << (15 - r) & 0x80008000u) ^ unit; }
@@ -68,7 +69,7 @@ struct Int8Signs {
     static constexpr int PER_REGISTER = 4;
 
     // The four lanes of a row take neighbouring words, so that a step is 128 neighbouring columns: mostly one group.
-    __device__ static constexpr int word_in_chunk(int t, int step) { return 4 * step + t; }
+    static constexpr bool WIDE = false;
 
     // A bit of the inverted word is shifted into each byte's sign and replicated: 0 or -1; the or makes that 1 or -1.
     __device__ static u32 signs(u32 word, int r, u32) { return permute_bytes(~word << (7 - r), 0, 0xba98) | 0x01010101u; }
@@ -84,12 +85,14 @@ template <class F> constexpr int QUADS = 8 / F::PER_REGISTER;
 // Quads of a tile's step, all 32 lanes together.
 template <class F> constexpr int STEP_QUADS = QUADS<F> * WARP;
 
+// Which word of a chunk lane t of a row takes in a step.
+template <class F> __device__ constexpr int word_in_chunk(int t, int step) { return F::WIDE ? 4 * t + step : 4 * step + t; }
+
 // Where element k of a token lies among the activations; `chunks` = ceil(K / 512).
 template <class F> __device__ inline u64 position(int token, int k, int chunks) {
     constexpr int P = F::PER_REGISTER, REGISTERS = WORD / P;
     const int word = k % CHUNK / WORD, bit = k % WORD, r = bit % REGISTERS;
-    const int t = F::word_in_chunk(1, 0) == 1 ? word % 4 : word / 4;
-    const int step = F::word_in_chunk(1, 0) == 1 ? word / 4 : word % 4;
+    const int t = F::WIDE ? word / 4 : word % 4, step = F::WIDE ? word % 4 : word / 4;
     const u64 tile_step = (u64(token / TILE_TOKENS) * chunks + k / CHUNK) * STEPS + step;
     const u64 quad = (tile_step * QUADS<F> + r / 4) * WARP + token % TILE_TOKENS * 4 + t;
     return quad * (4 * P) + r % 4 * P + bit / REGISTERS;
@@ -99,24 +102,35 @@ template <class F> __device__ inline u64 position(int token, int k, int chunks) 
 template <class F> __device__ inline Quad load_words(const u32* row, int chunk, int n_words, bool wide) {
     const int t = threadIdx.x % 4, base = chunk * CHUNK_WORDS;
     Quad words = {};
-    if (F::word_in_chunk(0, 1) == 1 && wide) {
+    if (F::WIDE && wide) {
         if (base + 4 * t < n_words) words = *reinterpret_cast<const Quad*>(row + base + 4 * t);
         return words;
     }
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
-        const int word = base + F::word_in_chunk(t, step);
+        const int word = base + word_in_chunk<F>(t, step);
         if (word < n_words) words.word[step] = row[word];
     }
     return words;
 }
 
-// α of scale "group", fp32 [N, K / group_size].
+// α of scale "group", fp32 [N, K / group_size], and the dtype in which it takes part.
 struct GroupScales {
     const float* alpha;
-    int group_words, per_row;
+    int group_words, per_row, dtype;
 
-    __device__ float of(int row, int word) const { return alpha[u64(row) * per_row + imin(word / group_words, per_row - 1)]; }
+    // Words past the row's end have some scale too; it meets only zeros.
+    __device__ float of(int row, int word) const {
+        return rounded(alpha[u64(row) * per_row + imin(word / group_words, per_row - 1)], dtype);
+    }
+};
+
+// A step's activations, for this lane: its first quad of token tile 0, each further tile `stride` quads on. Lanes whose
+// token does not exist have none.
+struct Activations {
+    const Quad* first;
+    int stride;
+    bool there;
 };
 
 // A warp's sums of 16·ROW_TILES rows × 8·TOKEN_TILES tokens. `total[i][j][e]` is row 16i + g + 8·(e / 2), token
@@ -130,29 +144,29 @@ template <class F, bool GROUPS, int ROW_TILES, int TOKEN_TILES> struct Tile {
     Total total[ROW_TILES][TOKEN_TILES][4] = {};
 
     // Adds one step of a chunk. words[2i + h]: this lane's word of row 16i + g + 8h, whose number in the weight is
-    // rows[2i + h]; `z`: this lane's first quad of token tile 0, each further tile `stride` quads on.
+    // rows[2i + h].
     __device__ void add(const u32 (&words)[2 * ROW_TILES], const int (&rows)[2 * ROW_TILES], GroupScales scales,
-                        int chunk, int step, const Quad* z, u64 stride) {
+                        int chunk, int step, Activations z) {
         const int base = chunk * CHUNK_WORDS, t = threadIdx.x % 4;
         u32 units[2 * ROW_TILES];
         if constexpr (!GROUPS || F::PER_REGISTER == 2) {
 #pragma unroll
             for (int i = 0; i < 2 * ROW_TILES; i++)
-                units[i] = F::unit(GROUPS ? scales.of(rows[i], base + F::word_in_chunk(t, step)) : 1.0f);
-            multiply(total, words, units, z, stride, true);
+                units[i] = F::unit(GROUPS ? scales.of(rows[i], base + word_in_chunk<F>(t, step)) : 1.0f);
+            multiply(total, words, units, z, true);
         } else if (scales.group_words % 4 == 0) {
-            add_scaled(words, rows, scales, base + 4 * step, z, stride, true);
+            add_scaled(words, rows, scales, base + 4 * step, z, true);
         } else {  // the four lanes of a row hold words of different groups: one after the other
-            for (int turn = 0; turn < 4; turn++) add_scaled(words, rows, scales, base + 4 * step + turn, z, stride, t == turn);
+            for (int turn = 0; turn < 4; turn++) add_scaled(words, rows, scales, base + 4 * step + turn, z, t == turn);
         }
     }
 
     // Integer sums of the lanes that are `mine`, which all belong to the group of `word`, times their rows' scales.
     __device__ void add_scaled(const u32 (&words)[2 * ROW_TILES], const int (&rows)[2 * ROW_TILES], GroupScales scales,
-                               int word, const Quad* z, u64 stride, bool mine) {
+                               int word, Activations z, bool mine) {
         Sum sums[ROW_TILES][TOKEN_TILES][4] = {};
         const u32 units[2 * ROW_TILES] = {};
-        multiply(sums, words, units, z, stride, mine);
+        multiply(sums, words, units, z, mine);
 #pragma unroll
         for (int i = 0; i < ROW_TILES; i++) {
 #pragma unroll
@@ -170,7 +184,7 @@ template <class F, bool GROUPS, int ROW_TILES, int TOKEN_TILES> struct Tile {
     // sums += signs · activations. Lanes that are not `mine` contribute zeros.
     template <class S>
     __device__ static void multiply(S (&sums)[ROW_TILES][TOKEN_TILES][4], const u32 (&words)[2 * ROW_TILES],
-                                    const u32 (&units)[2 * ROW_TILES], const Quad* z, u64 stride, bool mine) {
+                                    const u32 (&units)[2 * ROW_TILES], Activations z, bool mine) {
 #pragma unroll
         for (int q = 0; q < QUADS<F>; q++) {
             u32 a[ROW_TILES][2][4];  // two instructions' worth
@@ -181,7 +195,7 @@ template <class F, bool GROUPS, int ROW_TILES, int TOKEN_TILES> struct Tile {
             }
 #pragma unroll
             for (int j = 0; j < TOKEN_TILES; j++) {
-                const Quad b = z[j * stride + q * WARP];
+                const Quad b = z.there ? z.first[j * z.stride + q * WARP] : Quad{};
 #pragma unroll
                 for (int i = 0; i < ROW_TILES; i++) {
                     F::multiply(sums[i][j], a[i][0], {b.word[0], b.word[1]});
