@@ -16,7 +16,11 @@ WARP = 32  # threads
 POPC_TOKENS = 4  # up to here xnor_gemm is bound by reading the weight, which the ordinary cores keep up with
 SMALL_TILE_TOKENS = 64  # up to here tiles of 16 tokens waste less than tiles of 128
 TENSOR_CORES_COUNT_BITS = 80  # the first compute capability whose tensor cores multiply bits with AND
-MIN_CAPABILITY = {"pack_signs": 75, "unpack_signs": 75, "xnor_gemm": 75}  # by op
+# By op. 75 is the oldest that CUDA 13 compiles for; cp.async and the tensor-core products came with 80.
+MIN_CAPABILITY = {
+    **dict.fromkeys(("pack_signs", "unpack_signs", "xnor_gemm"), 75),
+    **dict.fromkeys(("binary_linear", "mixture_linear", "partial_linear"), 80),
+}
 
 
 class Gpu(NamedTuple):
@@ -32,6 +36,9 @@ class Long(NamedTuple):
     value: int
 
 
+Argument = str | int | float | Long  # a str names a tensor, an int is a C int, a float a C float
+
+
 class Array(NamedTuple):
     """A result or temporary that the launches fill. `dtype` is torch's name of it."""
 
@@ -41,13 +48,13 @@ class Array(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch. An argument that is a str names a tensor, an int is a C int, a float a C float."""
+    """One kernel launch."""
 
     source: str  # "pack" is cuda/pack.cu
     kernel: str
     grid: tuple[int, int, int]  # blocks
     block: tuple[int, int, int]  # threads
-    arguments: tuple[str | int | float | Long, ...]
+    arguments: tuple[Argument, ...]
     shared_bytes: int = 0  # dynamic shared memory
 
 
@@ -80,7 +87,7 @@ def _one_warp_per_1024(op: str, dtype: str, tensors: tuple[str, ...], rows: int,
     blocks = ceil_div(rows * ceil_div(n_words(k), WARP), warps)
     if not blocks:
         return ()
-    arguments = (*tensors, Long(rows), k)
+    arguments: tuple[Argument, ...] = (*tensors, Long(rows), k)
     return (Launch("pack", f"{op}_{dtype}", (blocks, 1, 1), (warps * WARP, 1, 1), arguments),)
 
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fbitrain.kernels import cuda_ops
+from fbitrain.kernels import cuda_linear, cuda_ops
 from fbitrain.kernels.cpu_build import cache_folder
-from fbitrain.kernels.cuda_plan import Array, Gpu, Launch, Long
+from fbitrain.kernels.cuda_plan import Argument, Array, Gpu, Launch, Long
 from fbitrain.kernels.cuda_source import OPTIONS, source_text
 
 STATIC_LIMIT = 48 * 1024  # bytes of shared memory that a kernel gets without asking
@@ -27,8 +27,15 @@ RUN: dict[str, Callable[..., Tensor]] = {
     "pack_signs": cuda_ops.pack_signs,
     "unpack_signs": cuda_ops.unpack_signs,
     "xnor_gemm": cuda_ops.xnor_gemm,
+    "binary_linear": cuda_linear.binary_linear,
+    "mixture_linear": cuda_linear.mixture_linear,
+    "partial_linear": cuda_linear.partial_linear,
 }
-DTYPES = {"pack_signs": cuda_ops.DTYPES, "unpack_signs": cuda_ops.DTYPES}
+_LINEAR = ("binary_linear", "mixture_linear", "partial_linear")
+DTYPES = {
+    **dict.fromkeys(("pack_signs", "unpack_signs"), cuda_ops.DTYPES),
+    **dict.fromkeys(_LINEAR, cuda_linear.DTYPES),
+}  # of floats, by op
 
 
 @functools.cache
@@ -102,14 +109,17 @@ class CupyDevice:
         return known
 
 
-def _argument(argument: str | int | float | Long, tensors: Mapping[str, Tensor | None]) -> np.generic:
+def _argument(argument: Argument, tensors: Mapping[str, Tensor | None]) -> np.generic:
     """By value, in the size of the C parameter: CuPy copies a numpy scalar's bytes."""
+    value: np.generic
     if isinstance(argument, str):
         tensor = tensors[argument]
-        return np.uint64(0 if tensor is None else tensor.data_ptr())
-    if isinstance(argument, Long):
-        return np.int64(argument.value)
-    return np.float32(argument) if isinstance(argument, float) else np.int32(argument)
+        value = np.uint64(0 if tensor is None else tensor.data_ptr())
+    elif isinstance(argument, Long):
+        value = np.int64(argument.value)
+    else:
+        value = np.float32(argument) if isinstance(argument, float) else np.int32(argument)
+    return value
 
 
 @functools.cache

@@ -50,6 +50,11 @@ def test_the_fastest_backend_that_runs_is_chosen(call: Call, levels: dict[str, s
         (PACK, T4, "cuda"),
         (PACK._replace(op="unpack_signs", dtype=torch.float64), A100, "cuda"),
         (PACK._replace(dtype=torch.float8_e5m2), A100, "reference"),
+        (LINEAR._replace(device_type="cuda"), A100, "cuda"),
+        (LINEAR._replace(device_type="cuda"), T4, "reference"),
+        (LINEAR._replace(device_type="cuda", dtype=torch.float16), A100, "cuda"),
+        (LINEAR._replace(device_type="cuda", group_size=128), A100, "cuda"),
+        (LINEAR._replace(device_type="cuda", group_size=48), A100, "reference"),
     ],
 )
 def test_a_gpu_runs_the_cuda_kernels_if_it_can(call: Call, gpu: Gpu, backend: str) -> None:

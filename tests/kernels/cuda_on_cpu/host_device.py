@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fbitrain.kernels.cuda_plan import Array, Launch, Long
+from fbitrain.kernels.cuda_plan import Argument, Array, Launch, Long
 from fbitrain.kernels.cuda_source import source_text
 from tests.kernels.cuda_on_cpu.host_module import HostFunction, HostModule
 
@@ -51,7 +51,7 @@ def _function(cache: Path, source: str, kernel: str, capability: int) -> HostFun
     return _module(cache, source, capability).get_function(kernel)
 
 
-def _argument(argument: str | int | float | Long, tensors: Mapping[str, Tensor | None]) -> Tensor | np.generic | None:
+def _argument(argument: Argument, tensors: Mapping[str, Tensor | None]) -> Tensor | np.generic | None:
     if isinstance(argument, str):
         return tensors[argument]
     if isinstance(argument, Long):
