@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fbitrain.kernels.cuda_linear_plan import PRODUCT_TENSORS, PROLOGUE_TENSORS, LinearCall, plan_linear
 from fbitrain.kernels.cuda_run import Device, dtype_name, run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of x
+_CHECKED = WeakTensorKeyDictionary()  # columns of salient weights -> what _check_salient knows of them
 
 
 def binary_linear(
@@ -25,7 +27,7 @@ def binary_linear(
     group_size: int,
     mode: str = "float",
 ) -> Tensor:
-    """reference.binary_linear; `group_size` must be a multiple of 32. Mode "int8" waits for the GPU (see `_multiply`)."""
+    """reference.binary_linear; `group_size` must be a multiple of 32."""
     column = scale == "column"
     tensors = {"words": words, ("alpha_K" if column else "alpha"): alpha.float()}
     if beta is not None:
@@ -66,7 +68,8 @@ def partial_linear(
     group_size: int,
     mode: str = "float",
 ) -> Tensor:
-    """reference.partial_linear; `group_size` must be a multiple of 32."""
+    """reference.partial_linear; `group_size` must be a multiple of 32. Waits for the GPU the first time it sees a weight."""
+    _check_salient(row_starts, columns, k)
     call = LinearCall(
         *(x.numel() // k, words.shape[0], k, dtype_name(x.dtype), mode, scale),
         group_size=group_size,
@@ -93,8 +96,31 @@ def _multiply(device: Device, call: LinearCall, x: Tensor, given: dict[str, Tens
     return arrays["y"].reshape(*x.shape[:-1], call.n)
 
 
+def _check_salient(row_starts: Tensor, columns: Tensor, k: int) -> None:
+    """Raises ValueError unless each row's columns ascend within [0, k): the kernels read where they point.
+
+    Looks at the entries themselves only if these tensors have not been seen yet, or were changed since.
+    """
+    seen = (id(row_starts), _version(row_starts), _version(columns), k)
+    if _CHECKED.get(columns) == seen:  # type: ignore[no-untyped-call]
+        return
+    counts, places = row_starts.diff(), columns.long()
+    if int(row_starts[0]) != 0 or int(row_starts[-1]) != len(columns) or bool((counts < 0).any()):
+        raise ValueError(f"partial_linear: row_starts must ascend from 0 to the {len(columns)} entries")
+    rows = torch.repeat_interleave(counts)
+    descends = (places.diff() <= 0) & (rows.diff() == 0)
+    if len(columns) and (bool(descends.any()) or int(places.min()) < 0 or int(places.max()) >= k):
+        raise ValueError(f"partial_linear: the columns of each row must ascend, from 0 to {k - 1} at most")
+    _CHECKED[columns] = seen
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts changes in place, which tensors made under torch.inference_mode do not."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _refuse_infinite(token_scale: Tensor, k: int) -> None:
-    """Raises reference.quantize_int8's ValueError: the scale of a token is NaN or infinite where its activations are."""
+    """Raises reference.quantize_int8's ValueError: a token's scale is NaN or infinite if one of its activations is."""
     infinite = ~torch.isfinite(token_scale)
     if bool(infinite.any()):
         row, shape = int(infinite.nonzero()[0]), [len(token_scale), k]

@@ -1,5 +1,5 @@
-"""What binary_linear, mixture_linear and partial_linear launch on CUDA: a prologue that prepares the activations, then one
-product. Pure arithmetic, as cuda_plan.
+"""What binary_linear, mixture_linear and partial_linear launch on CUDA: a prologue that prepares the activations, then
+one product. Pure arithmetic, as cuda_plan.
 
 Letters: N out_features, K in_features, M tokens, E scaling experts.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fbitrain.kernels.cuda_plan import WARP, Array, Launch, Plan, ceil_div
+from fbitrain.kernels.cuda_plan import WARP, Argument, Array, Launch, Plan, ceil_div
 
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # of activations and results, as linear_dtype.cuh numbers them
 CHUNK = 512  # columns; activations for tensor cores are padded to it
@@ -129,7 +129,7 @@ def _launch(
 ) -> Launch:
     alpha_stride = 0 if call.scale == "tensor" else 1
     sizes = (call.m, call.n, call.k, DTYPES[call.dtype], alpha_stride, call.groups, call.n_experts)
-    arguments = (*PRODUCT_TENSORS, *sizes, call.column_bytes, call.value_bytes, *more)
+    arguments: tuple[Argument, ...] = (*PRODUCT_TENSORS, *sizes, call.column_bytes, call.value_bytes, *more)
     name = kernel + ("_groups" if call.groups else "")
     return Launch(source, name, (*tiles, 1), (warps * WARP, 1, 1), arguments, shared_bytes)
 
@@ -137,7 +137,7 @@ def _launch(
 def _prologue(call: LinearCall, layout: str) -> Launch:
     """One block per token; few tokens get large blocks, because nothing else keeps the GPU busy."""
     threads = min(1024 if call.m <= TILE_TOKENS else 256, ceil_div(call.k, WARP) * WARP)
-    arguments = (*PROLOGUE_TENSORS, call.k, DTYPES[call.dtype], call.n_experts)
+    arguments: tuple[Argument, ...] = (*PROLOGUE_TENSORS, call.k, DTYPES[call.dtype], call.n_experts)
     return Launch("linear_prologue", f"prologue_{layout}", (call.m, 1, 1), (threads, 1, 1), arguments)
 
 

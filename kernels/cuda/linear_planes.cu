@@ -65,11 +65,10 @@ template <int TOKENS> __device__ void decode_planes(const Product& p, const i32*
     }
 }
 
-#if FBITRAIN_NATIVE_B1
 #define PLANES_KERNEL(name, TOKENS)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(MAX_WARPS * WARP) name(PRODUCT_PARAMETERS, const i32* token_sum) {  \
-        decode_planes<TOKENS>(PRODUCT, token_sum);                                                                  \
+    extern "C" __global__ void __launch_bounds__(MAX_WARPS * WARP) name(PRODUCT_PARAMETERS, const i32* token_sum) {   \
+        decode_planes<TOKENS>(PRODUCT, token_sum);                                                                    \
     }
+
 PLANES_KERNEL(planes_1, 1)
 PLANES_KERNEL(planes_8, 8)
-#endif

@@ -2,6 +2,11 @@
 #pragma once
 #include "linear_product.cuh"
 
+// What products of two values of type V are summed in: those of 2^24 int8 values exceed int32.
+template <class V> struct WideOf { using Type = V; };
+template <> struct WideOf<i32> { using Type = i64; };
+template <class V> using Wide = typename WideOf<V>::Type;
+
 // For one row and TOKENS tokens: `values` = Σ value·z·value_scale, to be added to the result, and `signs` = Σ ±z, to be
 // taken out of the row's sum (S is float and the signs carry the group's α where that sum does).
 template <class S, int TOKENS> struct Salient {
@@ -9,14 +14,14 @@ template <class S, int TOKENS> struct Salient {
     S signs[TOKENS];
 
     // By a whole warp. `z_at(token, column)` gives an activation, for the first `tokens` tokens. Z is i32 or float: the
-    // type of activations, in which the int8 values are summed; float16 values are summed in float.
+    // type of activations, in which int8 values are multiplied; float16 values are multiplied in float.
     template <class Z, class Read> __device__ void sum_row(const Product& p, int row, int tokens, Read z_at) {
         if (p.value_bytes == 1) sum_entries<Z>(p, row, tokens, z_at);
         else sum_entries<float>(p, row, tokens, z_at);
     }
 
     template <class V, class Read> __device__ void sum_entries(const Product& p, int row, int tokens, Read z_at) {
-        V value_sums[TOKENS] = {};
+        Wide<V> value_sums[TOKENS] = {};
         S sign_sums[TOKENS] = {};
         for (int entry = p.row_starts[row] + int(threadIdx.x % WARP); entry < p.row_starts[row + 1]; entry += WARP) {
             const int column = p.column_bytes == 2 ? int(static_cast<const u16*>(p.columns)[entry])
