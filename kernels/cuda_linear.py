@@ -68,7 +68,7 @@ def partial_linear(
     group_size: int,
     mode: str = "float",
 ) -> Tensor:
-    """reference.partial_linear; `group_size` must be a multiple of 32. Waits for the GPU the first time it sees a weight."""
+    """reference.partial_linear; `group_size` must be a multiple of 32. Waits for the GPU when a weight is new to it."""
     _check_salient(row_starts, columns, k)
     call = LinearCall(
         *(x.numel() // k, words.shape[0], k, dtype_name(x.dtype), mode, scale),

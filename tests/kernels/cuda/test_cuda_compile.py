@@ -24,6 +24,15 @@ EXPECTED: dict[str, Callable[[int], tuple[set[str], set[str]]]] = {
     "row_popcounts": lambda architecture: ({"POPC"}, set()),
     # LDGSTS is cp.async, LDSM ldmatrix; MOVM would betray the emulated product of bits.
     "xnor_tile": lambda architecture: ({"LDGSTS", "LDSM", BITS if architecture < 100 else BYTES}, {"MOVM", "POPC"}),
+    "prologue": lambda architecture: ({"LDG"}, set()),
+    "decode_int8": lambda architecture: ({BYTES}, set()),
+    "decode": lambda architecture: ({"HMMA"}, set()),
+    "partial_int8": lambda architecture: ({BYTES}, set()),
+    "partial": lambda architecture: ({"HMMA"}, set()),
+    "planes": lambda architecture: ({BITS} if architecture < 100 else set(), {"POPC"}),  # not launched from sm_100 on
+    "prefill_int8": lambda architecture: ({"LDGSTS", BYTES}, set()),
+    "prefill": lambda architecture: ({"LDGSTS", "HMMA"}, set()),
+    "fp32": lambda architecture: ({"FFMA"}, {"HMMA"}),
 }
 
 
