@@ -130,7 +130,8 @@ def _launch(
     alpha_stride = 0 if call.scale == "tensor" else 1
     sizes = (call.m, call.n, call.k, DTYPES[call.dtype], alpha_stride, call.groups, call.n_experts)
     arguments: tuple[Argument, ...] = (*PRODUCT_TENSORS, *sizes, call.column_bytes, call.value_bytes, *more)
-    name = kernel + ("_groups" if call.groups else "")
+    # Sums of integers need registers of their own for what the groups' scales make of them.
+    name = kernel + ("_groups" if call.groups and call.mode == "int8" else "")
     return Launch(source, name, (*tiles, 1), (warps * WARP, 1, 1), arguments, shared_bytes)
 
 

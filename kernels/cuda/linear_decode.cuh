@@ -36,16 +36,12 @@ __device__ void sum_chunks(const Product& p, int first_row, int token_tile, Tile
 // What the block's salient weights add, a row per warp at a time.
 template <class F, class S>
 __device__ void sum_salient(const Product& p, int first_row, int first_token, S (&signs)[RESULTS], float (&values)[RESULTS]) {
-    using Element = typename F::Element;
-    const auto z_at = [&](int token, int column) -> typename F::Sum {
-        const Element z = static_cast<const Element*>(p.z)[position<F>(first_token + token, column, p.chunks())];
-        if constexpr (F::PER_REGISTER == 2) return to_float(z);
-        else return z;
-    };
+    const auto* z = static_cast<const typename F::Element*>(p.z);
+    const auto column = [&](int c) { return z + position<F>(first_token, c, p.chunks()); };
     const int tokens = imin(TILE_TOKENS, p.m - first_token), warps = blockDim.x / WARP;
     for (int r = threadIdx.x / WARP; r < TILE_ROWS && first_row + r < p.n; r += warps) {
         Salient<S, TILE_TOKENS> salient;
-        salient.template sum_row<typename F::Sum>(p, first_row + r, tokens, z_at);
+        salient.template sum_row<typename F::Sum>(p, first_row + r, tokens, column, TOKEN_STRIDE<F>);
         if (threadIdx.x % WARP) continue;
 #pragma unroll
         for (int token = 0; token < TILE_TOKENS; token++) {
@@ -82,15 +78,13 @@ template <class F, bool GROUPS, bool SALIENT> __device__ void decode(const Produ
     }
 }
 
-// The kernels NAME_float16, NAME_bfloat16, NAME_int8, each also with _groups.
+// The kernels NAME_float16, NAME_bfloat16, NAME_int8, NAME_int8_groups.
 #define DECODE_KERNEL(name, F, GROUPS, SALIENT)                                               \
     extern "C" __global__ void __launch_bounds__(MAX_WARPS * WARP) name(PRODUCT_PARAMETERS) { \
         decode<F, GROUPS, SALIENT>(PRODUCT);                                                  \
     }
-#define DECODE_KERNELS(name, SALIENT)                                         \
-    DECODE_KERNEL(name##_float16, FloatSigns<f16>, false, SALIENT)            \
-    DECODE_KERNEL(name##_float16_groups, FloatSigns<f16>, true, SALIENT)      \
-    DECODE_KERNEL(name##_bfloat16, FloatSigns<bf16>, false, SALIENT)          \
-    DECODE_KERNEL(name##_bfloat16_groups, FloatSigns<bf16>, true, SALIENT)    \
-    DECODE_KERNEL(name##_int8, Int8Signs, false, SALIENT)                     \
+#define DECODE_KERNELS(name, SALIENT)                                   \
+    DECODE_KERNEL(name##_float16, FloatSigns<f16>, false, SALIENT)      \
+    DECODE_KERNEL(name##_bfloat16, FloatSigns<bf16>, false, SALIENT)    \
+    DECODE_KERNEL(name##_int8, Int8Signs, false, SALIENT)               \
     DECODE_KERNEL(name##_int8_groups, Int8Signs, true, SALIENT)

@@ -10,7 +10,7 @@ constexpr int WARPS = 8;
 constexpr int ROWS = 4;  // of a warp
 
 // sums[r][i] += this lane's part of one span, times the group's scale if there are groups.
-template <int TOKENS, bool GROUPS>
+template <int TOKENS>
 __device__ void add_span(const Product& p, const int (&rows)[ROWS], const Floats* (&z)[TOKENS], int span,
                          float (&sums)[ROWS][TOKENS]) {
     const int word = span * WARP + threadIdx.x % WARP, n_words = p.n_words();
@@ -33,13 +33,13 @@ __device__ void add_span(const Product& p, const int (&rows)[ROWS], const Floats
     }
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        const float scale = GROUPS ? p.group_scales().of(rows[r], word) : 1.0f;
+        const float scale = p.group_size ? p.group_scales().of(rows[r], word) : 1.0f;
 #pragma unroll
         for (int i = 0; i < TOKENS; i++) sums[r][i] += scale * span_sums[r][i];
     }
 }
 
-template <int TOKENS, bool GROUPS> __device__ void product_fp32(const Product& p) {
+template <int TOKENS> __device__ void product_fp32(const Product& p) {
     const int lane = threadIdx.x % WARP, first_token = blockIdx.x * TOKENS, spans = ceil_div(p.k, SPAN);
     const int first_row = (blockIdx.y * WARPS + threadIdx.x / WARP) * ROWS;
     const Floats* z[TOKENS];
@@ -51,11 +51,9 @@ template <int TOKENS, bool GROUPS> __device__ void product_fp32(const Product& p
     for (int r = 0; r < ROWS; r++) rows[r] = imin(first_row + r, p.n - 1);
 
     float sums[ROWS][TOKENS] = {};
-    for (int span = 0; span < spans; span++) add_span<TOKENS, GROUPS>(p, rows, z, span, sums);
+    for (int span = 0; span < spans; span++) add_span<TOKENS>(p, rows, z, span, sums);
 
-    const auto z_at = [&](int token, int column) {
-        return static_cast<const float*>(p.z)[fp32_position(first_token + token, column, spans)];
-    };
+    const auto column = [&](int c) { return static_cast<const float*>(p.z) + fp32_position(first_token, c, spans); };
     // From here on, lane r·TOKENS + i speaks for row r and token i.
     float sum = 0, salient_value = 0;
 #pragma unroll
@@ -65,7 +63,8 @@ template <int TOKENS, bool GROUPS> __device__ void product_fp32(const Product& p
     }
     for (int r = 0; p.row_starts && r < ROWS; r++) {
         Salient<float, TOKENS> salient;
-        salient.template sum_row<float>(p, imin(first_row + r, p.n - 1), imin(TOKENS, p.m - first_token), z_at);
+        const int row = imin(first_row + r, p.n - 1), tokens = imin(TOKENS, p.m - first_token);
+        salient.template sum_row<float>(p, row, tokens, column, spans * SPAN);
 #pragma unroll
         for (int i = 0; i < TOKENS; i++) {
             if (lane != r * TOKENS + i) continue;
@@ -77,12 +76,10 @@ template <int TOKENS, bool GROUPS> __device__ void product_fp32(const Product& p
     if (lane < ROWS * TOKENS && row < p.n && token < p.m) p.store(token, row, sum, salient_value);
 }
 
-#define FP32(name, TOKENS, GROUPS)                                                     \
+#define FP32(name, TOKENS)                                                             \
     extern "C" __global__ void __launch_bounds__(WARPS * WARP) name(PRODUCT_PARAMETERS) { \
-        product_fp32<TOKENS, GROUPS>(PRODUCT);                                          \
+        product_fp32<TOKENS>(PRODUCT);                                                  \
     }
 
-FP32(fp32_1, 1, false)
-FP32(fp32_1_groups, 1, true)
-FP32(fp32_4, 4, false)
-FP32(fp32_4_groups, 4, true)
+FP32(fp32_1, 1)
+FP32(fp32_4, 4)

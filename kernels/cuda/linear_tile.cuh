@@ -98,6 +98,9 @@ template <class F> __device__ inline u64 position(int token, int k, int chunks) 
     return quad * (4 * P) + r % 4 * P + bit / REGISTERS;
 }
 
+// How far the same column of a tile's next token is.
+template <class F> constexpr int TOKEN_STRIDE = 4 * 4 * F::PER_REGISTER;
+
 // The four words that lane t of a row feeds in a chunk, 0 past the row's end. `wide`: rows are aligned to 16 bytes.
 template <class F> __device__ inline Quad load_words(const u32* row, int chunk, int n_words, bool wide) {
     const int t = threadIdx.x % 4, base = chunk * CHUNK_WORDS;
@@ -134,7 +137,8 @@ struct Activations {
 };
 
 // A warp's sums of 16·ROW_TILES rows × 8·TOKEN_TILES tokens. `total[i][j][e]` is row 16i + g + 8·(e / 2), token
-// 8j + 2t + e % 2. With GROUPS it contains the groups' scales.
+// 8j + 2t + e % 2. It contains the groups' scales, if there are any. FloatSigns carry them; integer sums must be scaled
+// step by step, which is what GROUPS is for.
 template <class F, bool GROUPS, int ROW_TILES, int TOKEN_TILES> struct Tile {
     using Sum = typename F::Sum;
     template <bool, class A, class B> struct Either { using Type = A; };
@@ -148,11 +152,11 @@ template <class F, bool GROUPS, int ROW_TILES, int TOKEN_TILES> struct Tile {
     __device__ void add(const u32 (&words)[2 * ROW_TILES], const int (&rows)[2 * ROW_TILES], GroupScales scales,
                         int chunk, int step, Activations z) {
         const int base = chunk * CHUNK_WORDS, t = threadIdx.x % 4;
-        u32 units[2 * ROW_TILES];
-        if constexpr (!GROUPS || F::PER_REGISTER == 2) {
+        if constexpr (!GROUPS) {
+            u32 units[2 * ROW_TILES];
 #pragma unroll
             for (int i = 0; i < 2 * ROW_TILES; i++)
-                units[i] = F::unit(GROUPS ? scales.of(rows[i], base + word_in_chunk<F>(t, step)) : 1.0f);
+                units[i] = F::unit(scales.group_words ? scales.of(rows[i], base + word_in_chunk<F>(t, step)) : 1.0f);
             multiply(total, words, units, z, true);
         } else if (scales.group_words % 4 == 0) {
             add_scaled(words, rows, scales, base + 4 * step, z, true);
