@@ -115,14 +115,17 @@ class HostFunction:
 
 
 def _compiled(source: str, cache: Path, defines: list[str]) -> Path:
-    """The shared library, compiled if the cache does not hold it."""
+    """The shared library, compiled if the cache does not hold it.
+
+    It is known by the preprocessed text: a define that changes nothing, such as another architecture, costs nothing.
+    """
     headers = "".join(path.read_text() for path in sorted(HERE.glob("*.h")))
-    digest = hashlib.sha256(repr((FLAGS, defines, headers, source)).encode()).hexdigest()[:20]
+    preprocessed = _run(["-E", "-P", "-x", "c++", "-w", *defines, "-DSIMT_HOST", "-"], source)
+    digest = hashlib.sha256(repr((FLAGS, headers, preprocessed)).encode()).hexdigest()[:20]
     library = cache / f"{digest}.so"
     if library.exists():
         return library
-    names = _KERNEL.findall(_run(["-E", "-x", "c++", "-w", *defines, "-DSIMT_HOST", "-"], source))
-    source += "\n" + "\n".join(f"SIMT_EXPORT({name})" for name in names)
+    source += "\n" + "\n".join(f"SIMT_EXPORT({name})" for name in _KERNEL.findall(preprocessed))
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         built = Path(folder) / library.name
