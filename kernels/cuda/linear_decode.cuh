@@ -1,17 +1,18 @@
 // Products for few tokens, which are bound by reading the weight: every bit is read once, in loads of 16 bytes. The
 // kernels are in linear_decode.cu and, with salient weights, in linear_partial.cu.
 //
-// A block computes 16 rows × 8 tokens. Its warps take the chunks of K in turn, so that a whole row of the weight is
-// under way at once, and add up their sums in shared memory. Expanding a word's 32 signs costs a lane 32 instructions
-// for 16-bit activations, less than the time memory needs for the word on the GPUs known to us (docs/kernels.md).
+// A block computes 16 rows × 8 tokens. Its warps take the chunks of K in turn, so that much of a row is under way at
+// once, and add up their sums in shared memory. A lane makes a word's 32 signs for 16-bit activations in 32
+// instructions, half of them shifts that the compiler turns into multiplications, which have their own pipeline: on
+// an A100 that is less time than memory takes to deliver the word, on an H100 about as much.
 //
-// Activations come straight from L2: 8 tokens of 512 columns are 8 KiB, shared by all blocks.
+// Activations come straight from L2, those of tokens that exist only; all blocks read the same ones.
 #pragma once
 #include "linear_salient.cuh"
 
 constexpr int MAX_WARPS = 8;
 
-// One token's or row's place in a block's results: token * TILE_ROWS + row.
+// A block's results; token * TILE_ROWS + row is the place of one.
 constexpr int RESULTS = TILE_TOKENS * TILE_ROWS;
 
 // This warp's share of the block's sums.
@@ -35,7 +36,8 @@ __device__ void sum_chunks(const Product& p, int first_row, int token_tile, Tile
 
 // What the block's salient weights add, a row per warp at a time.
 template <class F, class S>
-__device__ void sum_salient(const Product& p, int first_row, int first_token, S (&signs)[RESULTS], float (&values)[RESULTS]) {
+__device__ void sum_salient(const Product& p, int first_row, int first_token, S (&signs)[RESULTS],
+                            float (&values)[RESULTS]) {
     const auto* z = static_cast<const typename F::Element*>(p.z);
     const auto column = [&](int c) { return z + position<F>(first_token, c, p.chunks()); };
     const int tokens = imin(TILE_TOKENS, p.m - first_token), warps = blockDim.x / WARP;

@@ -1,8 +1,8 @@
 // Products of fp32 activations, for any number of tokens: exact signs, fp32 sums, no tensor cores. Every weight is a
 // multiply-add by ±1, so the bound is the arithmetic, not memory.
 //
-// A warp computes 4 rows × TOKENS tokens. A lane takes one word of a span of 32 (linear_fp32.cuh): a row's words are one
-// load of 128 bytes for the warp, and each sign, once made, serves TOKENS multiply-adds.
+// A warp computes 4 rows × TOKENS tokens. A lane takes one word of a span of 32 (linear_fp32.cuh): a row's words are
+// one load of 128 bytes for the warp, and each sign, once made, serves TOKENS multiply-adds.
 #include "linear_fp32.cuh"
 #include "linear_salient.cuh"
 

@@ -1,12 +1,12 @@
 // Products of int8 activations for few tokens, without unpacking a single bit, where tensor cores multiply bits
 // (sm_80 to sm_90; elsewhere linear_decode.cu does it with int8).
 //
-// An int8 value is Σ bit_j·2^j, bit 7 counting -128. So Σ q over the columns whose weight bit is 1 is
-// Σ_j weight_j·2^j·popcount(row & plane_j): one AND-and-count of the weight with each of the token's 8 planes, which are
-// the 8 columns of the tensor cores' operand B (linear_planes.cuh). Then Σ ±q is twice that less Σ q. Exact.
+// An int8 value is Σ bit_j·2^j, bit 7 counting -128. So Σ q over the columns whose weight bit is 1 is the sum over j of
+// popcount(row & plane_j)·2^j: one AND-and-count of the weight with each of the token's 8 planes, which are the 8
+// columns of the tensor cores' operand B (linear_planes.cuh). Then Σ ±q is twice that less Σ q. Exact.
 //
 // A block computes 16 rows; its warps take the chunks of K in turn. Lane (g, t) = (lane / 4, lane % 4) loads words
-// 4t .. 4t + 3 of rows g and g + 8 of a chunk, and of plane g. Which words an instruction takes as its 256 bits is free,
+// 4t … 4t + 3 of rows g and g + 8 of a chunk, and of plane g. Which words an instruction takes as its 256 bits is free,
 // as long as both operands agree: the first takes each lane's words 0 and 1, the second 2 and 3.
 #include "linear_planes.cuh"
 #include "linear_product.cuh"

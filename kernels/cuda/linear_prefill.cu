@@ -2,10 +2,10 @@
 // memory.
 //
 // A block computes 128 rows × 64 tokens, each of its 4 warps 32 rows × 64 tokens (half the rows where int8 sums are
-// scaled by group, which takes twice the registers): the signs of a word, once made, are multiplied by 8 tiles of tokens,
-// so that making them (2 to 3 instructions a register) hides behind the products. All
-// warps share the activations, which arrive a step (128 columns) ahead by cp.async, in the order in which they will be
-// read. Each bit of the weight is read from global memory once per 64 tokens, a chunk ahead.
+// scaled by group, which takes twice the registers): the signs of a word, once made, are multiplied by 8 tiles of
+// tokens, so that making them (2 to 3 instructions a register) hides behind the products. All warps share the
+// activations, which arrive a step (128 columns) ahead by cp.async, in the order in which they will be read. Each bit
+// of the weight is read from global memory once per 64 tokens, a chunk ahead.
 #include "copy.cuh"
 #include "linear_product.cuh"
 
@@ -54,13 +54,14 @@ template <class F, bool GROUPS, int ROW_TILES> __device__ void prefill(const Pro
             now[i] = next[i];
             next[i] = load_words<F>(p.row(rows[i]), chunk + 1, n_words, wide);
         }
-#pragma unroll 1  // unrolled, it would be four times as long and no faster
+#pragma unroll 1  // 128 products of tensor cores are enough for one turn of a loop
         for (int step = 0; step < STEPS; step++) {
             const int done = chunk * STEPS + step;
-            Quad* const stages[2] = {shared + step % 2 * STAGE_QUADS<F>, shared + (step + 1) % 2 * STAGE_QUADS<F>};
+            Quad* const stage = shared + step % 2 * STAGE_QUADS<F>;
+            Quad* const other = shared + (step + 1) % 2 * STAGE_QUADS<F>;
             cp_async_wait<0>();
             __syncthreads();  // the step has arrived, and nobody reads the other stage any more
-            if (done + 1 < chunks * STEPS) fetch<F>(p, stages[1], done + 1);
+            if (done + 1 < chunks * STEPS) fetch<F>(p, other, done + 1);
             cp_async_commit();
             u32 words[2 * ROW_TILES];
 #pragma unroll
@@ -68,7 +69,7 @@ template <class F, bool GROUPS, int ROW_TILES> __device__ void prefill(const Pro
                 words[i] = now[i].word[0];
                 now[i] = {now[i].word[1], now[i].word[2], now[i].word[3], 0};
             }
-            tile.add(words, rows, p.group_scales(), chunk, step, {stages[0] + lane, STEP_QUADS<F>, true});
+            tile.add(words, rows, p.group_scales(), chunk, step, {stage + lane, STEP_QUADS<F>, true});
         }
     }
     cp_async_wait<0>();
@@ -88,7 +89,7 @@ template <class F, bool GROUPS, int ROW_TILES> __device__ void prefill(const Pro
     }
 }
 
-#define PREFILL(name, F, GROUPS, ROW_TILES)                                            \
+#define PREFILL(name, F, GROUPS, ROW_TILES)                                             \
     extern "C" __global__ void __launch_bounds__(THREADS, 2) name(PRODUCT_PARAMETERS) { \
         prefill<F, GROUPS, ROW_TILES>(PRODUCT);                                         \
     }

@@ -1,4 +1,5 @@
-// What every product kernel of binary_linear, mixture_linear and partial_linear is given, and how a sum becomes a result.
+// What every product kernel of binary_linear, mixture_linear and partial_linear is given, and how a sum becomes a
+// result.
 //
 // A product kernel sums s = Σ ±z over a row, z being the activations that linear_prologue.cu has made. Then
 //
@@ -43,7 +44,9 @@ struct Product {
     __device__ int chunks() const { return ceil_div(k, CHUNK); }
     __device__ const u32* row(int row) const { return words + u64(row) * n_words(); }
     __device__ bool wide() const { return n_words() % 4 == 0 && aligned16(words); }
-    __device__ GroupScales group_scales() const { return {alpha, group_size / WORD, group_size ? k / group_size : 1, dtype}; }
+    __device__ GroupScales group_scales() const {
+        return {alpha, group_size / WORD, group_size ? k / group_size : 1, dtype};
+    }
 
     __device__ void store(int token, int row, float sum, float salient) const {
         float result = sum;

@@ -26,8 +26,8 @@ struct Prologue {
     __device__ float scaled(int token, int column) const {
         const float value = x_at(token, column);
         if (alpha) return __fmul_rn(value, rounded(alpha[column], dtype));
-        if (gates) return __fmul_rn(value, mixed(gates + u64(token) * n_experts, alpha_in, n_experts, k, column, dtype));
-        return value;
+        if (!gates) return value;
+        return __fmul_rn(value, mixed(gates + u64(token) * n_experts, alpha_in, n_experts, k, column, dtype));
     }
 };
 
@@ -121,8 +121,11 @@ __device__ void prepare_fp32(const Prologue& p) {
         static_cast<float*>(p.z)[fp32_position(token, c, spans)] = c < p.k ? p.scaled(token, c) : 0.0f;
 }
 
-extern "C" __global__ void __launch_bounds__(1024) prologue_float16(PROLOGUE_PARAMETERS) { prepare_half<f16>(PROLOGUE); }
-extern "C" __global__ void __launch_bounds__(1024) prologue_bfloat16(PROLOGUE_PARAMETERS) { prepare_half<bf16>(PROLOGUE); }
-extern "C" __global__ void __launch_bounds__(1024) prologue_int8(PROLOGUE_PARAMETERS) { prepare_int8(PROLOGUE); }
-extern "C" __global__ void __launch_bounds__(1024) prologue_planes(PROLOGUE_PARAMETERS) { prepare_planes(PROLOGUE); }
-extern "C" __global__ void __launch_bounds__(1024) prologue_fp32(PROLOGUE_PARAMETERS) { prepare_fp32(PROLOGUE); }
+#define PROLOGUE_KERNEL(name, prepare) \
+    extern "C" __global__ void __launch_bounds__(1024) name(PROLOGUE_PARAMETERS) { prepare(PROLOGUE); }
+
+PROLOGUE_KERNEL(prologue_float16, prepare_half<f16>)
+PROLOGUE_KERNEL(prologue_bfloat16, prepare_half<bf16>)
+PROLOGUE_KERNEL(prologue_int8, prepare_int8)
+PROLOGUE_KERNEL(prologue_planes, prepare_planes)
+PROLOGUE_KERNEL(prologue_fp32, prepare_fp32)

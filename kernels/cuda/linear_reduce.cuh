@@ -2,8 +2,8 @@
 #pragma once
 #include "common.cuh"
 
-// `combine` of every thread's value, in every thread. All threads of the block, whole warps, must call it. `combine` must
-// not care about order; each use in a kernel needs its own array of 32 values in shared memory.
+// `combine` of every thread's value, in every thread. All threads of the block, whole warps, must call it. `combine`
+// must not care about order; each use in a kernel needs its own array of 32 values in shared memory.
 template <class T, class Combine> __device__ inline T block_reduce(T value, T (&per_warp)[WARP], Combine combine) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
 #pragma unroll

@@ -1,8 +1,8 @@
 // How tensor cores multiply activations by packed signs: shared by linear_decode.cu and linear_prefill.cu.
 //
-// A warp computes tiles of 16 weight rows × 8 tokens with the instructions of mma.cuh: A is made of signs, in registers,
-// from the bits; B are activations. Which k a fragment's place stands for is free, as long as A and B agree, so it is
-// chosen such that bits need no moving between lanes and B is loaded as 16 bytes per lane:
+// A warp computes tiles of 16 weight rows × 8 tokens with the instructions of mma.cuh: A is made of signs, in
+// registers, from the bits; B are activations. Which k a fragment's place stands for is free, as long as A and B
+// agree, so it is chosen such that bits need no moving between lanes and B is loaded as 16 bytes per lane:
 //
 // - K is cut into chunks of 16 words (512 columns). In a chunk, lane (g, t) = (lane / 4, lane % 4) turns four words of
 //   each of its rows g and g + 8 into signs, all 32 bits of them: its steps 0 to 3.
@@ -59,7 +59,9 @@ template <class T> struct FloatSigns {
         return pair(value, value) ^ 0x80008000u;
     }
 
-    __device__ static void multiply(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) { mma_16x8x16<T>(sums, a, b); }
+    __device__ static void multiply(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+        mma_16x8x16<T>(sums, a, b);
+    }
 };
 
 // Signs as int8, for quantized activations. A scale cannot be part of them.
@@ -72,11 +74,15 @@ struct Int8Signs {
     static constexpr bool WIDE = false;
 
     // A bit of the inverted word is shifted into each byte's sign and replicated: 0 or -1; the or makes that 1 or -1.
-    __device__ static u32 signs(u32 word, int r, u32) { return permute_bytes(~word << (7 - r), 0, 0xba98) | 0x01010101u; }
+    __device__ static u32 signs(u32 word, int r, u32) {
+        return permute_bytes(~word << (7 - r), 0, 0xba98) | 0x01010101u;
+    }
 
     __device__ static u32 unit(float) { return 0; }
 
-    __device__ static void multiply(i32 (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) { mma_s8_16x8x32(sums, a, b); }
+    __device__ static void multiply(i32 (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+        mma_s8_16x8x32(sums, a, b);
+    }
 };
 
 // Loads of 16 bytes that a lane makes for a word's activations.
@@ -86,7 +92,9 @@ template <class F> constexpr int QUADS = 8 / F::PER_REGISTER;
 template <class F> constexpr int STEP_QUADS = QUADS<F> * WARP;
 
 // Which word of a chunk lane t of a row takes in a step.
-template <class F> __device__ constexpr int word_in_chunk(int t, int step) { return F::WIDE ? 4 * t + step : 4 * step + t; }
+template <class F> __device__ constexpr int word_in_chunk(int t, int step) {
+    return F::WIDE ? 4 * t + step : 4 * step + t;
+}
 
 // Where element k of a token lies among the activations; `chunks` = ceil(K / 512).
 template <class F> __device__ inline u64 position(int token, int k, int chunks) {
