@@ -1,4 +1,4 @@
-// What every kernel here shares: short names for the integers, the architecture, dynamic shared memory, sums over a warp.
+// What all kernels here share: short names for the integers, the architecture, dynamic shared memory, sums over a warp.
 //
 // No header of the CUDA toolkit is included anywhere in this folder: a machine that runs these kernels through CuPy may
 // have none (NVRTC has not even <cstdint>). The same files are compiled as C++ by the tests, with SIMT_HOST defined,

@@ -14,9 +14,11 @@ template <int BYTES> __device__ inline void cp_async(void* shared, const void* g
     simt::cp_async(shared, global, BYTES, valid);
 #else
     if constexpr (BYTES == 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid) : "memory");
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                     ::"r"(shared_address(shared)), "l"(global), "r"(valid) : "memory");
     } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(BYTES), "r"(valid) : "memory");
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                     ::"r"(shared_address(shared)), "l"(global), "n"(BYTES), "r"(valid) : "memory");
     }
 #endif
 }

@@ -1,7 +1,7 @@
 // Signs of floats to bits and back. Nothing here knows a float format beyond where its infinity lies.
 //
 // One warp takes CHUNK words of a row (1024 weights). Its loads and stores of weights touch 32 neighbouring elements at
-// a time, those of words 32 neighbouring words. Both kernels do as little as can be done per byte: memory is their bound.
+// a time, those of words 32 neighbouring words. Both kernels do as little per byte as can be done: memory bounds them.
 #include "common.cuh"
 
 constexpr int WARPS = 8;    // per block
@@ -63,11 +63,15 @@ template <class Bits> __device__ void unpack_signs(const u32* words, Bits* signs
     }
 }
 
-#define PACK_KERNELS(name, Bits, infinity, one)                                                                     \
-    extern "C" __global__ void __launch_bounds__(WARPS * WARP)                                                      \
-        pack_signs_##name(const Bits* w, u32* words, i64 rows, i32 k) { pack_signs<Bits>(w, words, rows, k, infinity); } \
-    extern "C" __global__ void __launch_bounds__(WARPS * WARP)                                                      \
-        unpack_signs_##name(const u32* words, Bits* signs, i64 rows, i32 k) { unpack_signs<Bits>(words, signs, rows, k, one); }
+#define PACK_KERNELS(name, Bits, infinity, one)                               \
+    extern "C" __global__ void __launch_bounds__(WARPS * WARP)                \
+        pack_signs_##name(const Bits* w, u32* words, i64 rows, i32 k) {       \
+        pack_signs<Bits>(w, words, rows, k, infinity);                        \
+    }                                                                         \
+    extern "C" __global__ void __launch_bounds__(WARPS * WARP)                \
+        unpack_signs_##name(const u32* words, Bits* signs, i64 rows, i32 k) { \
+        unpack_signs<Bits>(words, signs, rows, k, one);                       \
+    }
 
 PACK_KERNELS(float16, u16, 0x7c00, 0x3c00)
 PACK_KERNELS(bfloat16, u16, 0x7f80, 0x3f80)

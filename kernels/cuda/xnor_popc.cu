@@ -8,7 +8,8 @@
 constexpr int WARPS = 8;  // per block
 
 template <int TOKENS>
-__device__ void count_differing(i32 (&differing)[TOKENS], const u32* const (&a_rows)[TOKENS], const u32* b_row, i32 n_words) {
+__device__ void count_differing(i32 (&differing)[TOKENS], const u32* const (&a_rows)[TOKENS], const u32* b_row,
+                                i32 n_words) {
     i32 lane = threadIdx.x % WARP;
     for (i32 w = lane; w < n_words; w += WARP) {
         u32 word = b_row[w];
@@ -18,7 +19,8 @@ __device__ void count_differing(i32 (&differing)[TOKENS], const u32* const (&a_r
 }
 
 template <int TOKENS>
-__device__ void count_differing_x4(i32 (&differing)[TOKENS], const u32* const (&a_rows)[TOKENS], const u32* b_row, i32 n_words) {
+__device__ void count_differing_x4(i32 (&differing)[TOKENS], const u32* const (&a_rows)[TOKENS], const u32* b_row,
+                                   i32 n_words) {
     i32 lane = threadIdx.x % WARP;
     for (i32 w = lane; w < n_words / 4; w += WARP) {
         uint4 words = reinterpret_cast<const uint4*>(b_row)[w];
@@ -51,9 +53,11 @@ template <int TOKENS> __device__ void xnor_popc(const u32* a, const u32* b, i32*
     }
 }
 
-#define XNOR_POPC_KERNEL(tokens)                                                                      \
-    extern "C" __global__ void __launch_bounds__(WARPS * WARP)                                        \
-        xnor_popc_##tokens(const u32* a, const u32* b, i32* product, i32 m, i32 n, i32 k) { xnor_popc<tokens>(a, b, product, m, n, k); }
+#define XNOR_POPC_KERNEL(tokens)                                                            \
+    extern "C" __global__ void __launch_bounds__(WARPS * WARP)                              \
+        xnor_popc_##tokens(const u32* a, const u32* b, i32* product, i32 m, i32 n, i32 k) { \
+        xnor_popc<tokens>(a, b, product, m, n, k);                                          \
+    }
 
 XNOR_POPC_KERNEL(1)
 XNOR_POPC_KERNEL(2)

@@ -4,9 +4,9 @@
 // are counted once per row by row_popcounts. Bits past k are 0 in both operands and add nothing, so neither do rows and
 // words beyond the matrices, which are filled with zeros.
 //
-// A block computes BM × BN of the product in steps of STEP words along K. STAGES steps are under way at a time: cp.async
-// copies rows of a and b into shared memory (a row every PITCH words, so that the 8 rows that ldmatrix reads together lie
-// in different banks), while the warps multiply what has arrived.
+// A block computes BM × BN of the product in steps of STEP words along K. STAGES steps are under way at a time:
+// cp.async copies rows of a and b into shared memory (a row every PITCH words, so that the 8 rows that ldmatrix reads
+// together lie in different banks), while the warps multiply what has arrived.
 #include "copy.cuh"
 #include "mma.cuh"
 
@@ -35,8 +35,8 @@ __device__ void popc_of_and(i32 (&d)[TM][TN][4], const u32 (&a)[TM][4], const u3
 #pragma unroll
         for (int j = 0; j < TN; j++) mma_and_popc_16x8x256(d[i][j], a[i], b[j]);
 #else
-    // Bits as bytes 0 and 1: shifted by s, the four bytes of a word hold its bits s, 8 + s, 16 + s, 24 + s. The order of
-    // the sum over K has changed, but for a and b alike, and the fragments of 256 bits and of 32 bytes are the same.
+    // Bits as bytes 0 and 1: shifted by s, the four bytes of a word hold its bits s, 8 + s, 16 + s, 24 + s. The order
+    // of the sum over K has changed, but for a and b alike, and fragments of 256 bits and of 32 bytes are the same.
 #pragma unroll
     for (int s = 0; s < 8; s++) {
         u32 bytes_of_b[TN][2];
@@ -133,12 +133,14 @@ __device__ void xnor_tile(const u32* a, const u32* b, const i32* a_counts, const
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    xnor_tile_128x128(const u32* a, const u32* b, const i32* a_counts, const i32* b_counts, i32* product, i32 m, i32 n, i32 k) {
+    xnor_tile_128x128(const u32* a, const u32* b, const i32* a_counts, const i32* b_counts, i32* product, i32 m,
+                      i32 n, i32 k) {
     xnor_tile<128, 128, 2, 4>(a, b, a_counts, b_counts, product, m, n, k);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    xnor_tile_16x64(const u32* a, const u32* b, const i32* a_counts, const i32* b_counts, i32* product, i32 m, i32 n, i32 k) {
+    xnor_tile_16x64(const u32* a, const u32* b, const i32* a_counts, const i32* b_counts, i32* product, i32 m,
+                    i32 n, i32 k) {
     xnor_tile<16, 64, 1, 4>(a, b, a_counts, b_counts, product, m, n, k);
 }
 

@@ -159,7 +159,7 @@ def test_a_write_between_array_and_page_is_found(module: HostModule) -> None:
     with pytest.raises(AssertionError, match="past the end"):
         launch(module, "touch", data, 15)
     with pytest.raises(CudaError, match="illegal memory access"):
-        module.get_function("touch")((1, 1, 1), (1, 1, 1), [data, np.int32(15)], alignment=None)
+        module.get_function("touch")((1, 1, 1), (1, 1, 1), [data, np.int32(15)], alignment=Tensor.element_size)
 
 
 def test_an_index_outside_a_shared_array_is_found(module: HostModule) -> None:
@@ -240,7 +240,7 @@ def test_half_conversions_are_those_of_torch(module: HostModule) -> None:
 
 
 def test_guarded_memory_is_where_it_says() -> None:
-    for n, alignment, room in [(10, 16, 16), (10, 2, 10), (4096, 16, 4096), (0, 16, 0)]:
+    for n, alignment, room in [(10, 16, 16), (10, 2, 10), (4096, 16, 4096), (4096, 4, 4100), (0, 16, 0)]:
         memory = Guarded(n, alignment)
         assert memory.address % alignment == 0
         assert (memory.address + room) % 4096 == 0

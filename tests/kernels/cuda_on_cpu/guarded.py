@@ -15,15 +15,17 @@ SLACK = b"\xcb"
 
 
 class Guarded:
-    """`n` bytes between two pages that cannot be touched, ending at the second one, or less than 16 bytes before it.
+    """`n` bytes between two pages that cannot be touched, ending at the second one, or at most 16 bytes before it.
 
-    With `alignment` 16 the address is a multiple of 16, as of torch's own arrays; with the size of an element, as of a
-    slice, nothing at all lies between the array and the page. A write into the bytes between is found by `check`.
+    With `alignment` 16 the address is a multiple of 16, as of torch's own arrays; with less, it is a multiple of that
+    and not of 16, as of a slice. A write into the bytes between array and page is found by `check`.
     """
 
     def __init__(self, n: int, alignment: int) -> None:
         self.n = n
         self._room = -(-n // alignment) * alignment
+        if alignment < 16 and self._room % 16 == 0:
+            self._room += alignment
         pages = -(-self._room // mmap.PAGESIZE) + 2
         self._length = pages * mmap.PAGESIZE
         base = _libc.mmap(None, self._length, _READ_WRITE, _PRIVATE_ANONYMOUS, -1, 0)

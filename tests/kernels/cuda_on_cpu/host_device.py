@@ -20,25 +20,32 @@ ORDERS = (0, 1, 2, 3)  # in which threads take turns: forward, backward, two ran
 
 @dataclass
 class HostDevice:
-    """`alignment`: of every array, 16 bytes or (None) no more than its elements need. `launched` names the kernels."""
+    """`alignment`: of a call's tensors, 16 bytes or (None) no more than their elements need, as of slices; what the
+    plan allocates is always aligned, as by torch. `launched` names the kernels."""
 
     cache: Path
     capability: int = 80
     order: int = 0
     alignment: int | None = 16
     launched: list[str] = field(default_factory=list)
+    allocated: dict[int, Tensor] = field(default_factory=dict)  # by address
 
     def empty(self, array: Array) -> Tensor:
         """Filled with a pattern, so that an element that no kernel writes shows."""
         tensor = torch.empty(array.shape, dtype=getattr(torch, array.dtype))
         tensor.view(-1).view(torch.uint8).fill_(0xCB)
+        self.allocated[tensor.data_ptr()] = tensor
         return tensor
 
     def launch(self, launch: Launch, tensors: Mapping[str, Tensor | None]) -> None:
         self.launched.append(launch.kernel)
         function = _function(self.cache, launch.source, launch.kernel, self.capability)
         arguments = [_argument(argument, tensors) for argument in launch.arguments]
-        function(launch.grid, launch.block, arguments, launch.shared_bytes, self.order, self.alignment)
+        function(launch.grid, launch.block, arguments, launch.shared_bytes, self.order, self._alignment)
+
+    def _alignment(self, tensor: Tensor) -> int:
+        own = tensor.element_size() if tensor.data_ptr() not in self.allocated else 16
+        return self.alignment or own
 
 
 @functools.cache

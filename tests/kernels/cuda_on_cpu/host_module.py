@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,12 +67,12 @@ class HostFunction:
         arguments: Sequence[Argument],
         shared_mem: int = 0,
         order: int = 0,
-        alignment: int | None = 16,
+        alignment: Callable[[Tensor], int] = lambda tensor: 16,
     ) -> None:
         """Runs the kernel on guarded copies of the tensors and copies them back; None is a null pointer.
 
         `order` in which threads take turns: 0 forward, 1 backward, otherwise the seed of a random one. Each array ends
-        at a page that cannot be touched, as close as `alignment` allows (None: that of its elements). Raises CudaError.
+        at a page that cannot be touched, as close as the alignment allows that it is given. Raises CudaError.
         """
         values, guarded = self._values(arguments, alignment)
         pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
@@ -90,7 +90,7 @@ class HostFunction:
             raise CudaError(f"{self.name}: {problem.decode()}")
 
     def _values(
-        self, arguments: Sequence[Argument], alignment: int | None
+        self, arguments: Sequence[Argument], alignment: Callable[[Tensor], int]
     ) -> tuple[list[np.ndarray], dict[int, tuple[Tensor, Guarded]]]:
         """Each argument as an array of its bytes, and the guarded copies by the address of their original."""
         if len(arguments) != len(self._sizes):
@@ -102,7 +102,7 @@ class HostFunction:
                 assert argument.is_contiguous()
                 assert argument.device.type == "cpu"
                 if argument.data_ptr() not in guarded:
-                    copy = Guarded(argument.nbytes, alignment or argument.element_size())
+                    copy = Guarded(argument.nbytes, alignment(argument))
                     ctypes.memmove(copy.address, argument.data_ptr(), copy.n)
                     guarded[argument.data_ptr()] = argument, copy
                 value = np.array([guarded[argument.data_ptr()][1].address], np.uint64)

@@ -90,7 +90,8 @@ static std::string where() {
 static void fiber_main() {
     for (;;) {
         kernel_body(kernel_arguments);
-        if (!current->open_copies.empty() || !current->copy_groups.empty()) fail("a thread ends with cp.async under way");
+        bool copying = !current->open_copies.empty() || !current->copy_groups.empty();
+        if (copying) fail("a thread ends with cp.async under way");
         current->state = State::DONE;
         yield();
     }

@@ -35,10 +35,12 @@ static inline int __dp4a(int a, int b, int c) {
 }
 template <class T> static inline T __ldg(const T* pointer) { return *pointer; }
 template <class T> static inline T __ldcs(const T* pointer) { return *pointer; }
-template <class T> static inline T atomicAdd(T* pointer, T value) { T old = *pointer; *pointer = old + value; return old; }
-static inline int atomicMax(int* pointer, int value) { int old = *pointer; if (value > old) *pointer = value; return old; }
-static inline int atomicMin(int* pointer, int value) { int old = *pointer; if (value < old) *pointer = value; return old; }
-static inline int atomicOr(int* pointer, int value) { int old = *pointer; *pointer = old | value; return old; }
+// Fibers change places only where they wait, so nothing can come between reading and writing.
+template <class T> static inline T replaced(T* pointer, T value) { T old = *pointer; *pointer = value; return old; }
+template <class T> static inline T atomicAdd(T* pointer, T value) { return replaced(pointer, T(*pointer + value)); }
+static inline int atomicMax(int* pointer, int value) { return replaced(pointer, value > *pointer ? value : *pointer); }
+static inline int atomicMin(int* pointer, int value) { return replaced(pointer, value < *pointer ? value : *pointer); }
+static inline int atomicOr(int* pointer, int value) { return replaced(pointer, *pointer | value); }
 static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __fadd_rn(float a, float b) { return a + b; }

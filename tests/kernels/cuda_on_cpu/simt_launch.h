@@ -79,7 +79,8 @@ static void prepare_threads(const unsigned* block) {
         threads.back().linear = static_cast<int>(threads.size()) - 1;
     }
     for (size_t i = 0; i < n; i++) {
-        threads[i].index = {unsigned(i % block[0]), unsigned(i / block[0] % block[1]), unsigned(i / (block[0] * block[1]))};
+        auto row = unsigned(i / block[0]);
+        threads[i].index = {unsigned(i % block[0]), row % block[1], row / block[1]};
         restart(threads[i]);
     }
     meetings.assign((n + 31) / 32 * 32, {});
@@ -109,7 +110,10 @@ template <class... A>
 static const char* launch(void (*kernel)(A...), const unsigned* grid, const unsigned* block, char* shared, size_t bytes,
                           void** arguments, int turns) {
     struct Call { void (*kernel)(A...); void** arguments; } bound{kernel, arguments};
-    kernel_body = [](void* p) { auto* c = static_cast<Call*>(p); call(c->kernel, c->arguments, std::index_sequence_for<A...>{}); };
+    kernel_body = [](void* p) {
+        auto* c = static_cast<Call*>(p);
+        call(c->kernel, c->arguments, std::index_sequence_for<A...>{});
+    };
     kernel_arguments = &bound;
     shared_memory = shared, shared_bytes = bytes, order = turns, random_state = turns;
     if (const char* refused = check_launch(grid, block)) return refused;

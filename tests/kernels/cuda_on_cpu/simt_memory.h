@@ -14,7 +14,8 @@ static void* dynamic_shared() {
 
 // The destination is poisoned until the wait, so that a missing wait or barrier shows.
 static void cp_async(void* to, const void* from, int bytes, int valid) {
-    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes) fail("cp.async: misaligned address");
+    auto addresses = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
+    if (addresses % bytes) fail("cp.async: misaligned address");
     memset(to, POISON, bytes);
     current->open_copies.push_back({to, from, bytes, valid});
 }

@@ -28,7 +28,8 @@ static void mma(Sum (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Dot
 
 static int dot_s8(uint32_t x, uint32_t y) {
     int sum = 0;
-    for (int shift = 0; shift < 32; shift += 8) sum += static_cast<int8_t>(x >> shift) * static_cast<int8_t>(y >> shift);
+    for (int shift = 0; shift < 32; shift += 8)
+        sum += static_cast<int8_t>(x >> shift) * static_cast<int8_t>(y >> shift);
     return sum;
 }
 
@@ -67,7 +68,8 @@ static float dot_f16(uint32_t x, uint32_t y) {
 }
 
 static float dot_bf16(uint32_t x, uint32_t y) {
-    return word_to_float(x << 16) * word_to_float(y << 16) + word_to_float(x & 0xffff0000) * word_to_float(y & 0xffff0000);
+    float low = word_to_float(x << 16) * word_to_float(y << 16);
+    return low + word_to_float(x & 0xffff0000) * word_to_float(y & 0xffff0000);
 }
 
 }  // namespace simt

@@ -13,7 +13,8 @@ static void collective(uint32_t mask, Operation operation, Operands& mine, Compu
     if (!(mask >> lane & 1)) fail("warp collective: the calling lane is not in the mask");
     Meeting& meeting = meetings[(current->linear & ~31) + __builtin_ctz(mask)];
     if (!meeting.arrived) meeting.mask = mask, meeting.operation = operation;
-    if (meeting.mask != mask || meeting.operation != operation) fail("warp collective: lanes disagree on mask or operation");
+    bool agree = meeting.mask == mask && meeting.operation == operation;
+    if (!agree) fail("warp collective: lanes disagree on mask or operation");
     meeting.operands[lane] = &mine;
     meeting.arrived |= 1u << lane;
     if (meeting.arrived != mask) {
@@ -84,5 +85,6 @@ template <class T> static T __shfl_up_sync(uint32_t mask, T value, unsigned dist
                          [](int lane, int distance, int, int) { return lane - distance; });
 }
 template <class T> static T __shfl_xor_sync(uint32_t mask, T value, int lanes, int width = 32) {
-    return simt::shuffle(mask, simt::SHUFFLE_XOR, value, lanes, width, [](int lane, int lanes, int, int) { return lane ^ lanes; });
+    return simt::shuffle(mask, simt::SHUFFLE_XOR, value, lanes, width,
+                         [](int lane, int lanes, int, int) { return lane ^ lanes; });
 }
