@@ -24,6 +24,16 @@ KERNEL reverse(int* data, int with_barrier) {
     if (with_barrier) __syncthreads();
     data[threadIdx.x] = tile[63 - threadIdx.x];
 }
+KERNEL reverse_and_overwrite(int* data, int with_barrier) {
+    __shared__ int tile[64];
+    tile[threadIdx.x] = data[threadIdx.x];
+    __syncthreads();
+    __syncwarp();
+    data[threadIdx.x] = tile[63 - threadIdx.x];
+    __syncwarp();
+    if (with_barrier) __syncthreads();
+    tile[threadIdx.x] = -1;  // the other warp may not have read it yet
+}
 KERNEL reverse_dynamic(int* data, int beyond) {
     int* tile = static_cast<int*>(simt::dynamic_shared());
     tile[threadIdx.x + beyond] = data[threadIdx.x];
@@ -116,6 +126,13 @@ def test_a_missing_barrier_shows_in_every_order(module: HostModule) -> None:
     for order in ORDERS:
         assert reversed_by(module, "reverse", 1, order)
         assert not reversed_by(module, "reverse", 0, order)
+
+
+def test_a_warp_that_runs_ahead_is_found_in_odd_orders(module: HostModule) -> None:
+    """In them the first warp is through before the other one runs; in even ones it is hardly ahead."""
+    for order in ORDERS:
+        assert reversed_by(module, "reverse_and_overwrite", 1, order)
+        assert order % 2 == 0 or not reversed_by(module, "reverse_and_overwrite", 0, order)
 
 
 def test_dynamic_shared_memory_ends_at_a_page(module: HostModule) -> None:

@@ -15,7 +15,7 @@ from fbitrain.kernels.cuda_plan import Argument, Array, Launch, Long
 from fbitrain.kernels.cuda_source import source_text
 from tests.kernels.cuda_on_cpu.host_module import HostFunction, HostModule
 
-ORDERS = (0, 1, 2, 3)  # in which threads take turns: forward, backward, two random ones
+ORDERS = (0, 1, 2, 3)  # in which threads take turns: forward, backward, two random ones; in odd ones warp after warp
 
 
 @dataclass

@@ -1,5 +1,6 @@
 // CUDA threads as fibers, and the scheduler that runs one block of them.
 #pragma once
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -117,7 +118,9 @@ static void restart(Thread& thread) {
     thread.copy_groups.clear();
 }
 
-// The order of the turns: 0 forward, 1 backward, otherwise the seed of a random one, drawn anew in each round.
+// The order of the turns: 0 forward, 1 backward, otherwise the seed of a random one, drawn anew in each round. In odd
+// orders a warp runs until it waits at a block's barrier or ends, before the next one runs at all; in even ones all warps
+// advance together, from one collective to the next.
 static void draw_order(int n, int& start, int& step) {
     start = 0, step = 1;
     if (order == 1) start = step = n - 1;
@@ -128,16 +131,26 @@ static void draw_order(int n, int& start, int& step) {
     while (std::gcd(step, n) != 1) step += 2;
 }
 
-// Lets every thread that can run do so once; returns how many there were.
-static int run_round(int n) {
+// Lets each of `n` threads that can run do so once; returns how many there were.
+static int run_threads(int first, int n) {
     int start, step, ran = 0;
     draw_order(n, start, step);
     for (int k = 0, i = start; k < n && error.empty(); k++, i = (i + step) % n) {
-        if (threads[i].state != State::READY) continue;
-        current = &threads[i];
+        if (threads[first + i].state != State::READY) continue;
+        current = &threads[first + i];
         simt_swap_(&scheduler_stack_pointer, current->stack_pointer);
         ran++;
     }
+    return ran;
+}
+
+// Lets the block's threads take turns; returns how many turns there were.
+static int run_round(int n) {
+    if (order % 2 == 0) return run_threads(0, n);
+    int warps = (n + 31) / 32, start, step, ran = 0;
+    draw_order(warps, start, step);
+    for (int k = 0, warp = start; k < warps; k++, warp = (warp + step) % warps)
+        while (int turns = run_threads(32 * warp, std::min(32, n - 32 * warp))) ran += turns;
     return ran;
 }
 
