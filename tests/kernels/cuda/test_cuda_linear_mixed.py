@@ -153,15 +153,16 @@ def test_partial_linear_is_near_fp64(
         assert signal_to_noise(partial_formula(call, k, mode), got) > DTYPES[dtype], (m, n, k, device.launched)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_partial_linear_sums_integers_exactly(host_device: MakeDevice, capability: int) -> None:
-    """Sums of int8 values times int8 activations beyond 2^24, where sums in fp32 would round."""
-    k, call = 4096, partial(2, 3, 4096, "row", torch.int8)
-    x = torch.full((2, k), 127.0)
-    x[1, ::2] = -126
+def test_partial_linear_sums_integers_exactly(host_device: MakeDevice) -> None:
+    """Sums of int8 values times int8 activations beyond 2^31, where int32 would wrap around."""
+    k = 140_000
+    call = partial(1, 1, k, "row", torch.int8, column_dtype=torch.int32)
+    x = torch.full((1, k), 127.0)
+    x[0, 1] = -126
     values = torch.full_like(call.values, 127)
-    call = call._replace(x=x, alpha=torch.zeros(3, 1), values=values, value_scale=torch.ones(3, 1))
-    got = cuda_linear.partial_linear(host_device(capability), *call, k, 0, "int8")
+    call = call._replace(x=x, alpha=torch.zeros(1, 1), values=values, value_scale=torch.ones(1, 1))
+    got = cuda_linear.partial_linear(host_device(), *call, k, 0, "int8")
+    assert got.item() > 2**31
     assert torch.equal(got, partial_formula(call, k, "float").float())
 
 
