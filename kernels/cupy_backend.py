@@ -50,7 +50,7 @@ def why_not() -> str:
     try:
         _cupy().cuda.nvrtc.getVersion()
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
-        return f"cupy does not work here: {str(error).strip().splitlines()[0]}"
+        return f"cupy does not work here: {(str(error).strip() or repr(error)).splitlines()[0]}"
     return ""
 
 

@@ -154,6 +154,7 @@ def test_the_first_thing_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatc
             ImportError("libcuda.so.1: cannot open\nmore"),
             "cupy does not work here: libcuda.so.1: cannot open",
         ),
+        ("13.0", True, RuntimeError(), "cupy does not work here: RuntimeError()"),
         ("13.0", True, (13, 0), ""),
     ]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
