@@ -122,6 +122,22 @@ def test_group_sizes(host_device: MakeDevice, group_size: int, mode: str) -> Non
         assert signal_to_noise(wanted, got) > DTYPES[dtype]
 
 
+@pytest.mark.parametrize("mode", ["float", "int8"])
+@pytest.mark.parametrize(("scale", "beta"), PATTERNS)
+def test_scales_are_rounded_to_the_dtype_of_the_activations(
+    host_device: MakeDevice, scale: str, beta: bool, mode: str
+) -> None:
+    """1 + 2^-8 is 1 in bfloat16; unrounded, it would change a result that starts at 1.5."""
+    x = torch.zeros(40, 32)
+    x[:, 0] = 1.5
+    scales = torch.full(scale_shape(scale, 1, 32, 32), 1 + 2**-8)
+    arguments = (torch.ones(1, 1, dtype=torch.int32), scales, scales if beta else None, scale, 32, 32, mode)
+    for m in (1, 40):
+        for device in devices(host_device, m):
+            got = cuda_linear.binary_linear(device, x[:m].bfloat16(), *arguments)
+            assert got.tolist() == [[3.0 if beta else 1.5]] * m, device.launched
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("m", [1, 5, 40])
 def test_the_order_of_threads_does_not_matter(host_device: MakeDevice, m: int, order: int) -> None:

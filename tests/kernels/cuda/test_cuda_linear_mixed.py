@@ -82,6 +82,15 @@ def test_mixture_linear_quantizes_to_the_bit(host_device: MakeDevice, capability
     assert torch.equal((got.double() / scale / total).round(), (wanted / scale).round())
 
 
+def test_mixture_scales_are_rounded_after_each_operation(host_device: MakeDevice) -> None:
+    """A weight of one sign shows the scales themselves; a fused multiply-add would change their last bits."""
+    call = mixture(40, 1, 1, 5)
+    z = call.x * mixed(call.gates, call.alpha_in)
+    wanted = (z.sign() * 127 * (z.abs() / 127)) * mixed(call.gates, call.alpha_out)
+    call = call._replace(words=torch.ones(1, 1, dtype=torch.int32))
+    assert torch.equal(cuda_linear.mixture_linear(host_device(), *call, 1, "int8"), wanted)
+
+
 def test_mixture_linear_keeps_leading_shapes(host_device: MakeDevice) -> None:
     call = mixture(6, 7, 40, 2)
     flat = cuda_linear.mixture_linear(host_device(), *call, 40)
