@@ -1,6 +1,7 @@
 """Which implementation runs an op: a pure function of the call and of what the machine can do, which doctor.py prints.
 
-Every op lists its backends in BACKENDS, fastest first. The environment variable FBITRAIN_BACKEND forces one by name.
+Every op lists its backends in BACKENDS, those of a device fastest first. The environment variable FBITRAIN_BACKEND
+forces one by name.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fbitrain.kernels import cpu, reference
+from fbitrain.kernels import cpu, cupy_backend, reference
+from fbitrain.kernels.cuda_plan import MIN_CAPABILITY, Gpu
 from fbitrain.kernels.layout import WORD_BITS
 
 FORCE_VARIABLE = "FBITRAIN_BACKEND"
@@ -34,6 +36,16 @@ class Call(NamedTuple):
     group_size: int = 0  # of scale="group"; 0 for the other patterns
 
 
+class Machine(NamedTuple):
+    """All that the choice of a backend depends on, apart from the call."""
+
+    levels: Mapping[str, str]  # of each CPU level why it does not run, "" if it does (`cpu.levels()`)
+    gpu: Gpu
+
+
+NO_GPU = Gpu(0, "no GPU is asked for")
+
+
 @dataclass(frozen=True)
 class Availability:
     """Whether a backend runs a call, and the reason, if there is one to tell."""
@@ -47,11 +59,11 @@ class Availability:
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of one op. `availability` is given the call and `cpu.levels()` (empty for other devices)."""
+    """One implementation of one op. `availability` is given the call and what the machine can do."""
 
     name: str
     run: Callable[..., Tensor]
-    availability: Callable[[Call, Mapping[str, str]], Availability]
+    availability: Callable[[Call, Machine], Availability]
 
 
 @dataclass(frozen=True)
@@ -66,42 +78,61 @@ class Choice:
         return f"{self.op}: {' | '.join(f'{name} {why}' for name, why in self.reasons.items())} -> {self.backend}"
 
 
-def _anywhere(call: Call, levels: Mapping[str, str]) -> Availability:
+def _anywhere(call: Call, machine: Machine) -> Availability:
     return Availability(True)
 
 
-def _on_cpu(level: str) -> Callable[[Call, Mapping[str, str]], Availability]:
-    def availability(call: Call, levels: Mapping[str, str]) -> Availability:
+def _on_cpu(level: str) -> Callable[[Call, Machine], Availability]:
+    def availability(call: Call, machine: Machine) -> Availability:
         if call.device_type != "cpu":
             return Availability(False, "only for cpu")
         if call.op != "xnor_gemm" and call.dtype not in cpu.DTYPES[call.op]:
             return Availability(False, f"not for {call.dtype}")
         if call.group_size % WORD_BITS:
             return Availability(False, f"group_size={call.group_size} is not a multiple of {WORD_BITS}")
-        return Availability(not levels[level], levels[level])
+        return Availability(not machine.levels[level], machine.levels[level])
 
     return availability
+
+
+def _on_cuda(call: Call, machine: Machine) -> Availability:
+    if call.device_type != "cuda":
+        return Availability(False, "only for cuda")
+    if machine.gpu.why_not:
+        return Availability(False, machine.gpu.why_not)
+    needed = MIN_CAPABILITY[call.op]
+    if machine.gpu.capability < needed:
+        return Availability(False, f"needs compute capability {needed / 10}, not {machine.gpu.capability / 10}")
+    if call.op != "xnor_gemm" and call.dtype not in cupy_backend.DTYPES[call.op]:
+        return Availability(False, f"not for {call.dtype}")
+    if call.group_size % WORD_BITS:
+        return Availability(False, f"group_size={call.group_size} is not a multiple of {WORD_BITS}")
+    return Availability(True, f"compute capability {machine.gpu.capability / 10}")
 
 
 BACKENDS: dict[str, list[Backend]] = {
     op: [
         *(Backend(level, cpu.kernel(op, level), _on_cpu(level)) for level in cpu.LEVELS),
+        *([Backend("cuda", cupy_backend.kernel(op), _on_cuda)] if op in cupy_backend.RUN else []),
         Backend("reference", getattr(reference, op), _anywhere),
     ]
     for op in OPS
 }
 
 
-def select_backend(call: Call, levels: Mapping[str, str] | None = None) -> Choice:
+def select_backend(call: Call, levels: Mapping[str, str] | None = None, gpu: Gpu | None = None) -> Choice:
     """The first backend that runs `call`; FBITRAIN_BACKEND forces one.
 
-    `levels` says of each CPU level why it does not run ("" if it does); by default this machine is asked, which
-    compiles the kernels if they are not in the cache. Raises BackendError when the forced backend is unknown or cannot
-    run.
+    `levels` says of each CPU level why it does not run ("" if it does), `gpu` what the GPU is. By default this machine
+    is asked, which for a call on the CPU compiles the kernels if they are not in the cache, and for one on a GPU
+    imports CuPy. Raises BackendError when the forced backend is unknown or cannot run.
     """
     if levels is None:
         levels = cpu.levels() if call.device_type == "cpu" else {}
-    reasons = {backend.name: backend.availability(call, levels) for backend in BACKENDS[call.op]}
+    if gpu is None:
+        gpu = cupy_backend.gpu() if call.device_type == "cuda" else NO_GPU
+    machine = Machine(levels, gpu)
+    reasons = {backend.name: backend.availability(call, machine) for backend in BACKENDS[call.op]}
     forced = os.environ.get(FORCE_VARIABLE, "")
     if not forced:
         return Choice(call.op, next(name for name, why in reasons.items() if why.runs), reasons)

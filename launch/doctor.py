@@ -106,6 +106,7 @@ def print_kernels(n_gpus: int) -> list[str]:
     """Which implementation of each binary op would run, and why not the others; returns why one cannot run at all."""
     import torch
 
+    from fbitrain.kernels import cupy_backend
     from fbitrain.kernels.dispatch import OPS, BackendError, Call, select_backend
 
     device_type, dtype = ("cuda", torch.bfloat16) if n_gpus else ("cpu", torch.float32)
@@ -114,6 +115,8 @@ def print_kernels(n_gpus: int) -> list[str]:
             print_line("kernels" if i == 0 else "", str(select_backend(Call(op, device_type, dtype))))
         except BackendError as error:  # of FBITRAIN_BACKEND, which is the same for every op
             return [str(error)]
+    reason = cupy_backend.why_not()
+    print_line("", f"CUDA kernels: {f'no ({reason})' if reason else 'yes'}")
     return []
 
 

@@ -30,6 +30,11 @@ TORCH_FREE = (
     "model/config.py",
     "model/size.py",
     "data/config.py",
+    "kernels/layout.py",
+    "kernels/cuda_plan.py",
+    "kernels/cuda_linear_plan.py",
+    "kernels/cuda_source.py",
+    "kernels/paper.py",
 )
 
 

@@ -1,0 +1,127 @@
+"""binary_linear, mixture_linear and partial_linear as CUDA kernels, on any Device. They take what `ops` has checked.
+
+Letters: N out_features, K in_features, Kw = ceil(K / 32) words, M tokens, E scaling experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fbitrain.kernels.cuda_linear_plan import PRODUCT_TENSORS, PROLOGUE_TENSORS, LinearCall, plan_linear
+from fbitrain.kernels.cuda_run import Device, dtype_name, run
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of x
+_CHECKED = WeakTensorKeyDictionary()  # columns of salient weights -> what _check_salient knows of them
+
+
+def binary_linear(
+    device: Device,
+    x: Tensor,
+    words: Tensor,
+    alpha: Tensor,
+    beta: Tensor | None,
+    scale: str,
+    k: int,
+    group_size: int,
+    mode: str = "float",
+) -> Tensor:
+    """reference.binary_linear; `group_size` must be a multiple of 32."""
+    column = scale == "column"
+    tensors = {"words": words, ("alpha_K" if column else "alpha"): alpha.float()}
+    if beta is not None:
+        tensors["beta_K" if column else "beta"] = beta.float()
+    shape = (x.numel() // k, words.shape[0], k, dtype_name(x.dtype))
+    call = LinearCall(*shape, mode, scale, group_size=group_size, has_shift=beta is not None)
+    return _multiply(device, call, x, tensors)
+
+
+def mixture_linear(
+    device: Device,
+    x: Tensor,
+    words: Tensor,
+    gates: Tensor,
+    alpha_in: Tensor,
+    alpha_out: Tensor,
+    k: int,
+    mode: str = "float",
+) -> Tensor:
+    """reference.mixture_linear, but 16-bit activations times their scales are rounded to their dtype again."""
+    n_experts = alpha_in.shape[0]
+    call = LinearCall(x.numel() // k, words.shape[0], k, dtype_name(x.dtype), mode, n_experts=n_experts)
+    scales = {"alpha_in": alpha_in.float(), "alpha_out": alpha_out.float()}
+    return _multiply(device, call, x, {"words": words, "gates": gates.contiguous(), **scales})
+
+
+def partial_linear(
+    device: Device,
+    x: Tensor,
+    words: Tensor,
+    alpha: Tensor,
+    scale: str,
+    row_starts: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    value_scale: Tensor | None,
+    k: int,
+    group_size: int,
+    mode: str = "float",
+) -> Tensor:
+    """reference.partial_linear; `group_size` must be a multiple of 32. Waits for the GPU when a weight is new to it."""
+    _check_salient(row_starts, columns, k)
+    call = LinearCall(
+        *(x.numel() // k, words.shape[0], k, dtype_name(x.dtype), mode, scale),
+        group_size=group_size,
+        column_bytes=columns.element_size(),
+        value_bytes=values.element_size(),
+    )
+    tensors = {"words": words, "alpha": alpha.float(), "row_starts": row_starts, "columns": columns, "values": values}
+    if value_scale is not None:
+        tensors["value_scale"] = value_scale
+    return _multiply(device, call, x, tensors)
+
+
+def _multiply(device: Device, call: LinearCall, x: Tensor, given: dict[str, Tensor]) -> Tensor:
+    """Runs the call's plan.
+
+    Whether int8 activations are finite is known only to the GPU: asking costs one wait per call, after everything has
+    been launched.
+    """
+    absent = dict.fromkeys((*PRODUCT_TENSORS, *PROLOGUE_TENSORS))
+    x_MK = x.detach().reshape(-1, call.k).contiguous()
+    arrays = run(plan_linear(call, device.capability), device, {**absent, **given, "x": x_MK})
+    if "token_scale" in arrays:
+        _refuse_infinite(arrays["token_scale"], call.k)
+    return arrays["y"].reshape(*x.shape[:-1], call.n)
+
+
+def _check_salient(row_starts: Tensor, columns: Tensor, k: int) -> None:
+    """Raises ValueError unless each row's columns ascend within [0, k): the kernels read where they point.
+
+    Looks at the entries themselves only if these tensors have not been seen yet, or were changed since.
+    """
+    seen = (id(row_starts), _version(row_starts), _version(columns), k)
+    if _CHECKED.get(columns) == seen:  # type: ignore[no-untyped-call]
+        return
+    counts, places = row_starts.diff(), columns.long()
+    if int(row_starts[0]) != 0 or int(row_starts[-1]) != len(columns) or bool((counts < 0).any()):
+        raise ValueError(f"partial_linear: row_starts must ascend from 0 to the {len(columns)} entries")
+    rows = torch.repeat_interleave(counts)
+    descends = (places.diff() <= 0) & (rows.diff() == 0)
+    if len(columns) and (bool(descends.any()) or int(places.min()) < 0 or int(places.max()) >= k):
+        raise ValueError(f"partial_linear: the columns of each row must ascend, from 0 to {k - 1} at most")
+    _CHECKED[columns] = seen
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts changes in place, which tensors made under torch.inference_mode do not."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _refuse_infinite(token_scale: Tensor, k: int) -> None:
+    """Raises reference.quantize_int8's ValueError: a token's scale is NaN or infinite if one of its activations is."""
+    infinite = ~torch.isfinite(token_scale)
+    if bool(infinite.any()):
+        row, shape = int(infinite.nonzero()[0]), [len(token_scale), k]
+        raise ValueError(f"mode='int8' needs finite activations: row {row} of {shape} holds NaN or infinity")
