@@ -11,6 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fbitrain.kernels.cuda_linear_plan import PRODUCT_TENSORS, PROLOGUE_TENSORS, LinearCall, plan_linear
 from fbitrain.kernels.cuda_run import Device, dtype_name, run
+from fbitrain.kernels.reference import salient_places
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of x
 _CHECKED = WeakTensorKeyDictionary()  # columns of salient weights -> what _check_salient knows of them
@@ -104,13 +105,7 @@ def _check_salient(row_starts: Tensor, columns: Tensor, k: int) -> None:
     seen = (id(row_starts), _version(row_starts), _version(columns), k)
     if _CHECKED.get(columns) == seen:  # type: ignore[no-untyped-call]
         return
-    counts, places = row_starts.diff(), columns.long()
-    if int(row_starts[0]) != 0 or int(row_starts[-1]) != len(columns) or bool((counts < 0).any()):
-        raise ValueError(f"partial_linear: row_starts must ascend from 0 to the {len(columns)} entries")
-    rows = torch.repeat_interleave(counts)
-    descends = (places.diff() <= 0) & (rows.diff() == 0)
-    if len(columns) and (bool(descends.any()) or int(places.min()) < 0 or int(places.max()) >= k):
-        raise ValueError(f"partial_linear: the columns of each row must ascend, from 0 to {k - 1} at most")
+    salient_places(row_starts, columns, k)
     _CHECKED[columns] = seen
 
 

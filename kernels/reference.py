@@ -144,7 +144,7 @@ def partial_linear(
     scales put together. Raises ValueError for entries that are no rows of ascending columns.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    rows, columns = _salient_places(row_starts, columns, k)
+    rows, columns = salient_places(row_starts, columns, k)
     x_MK = x.reshape(-1, k).to(wide)
     x_MK, step = quantize_int8(x_MK) if mode == "int8" else (x_MK, None)
     x_MK = x_MK if step is None else x_MK.double()  # integers, exact in fp64 far beyond int32
@@ -164,8 +164,8 @@ def partial_linear(
     return y_MN.to(x.dtype).reshape(*x.shape[:-1], words.shape[0])
 
 
-def _salient_places(row_starts: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Row and column (int64) of each salient weight."""
+def salient_places(row_starts: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Row and column (int64) of each salient weight; ValueError unless the columns of each row ascend within [0, k)."""
     counts, columns = row_starts.diff(), columns.long()
     if int(row_starts[0]) != 0 or int(row_starts[-1]) != len(columns) or bool((counts < 0).any()):
         raise ValueError(f"partial_linear: row_starts must ascend from 0 to the {len(columns)} entries")
