@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
@@ -18,9 +18,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fbitrain.config_checks import NO_DECAY_KINDS, semantic_problems
-from fbitrain.data.config import DataConfig
+from fbitrain.data.config import DataConfig, SourceConfig
 from fbitrain.errors import UserError
 from fbitrain.model.config import PRESETS, BinarizeConfig, ModelConfig
+from fbitrain.pretrained_shape import SIZES, read_shape
 
 
 class ConfigError(UserError):
@@ -46,17 +47,43 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """The loss: kd_weight · CE(teacher softmax, student) + ce_weight · CE(labels, student), both means over tokens."""
+    """The loss, a mean over tokens: kd_weight · CE(teacher softmax, student) + ce_weight · CE(labels, student)
+    + hidden_weight · Σ over layers of the mean squared difference of both models' hidden states.
+    """
 
-    teacher: str = ""  # a Hugging Face folder or hub id, or a .gguf file; needed unless kd_weight is 0
+    # A Hugging Face folder or hub id, or a .gguf file; needed unless kd_weight and hidden_weight are 0. Where it is
+    # empty, fine-tuning distils the pretrained model itself.
+    teacher: str = ""
     kd_weight: float = 1.0
     ce_weight: float = 0.0
+    hidden_weight: float = 0.0  # needs a teacher of the student's depth and width; BinaryMoS has 10
     temperature: float = 1.0  # divides both models' logits in the distillation term, which is scaled by temperature²
     chunk_tokens: int = 512  # tokens whose [chunk, vocab] logits exist at one time
     host: str = (
         "replicated"  # replicated: every rank holds the teacher; zero3: ZeRO-3 shards it (for teachers that do not fit)
     )
     trust_remote_code: bool = False  # run Python code that comes with a teacher from the hub
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the loss asks a teacher anything."""
+        return self.kd_weight > 0 or self.hidden_weight > 0
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """The text that fine-tuning looks at before its first step, and how: read where binarize.method is partial or
+    cherry, for salient.criterion hessian and fisher, and to solve layer by layer (ptq).
+    """
+
+    path: str = ""  # a text file or shard; empty: the first sequences of the training stream
+    sources: list[SourceConfig] = field(default_factory=list)  # that stream's, where they are to be others than data's
+    n_sequences: int = 128
+    seq_len: int = 0  # tokens; 0: data.seq_len
+    damping: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
+    ptq: bool = False  # GPTQ-PB: binarize column by column before training; with train.total_steps=0 that is all
+    block_size: int = 128  # columns that ptq solves before it updates the rest
+    feedback: bool = True  # false: ptq lets no column make up for the error of those before it
 
 
 @dataclass(frozen=True)
@@ -77,7 +104,7 @@ class OptimConfig:
 class TrainConfig:
     """How much and in what portions. A step is an optimizer step, nothing else."""
 
-    total_steps: int = 1000
+    total_steps: int = 1000  # 0, in fine-tuning only: evaluate and save what the start gives
     micro_batch_size: int = 8  # sequences per rank per forward
     global_batch_tokens: int = 2**19  # tokens per step over all ranks; grad_accum_steps is derived from it
     resume: str = (
@@ -144,6 +171,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     binarize: BinarizeConfig = field(default_factory=BinarizeConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -178,11 +206,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     except OmegaConfBaseException as error:
         raise ConfigError(str(path), [f"an interpolation cannot be resolved: {_first_line(error)}"]) from None
     config, unread = _typed(values, _preset_values(values, problems), problems)
+    config = _with_default_teacher(config)
     # A field that could not be read has its default here: what follows from that is no news to the user.
     problems.extend(p for p in semantic_problems(config, world_size) if not any(name in p for name in unread))
     if problems:
         raise ConfigError(str(path), problems)
     return config
+
+
+def _with_default_teacher(config: Config) -> Config:
+    """Fine-tuning distils the model that it starts from, unless a teacher is named."""
+    if not config.model.pretrained or config.distill.teacher or not config.distill.uses_teacher:
+        return config
+    return replace(config, distill=replace(config.distill, teacher=config.model.pretrained))
 
 
 def to_yaml(config: Config) -> str:
@@ -235,14 +271,40 @@ def _apply_override(raw: DictConfig, override: str, problems: list[str]) -> None
 
 
 def _preset_values(values: Any, problems: list[str]) -> Mapping[str, Any]:
+    """The model's sizes where the file leaves them out: those of the pretrained model, else of the preset."""
     model = values.get("model")
-    name = model.get("preset") if isinstance(model, dict) else None
+    model = model if isinstance(model, dict) else {}
+    name = model.get("preset")
+    if model.get("pretrained"):
+        if name:
+            problems.append(
+                "model.preset and model.pretrained exclude each other; the sizes are the pretrained model's"
+            )
+        return _pretrained_values(model, problems)
     if not name:
         return {}
     if not isinstance(name, str) or name not in PRESETS:
         problems.append(f"model.preset={name!r} is unknown; choose one of {', '.join(PRESETS)}")
         return {}
     return PRESETS[name]
+
+
+def _pretrained_values(model: Mapping[str, Any], problems: list[str]) -> Mapping[str, Any]:
+    """Sizes that are not known before a model is fetched from the hub are 0; fbitrain.build fills them in."""
+    if all(name in model for name in SIZES):  # a run's own config.yaml: the model need not be there any more
+        return {}
+    try:
+        shape = read_shape(str(model["pretrained"]))
+    except UserError as error:
+        problems.append(str(error))
+        return {}
+    problems.extend(
+        f"model.{name}={model[name]} contradicts model.pretrained={model['pretrained']}, whose {name} is {size}; "
+        "leave it out"
+        for name, size in shape.items()
+        if name in model and model[name] != size
+    )
+    return dict.fromkeys(SIZES, 0) | shape
 
 
 def _typed(values: Any, preset: Mapping[str, Any], problems: list[str]) -> tuple[Config, list[str]]:
