@@ -11,7 +11,7 @@ from torch import Tensor
 from fbitrain.kernels.layout import scale_shape
 from fbitrain.kernels.reference import sign
 
-__all__ = ["init_scales", "scale_shape", "sign", "sign_ste", "ste_gradient"]
+__all__ = ["init_scales", "scale_shape", "sign", "sign_ste", "ste_gradient", "wide", "with_slope"]
 
 
 def ste_gradient(grad: Tensor, w: Tensor, ste: str) -> Tensor:
@@ -31,6 +31,17 @@ def sign_ste(w: Tensor, ste: str) -> Tensor:
     """sign(w) with the gradient of `ste_gradient`; same shape and dtype as w."""
     signs: Tensor = _SignSTE.apply(w, ste)  # type: ignore[no-untyped-call]
     return signs
+
+
+def with_slope(value: Tensor, w: Tensor, slope: Tensor | None) -> Tensor:
+    """`value`, whose gradient passes to w, of the same shape, times the constant `slope` (None: unchanged)."""
+    result: Tensor = _WithSlope.apply(value, w, slope)  # type: ignore[no-untyped-call]
+    return result
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which statistics of tensors of `dtype` are computed: fp32 or wider."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 @torch.no_grad()
@@ -64,3 +75,16 @@ class _SignSTE(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         (w,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return ste_gradient(grad, w, ctx.ste), None  # type: ignore[attr-defined]
+
+
+class _WithSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor, w: Tensor, slope: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*(() if slope is None else (slope,)))
+        return value.to(w.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[None, Tensor, None]:
+        for slope in ctx.saved_tensors:  # type: ignore[attr-defined]
+            grad = (grad * slope).to(grad.dtype)
+        return None, grad, None
