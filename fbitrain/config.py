@@ -21,7 +21,7 @@ from fbitrain.config_checks import NO_DECAY_KINDS, semantic_problems
 from fbitrain.data.config import DataConfig, SourceConfig
 from fbitrain.errors import UserError
 from fbitrain.model.config import PRESETS, BinarizeConfig, ModelConfig
-from fbitrain.pretrained_shape import SIZES, read_shape
+from fbitrain.pretrained_shape import SIZES, origins, read_shape
 
 
 class ConfigError(UserError):
@@ -206,7 +206,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     except OmegaConfBaseException as error:
         raise ConfigError(str(path), [f"an interpolation cannot be resolved: {_first_line(error)}"]) from None
     config, unread = _typed(values, _preset_values(values, problems), problems)
-    config = _with_default_teacher(config)
+    config = _with_origins(config)
     # A field that could not be read has its default here: what follows from that is no news to the user.
     problems.extend(p for p in semantic_problems(config, world_size) if not any(name in p for name in unread))
     if problems:
@@ -214,11 +214,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     return config
 
 
-def _with_default_teacher(config: Config) -> Config:
-    """Fine-tuning distils the model that it starts from, unless a teacher is named."""
-    if not config.model.pretrained or config.distill.teacher or not config.distill.uses_teacher:
+def _with_origins(config: Config) -> Config:
+    """Fine-tuning distils the model that it starts from and has its tokenizer, unless others are named."""
+    if not config.model.pretrained or config.distill.teacher:
         return config
-    return replace(config, distill=replace(config.distill, teacher=config.model.pretrained))
+    teacher, tokenizer = origins(config.model.pretrained)
+    data = replace(config.data, tokenizer=tokenizer) if config.data.tokenizer == "teacher" else config.data
+    return replace(config, distill=replace(config.distill, teacher=teacher), data=data)
 
 
 def to_yaml(config: Config) -> str:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fbitrain.config import Config
 
 PRECISIONS = ("auto", "bf16", "fp32")
-NO_DECAY_KINDS = ("scales", "norms", "embeddings", "biases", "salient")
+NO_DECAY_KINDS = ("scales", "norms", "embeddings", "biases")
 
 
 def semantic_problems(config: Config, world_size: int) -> Iterator[str]:

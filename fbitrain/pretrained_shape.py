@@ -79,6 +79,18 @@ def run_config(path: Path) -> Path | None:
     return None
 
 
+def origins(where: str) -> tuple[str, str]:
+    """The teacher and the tokenizer that go with the model at `where`, as `distill.teacher` and `data.tokenizer`.
+
+    Those of the run, where it is one of ours; else the model is its own teacher, with its own tokenizer.
+    """
+    found = run_config(Path(where).expanduser())
+    if found is None:
+        return where, "teacher"
+    saved = _read(found)
+    return saved.get("distill", {}).get("teacher", ""), saved.get("data", {}).get("tokenizer", "teacher")
+
+
 def _gguf_shape(path: Path) -> dict[str, int]:
     if path.suffix != ".gguf":
         raise UserError(f"model.pretrained={path} is neither a folder nor a .gguf file; name the model's folder")

@@ -1,7 +1,8 @@
-"""launch/pretrain.py with one fault built in, named by $FAULT; started by the launcher like the real one."""
+"""launch/pretrain.py, or launch/$COMMAND.py, with one fault built in, named by $FAULT; started like the real one."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 from typing import Any
@@ -52,4 +53,5 @@ def nan_on_rank_1_at_step_3() -> None:
 
 
 globals()[os.environ["FAULT"]]()
-pretrain.leave(run(pretrain.main, pretrain.parser()))
+command = importlib.import_module(f"fbitrain.launch.{os.environ.get('COMMAND', 'pretrain')}")
+pretrain.leave(run(command.main, command.parser()))
