@@ -1,7 +1,7 @@
 """What the ops refuse, with shapes in the message. The checks run in each op and in its fake, so a traced and an eager
 call fail with the same words, and before any backend sees a pointer.
 
-Letters: N out_features, K in_features, Kw = ceil(K / 32) words, M tokens.
+Letters: N out_features, K in_features, Kw = ceil(K / 32) words, M tokens, E scaling experts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fbitrain.kernels.layout import MAX_K, MODES, n_words, scale_shape
+from fbitrain.kernels.layout import MAX_EXPERTS, MAX_K, MODES, NARROW_COLUMNS, n_words, scale_shape
 
 
 def check_pack_signs(w: Tensor) -> None:
@@ -41,13 +41,7 @@ def check_binary_linear(
     mode: str = "float",
 ) -> None:
     """x may have any strides; the weight's tensors must be contiguous, for copying them in every call would be slow."""
-    _check_words("binary_linear", "words", words, k, 2)
-    if x.dim() < 1 or x.shape[-1] != k or not x.is_floating_point():
-        raise ValueError(f"binary_linear needs a float x [..., {k}], not {_describe(x)}")
-    if k < 1:
-        raise ValueError(f"binary_linear needs at least one column, not x {_describe(x)}")
-    if mode not in MODES:
-        raise ValueError(f"binary_linear: mode={mode!r} is unknown; choose {' or '.join(MODES)}")
+    _check_activations("binary_linear", x, words, k, mode)
     wanted = scale_shape(scale, words.shape[0], k, group_size)
     if beta is not None and scale == "group":
         raise ValueError("binary_linear: scale='group' has no shift; beta must be None")
@@ -59,6 +53,83 @@ def check_binary_linear(
         _check_scales("beta", beta, scale, wanted)
         _check_contiguous("binary_linear", words=words, alpha=alpha, beta=beta)
         _check_devices("binary_linear", x, words, alpha, beta)
+
+
+def check_mixture_linear(
+    x: Tensor, words: Tensor, gates: Tensor, alpha_in: Tensor, alpha_out: Tensor, k: int, mode: str = "float"
+) -> None:
+    """x and gates may have any strides; the weight's tensors must be contiguous."""
+    op = "mixture_linear"
+    _check_activations(op, x, words, k, mode)
+    n_experts = alpha_in.shape[0] if alpha_in.dim() else 0
+    if not 1 <= n_experts <= MAX_EXPERTS:
+        raise ValueError(f"{op}: alpha_in must be float [1 to {MAX_EXPERTS} experts, {k}], not {_describe(alpha_in)}")
+    _check_float(op, "alpha_in", alpha_in, (n_experts, k))
+    _check_float(op, "alpha_out", alpha_out, (n_experts, words.shape[0]))
+    if gates.shape != (*x.shape[:-1], n_experts) or gates.dtype != torch.float32:
+        raise ValueError(f"{op}: gates must be float32 {[*x.shape[:-1], n_experts]}, not {_describe(gates)}")
+    _check_contiguous(op, words=words, alpha_in=alpha_in, alpha_out=alpha_out)
+    _check_devices(op, x, words, gates, alpha_in, alpha_out)
+
+
+def check_partial_linear(
+    x: Tensor,
+    words: Tensor,
+    alpha: Tensor,
+    scale: str,
+    row_starts: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    value_scale: Tensor | None,
+    k: int,
+    group_size: int,
+    mode: str = "float",
+) -> None:
+    """x may have any strides; the weight's tensors must be contiguous. What row_starts and columns hold is for the
+    backends to check: it would cost as much as the product."""
+    op = "partial_linear"
+    _check_activations(op, x, words, k, mode)
+    if scale not in ("row", "group"):
+        raise ValueError(f"{op}: scale={scale!r} is unknown; choose row or group")
+    _check_float(op, "alpha", alpha, scale_shape(scale, words.shape[0], k, group_size))
+    _check_salient(op, words.shape[0], k, row_starts, columns, values, value_scale)
+    tensors = {"words": words, "alpha": alpha, "row_starts": row_starts, "columns": columns, "values": values}
+    if value_scale is not None:
+        tensors["value_scale"] = value_scale
+    _check_contiguous(op, **tensors)
+    _check_devices(op, x, *tensors.values())
+
+
+def _check_salient(
+    op: str, n: int, k: int, row_starts: Tensor, columns: Tensor, values: Tensor, value_scale: Tensor | None
+) -> None:
+    if row_starts.dtype != torch.int32 or row_starts.shape != (n + 1,):
+        raise ValueError(f"{op}: row_starts must be int32 [{n + 1}], not {_describe(row_starts)}")
+    column_dtype = torch.uint16 if k <= NARROW_COLUMNS else torch.int32
+    if columns.dtype != column_dtype or columns.dim() != 1:
+        wanted = str(column_dtype).removeprefix("torch.")
+        raise ValueError(f"{op}: columns of rows of {k} must be {wanted} [entries], not {_describe(columns)}")
+    if values.dtype not in (torch.int8, torch.float16) or values.shape != columns.shape:
+        raise ValueError(f"{op}: values must be int8 or float16 {list(columns.shape)}, not {_describe(values)}")
+    if (value_scale is None) != (values.dtype == torch.float16):
+        raise ValueError(f"{op}: int8 values need a value_scale and float16 values none, not {_describe(values)}")
+    if value_scale is not None and (value_scale.dtype != torch.float32 or value_scale.shape != (n, 1)):
+        raise ValueError(f"{op}: value_scale must be float32 {[n, 1]}, not {_describe(value_scale)}")
+
+
+def _check_activations(op: str, x: Tensor, words: Tensor, k: int, mode: str) -> None:
+    _check_words(op, "words", words, k, 2)
+    if x.dim() < 1 or x.shape[-1] != k or not x.is_floating_point():
+        raise ValueError(f"{op} needs a float x [..., {k}], not {_describe(x)}")
+    if k < 1:
+        raise ValueError(f"{op} needs at least one column, not x {_describe(x)}")
+    if mode not in MODES:
+        raise ValueError(f"{op}: mode={mode!r} is unknown; choose {' or '.join(MODES)}")
+
+
+def _check_float(op: str, name: str, value: Tensor, wanted: tuple[int, int]) -> None:
+    if value.shape != wanted or not value.is_floating_point():
+        raise ValueError(f"{op}: {name} must be float {list(wanted)}, not {_describe(value)}")
 
 
 def _check_scales(name: str, value: Tensor, scale: str, wanted: tuple[int, int]) -> None:

@@ -27,11 +27,15 @@ DTYPES = {
     "pack_signs": tuple(_FORMAT),
     "unpack_signs": tuple(_FORMAT),
     "binary_linear": (torch.float32, torch.bfloat16),
+    "mixture_linear": (torch.float32, torch.bfloat16),
+    "partial_linear": (torch.float32, torch.bfloat16),
 }
 
 _INT, _SIZE, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _ARGUMENTS = {
     "binary_linear": [_INT] * 5 + [_POINTER] * 5 + [_SIZE] * 4,
+    "mixture_linear": [_INT] * 4 + [_POINTER] * 6 + [_SIZE] * 4,
+    "partial_linear": [_INT] * 5 + [_POINTER] * 8 + [_SIZE] * 5,
     "xnor_gemm": [_INT] * 2 + [_POINTER] * 3 + [_SIZE] * 3,
     "pack_signs": [_INT] * 3 + [_POINTER] * 2 + [_SIZE] * 2,
     "unpack_signs": [_INT] * 3 + [_POINTER] * 2 + [_SIZE] * 2,
@@ -60,6 +64,8 @@ class Library:
         }[supports]
 
     binary_linear: Callable[..., int]
+    mixture_linear: Callable[..., int]
+    partial_linear: Callable[..., int]
     xnor_gemm: Callable[..., int]
     pack_signs: Callable[..., int]
     unpack_signs: Callable[..., int]
@@ -149,12 +155,95 @@ def _binary_linear(
         k,
         group_size,
     )
+    _require_product(status, "binary_linear", x)
+    return y
+
+
+def _mixture_linear(
+    level: int,
+    x: Tensor,
+    words: Tensor,
+    gates: Tensor,
+    alpha_in: Tensor,
+    alpha_out: Tensor,
+    k: int,
+    mode: str = "float",
+) -> Tensor:
+    n = words.shape[0]
+    x, gates, alpha_in, alpha_out = x.contiguous(), gates.contiguous(), alpha_in.float(), alpha_out.float()
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    status = _library().mixture_linear(
+        level,
+        torch.get_num_threads(),
+        MODES.index(mode),
+        x.dtype is torch.bfloat16,
+        x.data_ptr(),
+        words.data_ptr(),
+        gates.data_ptr(),
+        alpha_in.data_ptr(),
+        alpha_out.data_ptr(),
+        y.data_ptr(),
+        x.numel() // k,
+        n,
+        k,
+        alpha_in.shape[0],
+    )
+    _require_product(status, "mixture_linear", x)
+    return y
+
+
+def _partial_linear(
+    level: int,
+    x: Tensor,
+    words: Tensor,
+    alpha: Tensor,
+    scale: str,
+    row_starts: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    value_scale: Tensor | None,
+    k: int,
+    group_size: int,
+    mode: str = "float",
+) -> Tensor:
+    n = words.shape[0]
+    x, alpha = x.contiguous(), alpha.float()
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    status = _library().partial_linear(
+        level,
+        torch.get_num_threads(),
+        MODES.index(mode),
+        x.dtype is torch.bfloat16,
+        SCALES.index(scale),
+        x.data_ptr(),
+        words.data_ptr(),
+        alpha.data_ptr(),
+        row_starts.data_ptr(),
+        columns.data_ptr(),
+        values.data_ptr(),
+        None if value_scale is None else value_scale.data_ptr(),
+        y.data_ptr(),
+        x.numel() // k,
+        n,
+        k,
+        group_size,
+        columns.numel(),
+    )
+    if status == -4:
+        raise ValueError(
+            f"partial_linear: row_starts must ascend from 0 to the {columns.numel()} entries, and the columns of each "
+            f"row must ascend, from 0 to {k - 1} at most"
+        )
+    _require_product(status, "partial_linear", x)
+    return y
+
+
+def _require_product(status: int, op: str, x: Tensor) -> None:
     if status > 0:
         raise ValueError(
             f"mode='int8' needs finite activations: row {status - 1} of {list(x.shape)} holds NaN or infinity"
         )
-    _require(status, "binary_linear")
-    return y
+    _require(status, op)
 
 
 def _require(status: int, op: str) -> None:
@@ -168,4 +257,6 @@ _RUN: dict[str, Callable[..., Tensor]] = {
     "unpack_signs": _unpack_signs,
     "xnor_gemm": _xnor_gemm,
     "binary_linear": _binary_linear,
+    "mixture_linear": _mixture_linear,
+    "partial_linear": _partial_linear,
 }

@@ -24,7 +24,17 @@ COMPILERS = ("g++", "clang++", "c++")
 # No -march anywhere: a file gets the instructions that its name says, and is entered only where the CPU has them.
 # Contraction is off because a fused multiply-add rounds differently from the reference.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread")
-BASELINE = ("binary_linear.cpp", "xnor_gemm.cpp", "kernel_sets.cpp", "cpu_features.cpp", "threads.cpp", "portable.cpp")
+BASELINE = (
+    "linear_calls.cpp",
+    "binary_linear.cpp",
+    "tokens.cpp",
+    "salient.cpp",
+    "xnor_gemm.cpp",
+    "kernel_sets.cpp",
+    "cpu_features.cpp",
+    "threads.cpp",
+    "portable.cpp",
+)
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "avx2": ("-mavx2", "-mfma"),
     "avx512": tuple(f"-mavx512{part}" for part in ("f", "dq", "bw", "vl", "vnni", "vpopcntdq")),

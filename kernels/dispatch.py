@@ -18,7 +18,7 @@ from fbitrain.kernels import cpu, reference
 from fbitrain.kernels.layout import WORD_BITS
 
 FORCE_VARIABLE = "FBITRAIN_BACKEND"
-OPS = ("pack_signs", "unpack_signs", "xnor_gemm", "binary_linear")
+OPS = ("pack_signs", "unpack_signs", "xnor_gemm", "binary_linear", "mixture_linear", "partial_linear")
 
 
 class BackendError(RuntimeError):

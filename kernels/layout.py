@@ -8,7 +8,9 @@ from __future__ import annotations
 WORD_BITS = 32  # weights per packed int32 word
 MAX_K = 2**24  # 127·K fits in int32, so sums of int8 activations never overflow
 SCALES = ("column", "row", "tensor", "group")  # patterns of α
-MODES = ("float", "int8")  # what binary_linear does with its activations
+MODES = ("float", "int8")  # what the linear ops do with their activations
+MAX_EXPERTS = 64  # scales that mixture_linear mixes
+NARROW_COLUMNS = 2**16  # up to here partial_linear's column numbers are uint16, beyond int32
 
 
 def n_words(k: int) -> int:

@@ -3,7 +3,7 @@
 Call the functions here: they work in eager mode and under torch.compile, and check shapes and dtypes
 (fbitrain.kernels.checks). fbitrain.kernels.dispatch says which implementation runs them.
 
-Letters: N out_features, K in_features, Kw = ceil(K / 32) words, M tokens, G group size.
+Letters: N out_features, K in_features, Kw = ceil(K / 32) words, M tokens, G group size, E scaling experts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor
 from fbitrain.kernels import checks
 from fbitrain.kernels.dispatch import Call, runner
 from fbitrain.kernels.layout import n_words
+
+Runs = Callable[..., Tensor]
 
 
 def pack_signs(w: Tensor) -> Tensor:
@@ -59,6 +61,58 @@ def binary_linear(
     return _operator("binary_linear_inference")(*arguments)
 
 
+def mixture_linear(
+    x: Tensor, words: Tensor, gates: Tensor, alpha_in: Tensor, alpha_out: Tensor, k: int, mode: str = "float"
+) -> Tensor:
+    """((x ∘ (gates·alpha_in)) Sᵀ) ∘ (gates·alpha_out): token-dependent scales around the signs S of W (BinaryMoS,
+    arXiv 2406.12311), packed in `words` [N, Kw].
+
+    x [..., k]; gates fp32 [..., E], the router's softmax; alpha_in [E, k]; alpha_out [E, N]; E from 1 to 64. Returns
+    [..., N] in x's dtype. Modes as in `binary_linear`; "int8" quantizes x ∘ (gates·alpha_in). For inference: backward
+    raises.
+    """
+    arguments = (x, words, gates, alpha_in, alpha_out, k, mode)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, gates, alpha_in, alpha_out)):
+        return _operator("mixture_linear")(*arguments)
+    if _nobody_watches(x):
+        checks.check_mixture_linear(*arguments)
+        return _run_mixture_linear(*arguments)
+    return _operator("mixture_linear_inference")(*arguments)
+
+
+def partial_linear(
+    x: Tensor,
+    words: Tensor,
+    alpha: Tensor,
+    scale: str,
+    row_starts: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    value_scale: Tensor | None,
+    k: int,
+    group_size: int,
+    mode: str = "float",
+) -> Tensor:
+    """x [..., k] times ŵᵀ, [..., N] in x's dtype, for a weight that is α·sign(W) but for its salient entries (PB-LLM,
+    arXiv 2310.00034).
+
+    The signs are packed in `words` [N, Kw]; `alpha` belongs to scale "row" [N, 1] or "group" [N, k / group_size].
+    The salient entries of row n are number row_starts[n] to row_starts[n + 1] - 1 (int32 [N + 1]) of `columns`
+    (uint16, int32 if k > 65536; ascending within a row) and of `values`: int8, to be multiplied with `value_scale`
+    (fp32 [N, 1]), or float16, with value_scale None. Their bits in `words` are ignored.
+
+    Modes as in `binary_linear`. Raises ValueError if the columns of a row do not ascend or leave the row. For
+    inference: backward raises.
+    """
+    arguments = (x, words, alpha, scale, row_starts, columns, values, value_scale, k, group_size, mode)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, values)):
+        return _operator("partial_linear")(*arguments)
+    if _nobody_watches(x):
+        checks.check_partial_linear(*arguments)
+        return _run_partial_linear(*arguments)
+    return _operator("partial_linear_inference")(*arguments)
+
+
 def _nobody_watches(x: Tensor) -> bool:
     """Whether the function may be called without the dispatcher: nothing compiles, traces, transforms or intercepts it.
 
@@ -74,8 +128,8 @@ def _nobody_watches(x: Tensor) -> bool:
     )
 
 
-def _operator(op: str) -> Callable[..., Tensor]:
-    operator: Callable[..., Tensor] = getattr(torch.ops.fbitrain, op)
+def _operator(op: str) -> Runs:
+    operator: Runs = getattr(torch.ops.fbitrain, op)
     return operator
 
 
@@ -108,6 +162,29 @@ def _run_binary_linear(
     return runner(call)(x, words, alpha, beta, scale, k, group_size, mode)
 
 
+def _run_mixture_linear(
+    x: Tensor, words: Tensor, gates: Tensor, alpha_in: Tensor, alpha_out: Tensor, k: int, mode: str = "float"
+) -> Tensor:
+    return runner(Call("mixture_linear", x.device.type, x.dtype))(x, words, gates, alpha_in, alpha_out, k, mode)
+
+
+def _run_partial_linear(
+    x: Tensor,
+    words: Tensor,
+    alpha: Tensor,
+    scale: str,
+    row_starts: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    value_scale: Tensor | None,
+    k: int,
+    group_size: int,
+    mode: str = "float",
+) -> Tensor:
+    call = Call("partial_linear", x.device.type, x.dtype, group_size if scale == "group" else 0)
+    return runner(call)(x, words, alpha, scale, row_starts, columns, values, value_scale, k, group_size, mode)
+
+
 # What each op returns, as an empty tensor: all that torch.compile needs to know (the "fake").
 
 
@@ -123,7 +200,7 @@ def _empty_xnor_gemm(a: Tensor, b: Tensor, k: int) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]))
 
 
-def _empty_binary_linear(x: Tensor, words: Tensor, *scales_and_sizes: Any) -> Tensor:
+def _empty_linear(x: Tensor, words: Tensor, *scales_and_sizes: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], words.shape[0]))
 
 
@@ -131,40 +208,53 @@ def _refuse_backward(ctx: Any, grad: Tensor) -> None:
     raise RuntimeError("packed binary layers are for inference and have no backward; train the model with BinaryLinear")
 
 
+_LINEAR_SCHEMAS = {
+    "binary_linear": (
+        "Tensor x, Tensor words, Tensor alpha, Tensor? beta, str scale, SymInt k, SymInt group_size, str mode='float'"
+    ),
+    "mixture_linear": (
+        "Tensor x, Tensor words, Tensor gates, Tensor alpha_in, Tensor alpha_out, SymInt k, str mode='float'"
+    ),
+    "partial_linear": (
+        "Tensor x, Tensor words, Tensor alpha, str scale, Tensor row_starts, Tensor columns, Tensor values, "
+        "Tensor? value_scale, SymInt k, SymInt group_size, str mode='float'"
+    ),
+}
+
+
 def _define_operators() -> torch.library.Library | None:
     if hasattr(torch.ops.fbitrain, "binary_linear"):
         return None  # this file was imported under a second name; the operators can exist only once
     library = torch.library.Library("fbitrain", "DEF")  # type: ignore[no-untyped-call]
-    arguments = (
-        "Tensor x, Tensor words, Tensor alpha, Tensor? beta, str scale, SymInt k, SymInt group_size, str mode='float'"
-    )
-    linear = (checks.check_binary_linear, _run_binary_linear, _empty_binary_linear)
-    for signature, check, run, empty in (
-        ("pack_signs(Tensor w) -> Tensor", checks.check_pack_signs, _run_pack_signs, _empty_pack_signs),
-        (
-            "unpack_signs(Tensor words, SymInt k, ScalarType dtype) -> Tensor",
-            checks.check_unpack_signs,
-            _run_unpack_signs,
-            _empty_unpack_signs,
-        ),
-        (
-            "xnor_gemm(Tensor a, Tensor b, SymInt k) -> Tensor",
-            checks.check_xnor_gemm,
-            _run_xnor_gemm,
-            _empty_xnor_gemm,
-        ),
-        (f"binary_linear({arguments}) -> Tensor", *linear),
-        # The same without a backward that refuses, which is in Python too and slows down calls without gradients.
-        (f"binary_linear_inference({arguments}) -> Tensor", *linear),
-    ):
-        op = library.define(signature)  # type: ignore[no-untyped-call]
+
+    def define(name: str, arguments: str, check: Callable[..., None], run: Runs, empty: Runs) -> None:
+        op = library.define(f"{name}({arguments}) -> Tensor")  # type: ignore[no-untyped-call]
         library.impl(op, _checked(check, run), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"fbitrain::{op}", _checked(check, empty), lib=library)
-    torch.library.register_autograd("fbitrain::binary_linear", _refuse_backward, lib=library)
+
+    define("pack_signs", "Tensor w", checks.check_pack_signs, _run_pack_signs, _empty_pack_signs)
+    define(
+        "unpack_signs",
+        "Tensor words, SymInt k, ScalarType dtype",
+        checks.check_unpack_signs,
+        _run_unpack_signs,
+        _empty_unpack_signs,
+    )
+    define("xnor_gemm", "Tensor a, Tensor b, SymInt k", checks.check_xnor_gemm, _run_xnor_gemm, _empty_xnor_gemm)
+    linear: dict[str, tuple[Callable[..., None], Runs]] = {
+        "binary_linear": (checks.check_binary_linear, _run_binary_linear),
+        "mixture_linear": (checks.check_mixture_linear, _run_mixture_linear),
+        "partial_linear": (checks.check_partial_linear, _run_partial_linear),
+    }
+    for name, (check, run) in linear.items():
+        # Twice: a backward that refuses is in Python too and slows down calls without gradients.
+        define(name, _LINEAR_SCHEMAS[name], check, run, _empty_linear)
+        define(f"{name}_inference", _LINEAR_SCHEMAS[name], check, run, _empty_linear)
+        torch.library.register_autograd(f"fbitrain::{name}", _refuse_backward, lib=library)
     return library
 
 
-def _checked(check: Callable[..., None], then: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _checked(check: Callable[..., None], then: Runs) -> Runs:
     def call(*args: Any) -> Tensor:
         check(*args)
         return then(*args)

@@ -4,7 +4,7 @@
 - Bit 1 means +1. Element k of a row is bit k % 32 of word k // 32; bits past K are 0 in every packed tensor.
 - The dot product of two ±1 vectors of length K is K - 2·popcount(a ^ b): each differing bit turns a +1 into a -1.
 
-Letters: N out_features, K in_features, Kw = ceil(K / 32) words, M tokens, G group size.
+Letters: N out_features, K in_features, Kw = ceil(K / 32) words, M tokens, G group size, E scaling experts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from fbitrain.kernels.layout import WORD_BITS, n_words
 
-BLOCK_WEIGHTS = 2**20  # binary_linear unpacks this many weights at a time (one row at least)
+BLOCK_WEIGHTS = 2**20  # the linear ops unpack this many weights at a time (one row at least)
 
 
 def sign(w: Tensor) -> Tensor:
@@ -98,6 +98,90 @@ def binary_linear(
     beta = None if beta is None else beta.to(x.dtype)
     multiply = _int8_product if mode == "int8" else _float_product
     return multiply(x_MK, words, alpha, beta, scale, k, group_size).to(x.dtype).reshape(*x.shape[:-1], words.shape[0])
+
+
+def mixture_linear(
+    x: Tensor, words: Tensor, gates: Tensor, alpha_in: Tensor, alpha_out: Tensor, k: int, mode: str = "float"
+) -> Tensor:
+    """((x ∘ (gates·alpha_in)) Sᵀ) ∘ (gates·alpha_out) with S = sign(W) packed in `words` [N, Kw] (BinaryMoS).
+
+    x [..., k], gates fp32 [..., E] (the router's softmax), alpha_in [E, k], alpha_out [E, N]; [..., N] in x's dtype.
+    The alphas are rounded to x's dtype, as in training; all else is computed in fp32, or wider if x is. The experts
+    are added up in their order, so that the quantized values of mode "int8" (`quantize_int8` of x ∘ (gates·alpha_in))
+    are defined to the bit.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gates_ME = gates.reshape(-1, gates.shape[-1]).to(wide)
+    z_MK = x.reshape(-1, k).to(wide) * _mixed(gates_ME, alpha_in.to(x.dtype).to(wide))
+    multiply = _int8_product if mode == "int8" else _float_product
+    y_MN = multiply(z_MK, words, z_MK.new_ones(1, 1), None, "tensor", k, k)
+    y_MN = y_MN * _mixed(gates_ME, alpha_out.to(x.dtype).to(wide))
+    return y_MN.to(x.dtype).reshape(*x.shape[:-1], words.shape[0])
+
+
+def partial_linear(
+    x: Tensor,
+    words: Tensor,
+    alpha: Tensor,
+    scale: str,
+    row_starts: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    value_scale: Tensor | None,
+    k: int,
+    group_size: int,
+    mode: str = "float",
+) -> Tensor:
+    """x [..., k] times ŵᵀ for a partially binarized weight ŵ [N, k]; [..., N] in x's dtype.
+
+    ŵ is α·sign(W), the signs packed in `words` [N, Kw] and `alpha` as of scale "row" or "group", except for the
+    salient weights: entries row_starts[n] to row_starts[n + 1] - 1 of `columns` and `values` are those of row n,
+    columns ascending. A salient weight is its value times value_scale[n] (values int8, value_scale fp32 [N, 1]) or the
+    value itself (values float16, no value_scale); the bit at its place is ignored. alpha is rounded to x's dtype, as
+    in training; all else is computed in fp32, or wider if x is.
+
+    mode "int8" quantizes x per token by `quantize_int8`; the sums of bits and of int8 values are integers, which fp32
+    scales put together. Raises ValueError for entries that are no rows of ascending columns.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows, columns = _salient_places(row_starts, columns, k)
+    x_MK = x.reshape(-1, k).to(wide)
+    x_MK, step = quantize_int8(x_MK) if mode == "int8" else (x_MK, None)
+    x_MK = x_MK if step is None else x_MK.double()  # integers, exact in fp64 far beyond int32
+    x_MgG = torch.unflatten(x_MK, 1, (-1, group_size if scale == "group" else k))
+    alpha = alpha.to(x.dtype).to(wide)
+    y_MN = x_MK.new_empty(x_MK.shape[0], words.shape[0], dtype=wide)
+    for block in _row_blocks(words.shape[0], k):
+        entries = slice(int(row_starts[block.start]), int(row_starts[min(block.stop, words.shape[0])]))
+        places = rows[entries] - block.start, columns[entries]
+        signs = unpack_signs(words[block], k, x_MK.dtype).index_put_(places, x_MK.new_zeros(()))
+        salient = torch.zeros_like(signs).index_put_(places, values[entries].to(signs.dtype))
+        sums_gMn = x_MgG.transpose(0, 1) @ torch.unflatten(signs, 1, x_MgG.shape[1:]).permute(1, 2, 0)
+        y_Mn = (sums_gMn.to(wide) * alpha[block].T[:, None]).sum(0)
+        salient_Mn = (x_MK @ salient.T).to(wide)
+        y_MN[:, block] = y_Mn + (salient_Mn if value_scale is None else salient_Mn * value_scale[block].T.to(wide))
+    y_MN = y_MN if step is None else y_MN * step
+    return y_MN.to(x.dtype).reshape(*x.shape[:-1], words.shape[0])
+
+
+def _salient_places(row_starts: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Row and column (int64) of each salient weight."""
+    counts, columns = row_starts.diff(), columns.long()
+    if int(row_starts[0]) != 0 or int(row_starts[-1]) != len(columns) or bool((counts < 0).any()):
+        raise ValueError(f"partial_linear: row_starts must ascend from 0 to the {len(columns)} entries")
+    rows = torch.repeat_interleave(counts)
+    descends = (columns.diff() <= 0) & (rows.diff() == 0)
+    if len(columns) and (bool(descends.any()) or int(columns.min()) < 0 or int(columns.max()) >= k):
+        raise ValueError(f"partial_linear: the columns of each row must ascend, from 0 to {k - 1} at most")
+    return rows, columns
+
+
+def _mixed(gates_ME: Tensor, alpha: Tensor) -> Tensor:
+    """gates · alpha [E, C], the experts added in their order."""
+    total = gates_ME[:, :1] * alpha[0]
+    for expert in range(1, alpha.shape[0]):
+        total = total + gates_ME[:, expert : expert + 1] * alpha[expert]
+    return total
 
 
 def _float_product(

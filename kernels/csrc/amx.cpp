@@ -88,6 +88,6 @@ void int8_block(const uint32_t* panel, int n_words, const int8_t* x, ptrdiff_t s
 }  // namespace
 
 const KernelSet kAmx = {"amx",   nullptr, int8_block, 0,       nullptr, 0,
-                        nullptr, nullptr, nullptr,    nullptr, nullptr};
+                        nullptr, nullptr, nullptr,    nullptr, nullptr, nullptr};
 
 }  // namespace fbitrain

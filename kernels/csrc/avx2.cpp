@@ -7,6 +7,7 @@ namespace fbitrain {
 namespace {
 
 #include "pack.inl"
+#include "salient.inl"
 
 constexpr int kLanes = 8;
 constexpr int kGroups = kRows / kLanes;       // registers that hold one word of every row
@@ -279,6 +280,6 @@ void transpose(const uint32_t* words, ptrdiff_t stride, int n_words, uint32_t* p
 }  // namespace
 
 const KernelSet kAvx2 = {"avx2",       transpose,   int8_block, kLanes,   int8_rows, 4 * kPairTables,
-                         float_tables, float_block, xnor_block, pack_row, unpack_row};
+                         float_tables, float_block, xnor_block, salient_sums, pack_row, unpack_row};
 
 }  // namespace fbitrain

@@ -8,6 +8,7 @@ namespace fbitrain {
 namespace {
 
 #include "pack.inl"
+#include "salient.inl"
 
 constexpr int kLanes = 16;
 constexpr int kGroups = kRows / kLanes;  // registers that hold one word of every row
@@ -233,6 +234,6 @@ void xnor_block(const uint32_t* panel, int n_words, const uint32_t* a, const uin
 }  // namespace
 
 const KernelSet kAvx512 = {"avx512",     nullptr,     int8_block, kLanes,   int8_rows, 16 * kQuadTables,
-                           float_tables, float_block, xnor_block, pack_row, unpack_row};
+                           float_tables, float_block, xnor_block, salient_sums, pack_row, unpack_row};
 
 }  // namespace fbitrain

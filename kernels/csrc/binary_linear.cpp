@@ -2,135 +2,33 @@
 // once per token; then each panel of 64 rows is a task of its own, whose sums are scaled and written at its end.
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstring>
+#include <optional>
+#include <vector>
 
 #include "activations.h"
-#include "kernels.h"
-#include "panel.h"
+#include "linear.h"
+#include "salient.h"
 #include "threads.h"
+#include "tokens.h"
 
 namespace fbitrain {
 namespace {
 
-enum Mode { kFloatMode = 0, kInt8Mode = 1 };
-enum Scale { kColumn = 0, kRow = 1, kTensor = 2, kGroup = 3 };
-
 // Tokens made ready at a time, which bounds the memory: 1 byte per column and token of int8, 8 or 16 of float tables.
 constexpr int kInt8Tokens = 8 * kMaxTokens, kFloatTokens = 24;
-constexpr int kRowTokens = 2;  // up to here int8_rows, which does a token at a time, is faster than int8_block
-
-struct Linear {
-    const KernelSet& set;
-    int threads, mode, bfloat16, scale;
-    const void* x;
-    Weight weight;
-    const float *alpha, *beta;
-    void* y;
-    int64_t m, k, group_size;
-
-    int64_t groups() const { return scale == kGroup ? k / group_size : 1; }
-    bool by_rows() const { return mode == kInt8Mode && scale != kGroup && m <= kRowTokens && set.int8_rows; }
-    int64_t padded() const { return weight.padded_words() * kWordBits; }
-    // From one token to the next, in elements.
-    int64_t token_stride() const {
-        if (by_rows()) return round_up(padded(), set.chunk_words * kWordBits);
-        return mode == kInt8Mode ? padded() + kSkew : weight.padded_words() * set.floats_per_word + kSkew / 4;
-    }
-    float parameter(const float* values, int64_t i) const {  // rounded to x's dtype, as in training
-        return bfloat16 ? rounded_to_bfloat16(values[i]) : values[i];
-    }
-};
-
-struct Token {
-    float scale;  // int8: what one step of the quantized values is worth
-    float shift;  // column: sum of x * beta; row and tensor: sum of x
-};
-
-// The tokens of one slab, ready for the block functions.
-struct Ready {
-    Buffer<Token> tokens;
-    Buffer<int8_t> quantized;  // [tokens][token_stride], in int8 mode
-    Buffer<int32_t> totals;    // [tokens][groups]: sums of the quantized values
-    Buffer<float> tables;      // [tokens][token_stride], in float mode
-    Buffer<float> scratch;     // [threads][padded]
-
-    Ready(const Linear& p, int64_t count) : tokens(allocate<Token>(count)) {
-        if (p.mode == kInt8Mode) {
-            quantized = allocate<int8_t>(count * p.token_stride());
-            totals = allocate<int32_t>(count * p.groups());
-        } else {
-            tables = allocate<float>(count * p.token_stride());
-        }
-        scratch = allocate<float>(p.threads * p.padded());
-    }
-};
-
-void read_token(const Linear& p, int64_t token, float* z) {
-    if (p.bfloat16) {
-        const auto* x = static_cast<const uint16_t*>(p.x) + token * p.k;
-        for (int64_t i = 0; i < p.k; ++i) z[i] = from_bfloat16(x[i]);
-    } else {
-        std::memcpy(z, static_cast<const float*>(p.x) + token * p.k, sizeof(float) * p.k);
-    }
-    std::fill(z + p.k, z + p.padded(), 0.0f);
-}
-
-float shift_of(const Linear& p, const float* x) {
-    if (!p.beta) return 0.0f;
-    if (p.scale != kColumn) return sum_of(p.k, [&](int64_t i) { return x[i]; });
-    return sum_of(p.k, [&](int64_t i) { return x[i] * p.parameter(p.beta, i); });
-}
-
-// Sums of the quantized values, whose order within a word does not matter: groups are whole words.
-void total_groups(const Linear& p, const int8_t* q, int32_t* totals) {
-    const int64_t size = p.scale == kGroup ? p.group_size : p.padded();
-    for (int64_t g = 0; g < p.groups(); ++g, q += size) {
-        int32_t total = 0;
-        for (int64_t i = 0; i < size; ++i) total += q[i];
-        totals[g] = total;
-    }
-}
-
-// From the order of int8_block to that of int8_rows; the four columns of an i stay together.
-void order_by_rows(const Linear& p, int8_t* q, float* scratch) {
-    const int64_t chunk = p.set.chunk_words, n_words = p.token_stride() / kWordBits;
-    std::memset(q + p.padded(), 0, static_cast<size_t>(p.token_stride() - p.padded()));
-    auto* from = reinterpret_cast<char*>(scratch);
-    std::memcpy(from, q, static_cast<size_t>(p.token_stride()));
-    for (int64_t w = 0; w < n_words; ++w)
-        for (int64_t j = 0; j < 8; ++j)
-            std::memcpy(q + (w / chunk * chunk * 8 + j * chunk + w % chunk) * 4, from + (w * 8 + j) * 4, 4);
-}
-
-// Makes token `first + t` ready as number t of the slab; false if int8 mode finds NaN or infinity in it.
-bool prepare(const Linear& p, int64_t first, int64_t t, float* z, Ready& ready) {
-    read_token(p, first + t, z);
-    Token& token = ready.tokens[t];
-    token.shift = shift_of(p, z);
-    if (p.scale == kColumn)
-        for (int64_t i = 0; i < p.k; ++i) z[i] *= p.parameter(p.alpha, i);
-    if (p.mode == kInt8Mode) {
-        int8_t* q = ready.quantized.get() + t * p.token_stride();
-        token.scale = quantize(z, p.padded(), q);
-        if (!std::isfinite(token.scale)) return false;
-        total_groups(p, q, ready.totals.get() + t * p.groups());
-        if (p.by_rows()) order_by_rows(p, q, z);
-    } else {
-        token.scale = 1.0f;
-        p.set.float_tables(z, static_cast<int>(p.weight.padded_words()), ready.tables.get() + t * p.token_stride());
-    }
-    return true;
-}
 
 // The sums of one panel and up to kMaxTokens tokens, of one group at a time where there are groups.
 class PanelSums {
 public:
     PanelSums(const Linear& p, const Ready& ready, int64_t panel, int64_t first, int tokens)
-        : p_(p), ready_(ready), panel_(panel), first_(first), tokens_(tokens) {}
+        : p_(p), ready_(ready), panel_(panel), first_(first), tokens_(tokens) {
+        if (p.salient) salient_.emplace(p, ready, panel, first, tokens);
+    }
 
-    // Writes the panel's part of y; `row_of_y` is the number of the slab's first token.
-    void run(int64_t row_of_y) {
+    // Writes the panel's part of y; `row_of_y` is the number of the slab's first token. False if salient entries are no
+    // rows.
+    bool run(int64_t row_of_y) {
         std::fill_n(&result_[0][0], tokens_ * kRows, 0.0f);
         clear();
         if (p_.by_rows())
@@ -139,6 +37,7 @@ public:
             add_blocks();
         if (p_.scale != kGroup) finish_sums(0, nullptr);
         for (int t = 0; t < tokens_; ++t) write(t, row_of_y + first_ + t);
+        return entries_hold_;
     }
 
 private:
@@ -152,6 +51,7 @@ private:
         for (int t = 0; t < tokens_; ++t)
             p_.set.int8_rows(rows, p_.weight.row_words, p_.weight.rows_of(panel_),
                              ready_.quantized.get() + (first_ + t) * p_.token_stride(), int_sums_[t]);
+        add_salient(p_.weight.row_words);
     }
 
     void add_blocks() {
@@ -173,6 +73,11 @@ private:
         else
             p_.set.float_block(bits, n_words, ready_.tables.get() + start + word * p_.set.floats_per_word, stride,
                                tokens_, &float_sums_[0][0]);
+        add_salient(word + n_words);
+    }
+
+    void add_salient(int64_t end_word) {
+        if (salient_) entries_hold_ &= salient_->add(end_word * kWordBits);
     }
 
     // The words of the panel that belong to one group at a time; zeros past the row's end belong to none.
@@ -198,11 +103,17 @@ private:
         for (int t = 0; t < tokens_; ++t) {
             const int32_t total = p_.mode == kInt8Mode ? ready_.totals[(first_ + t) * p_.groups() + group] : 0;
             for (int r = 0; r < kRows; ++r) {
-                float value = p_.mode == kInt8Mode ? static_cast<float>(2 * int_sums_[t][r] - total) : float_sums_[t][r];
+                const int32_t signed_sum = 2 * int_sums_[t][r] - total;
+                float value = p_.mode == kInt8Mode ? static_cast<float>(signed_sum) : float_sums_[t][r];
+                if (salient_) {  // of these weights the bits must not count
+                    const double all = p_.mode == kInt8Mode ? signed_sum : static_cast<double>(float_sums_[t][r]);
+                    value = static_cast<float>(all - salient_->signs(t, r));
+                }
                 if (alpha) value *= alpha[r];
                 result_[t][r] += value;
             }
         }
+        if (salient_) salient_->clear_signs();
     }
 
     void write(int t, int64_t row) {
@@ -210,9 +121,11 @@ private:
         const int64_t n0 = panel_ * kRows;
         const int rows = p_.weight.rows_of(panel_);
         float* v = result_[t];
+        if (salient_) scale_salient(t, v);
         for (int r = 0; r < rows; ++r) v[r] *= token.scale;
-        if (p_.scale == kRow || p_.scale == kTensor)
+        if (!salient_ && (p_.scale == kRow || p_.scale == kTensor))
             for (int r = 0; r < rows; ++r) v[r] *= p_.parameter(p_.alpha, p_.scale == kRow ? n0 + r : 0);
+        if (p_.mixture) scale_mixture(row, v);
         if (p_.beta && p_.scale == kColumn)
             for (int r = 0; r < rows; ++r) v[r] += token.shift;
         else if (p_.beta)
@@ -225,61 +138,70 @@ private:
         }
     }
 
+    // The bits' sums times alpha, plus the salient sums: in the reference's order, before the token's scale.
+    void scale_salient(int t, float* v) const {
+        for (int r = 0; r < p_.weight.rows_of(panel_); ++r) {
+            const int64_t n = panel_ * kRows + r;
+            if (p_.scale == kRow) v[r] *= p_.parameter(p_.alpha, n);
+            const float sum = static_cast<float>(salient_->values(t, r));
+            v[r] += p_.salient->value_scale ? sum * p_.salient->value_scale[n] : sum;
+        }
+    }
+
+    void scale_mixture(int64_t row, float* v) const {
+        float factor[kRows];
+        const int rows = p_.weight.rows_of(panel_);
+        const float* gates = p_.mixture->gates + row * p_.mixture->experts;
+        mix(p_, p_.mixture->alpha_out, p_.weight.n, panel_ * kRows, rows, gates, factor);
+        for (int r = 0; r < rows; ++r) v[r] *= factor[r];
+    }
+
     const Linear& p_;
     const Ready& ready_;
     const int64_t panel_, first_;
     const int tokens_;
+    std::optional<SalientSums> salient_;
+    bool entries_hold_ = true;
     alignas(64) uint32_t bits_[kBlockWords * kRows];
     alignas(64) int32_t int_sums_[kMaxTokens][kRows];
     alignas(64) float float_sums_[kMaxTokens][kRows];
     alignas(64) float result_[kMaxTokens][kRows];
 };
 
-// A slab of tokens at a time: made ready in parallel over tokens, multiplied in parallel over panels.
-int64_t multiply(const Linear& p) {
+}  // namespace
+
+// A slab of tokens at a time: made ready in parallel over tokens, multiplied in parallel over panels, those of one
+// weight after those of the other. Only for pattern `column` do the weights differ in what they make of a token.
+int64_t multiply(const Linear* linears, int count) {
+    const Linear& p = linears[0];
     const int most = p.mode == kInt8Mode ? kInt8Tokens : kFloatTokens;
-    Ready ready(p, std::min<int64_t>(p.m, most));
+    const int n_ready = p.scale == kColumn ? count : 1;
+    std::vector<Ready> ready;
+    for (int i = 0; i < n_ready; ++i) ready.emplace_back(linears[i], std::min<int64_t>(p.m, most));
+    int64_t panels = 0, rows = 0;
+    for (int i = 0; i < count; ++i) panels += linears[i].weight.panels(), rows += linears[i].weight.n;
     for (int64_t first = 0; first < p.m; first += most) {
-        const int64_t count = std::min<int64_t>(most, p.m - first);
-        const int64_t work = count * p.k;
+        const int64_t tokens = std::min<int64_t>(most, p.m - first), work = tokens * p.k;
         std::atomic<int64_t> refused{0};  // 1 + the token that is not finite
-        parallel_for(useful_threads(p.threads, work), count, [&](int64_t t, int thread) {
-            if (!prepare(p, first, t, ready.scratch.get() + thread * p.padded(), ready)) refused = first + t + 1;
+        parallel_for(useful_threads(p.threads, work * n_ready), tokens * n_ready, [&](int64_t task, int thread) {
+            const int64_t t = task / n_ready, i = task % n_ready;
+            float* scratch = ready[i].scratch.get() + thread * p.padded();
+            if (!prepare(linears[i], first, t, scratch, ready[i])) refused = first + t + 1;
         });
         if (refused) return refused;
-        const int64_t token_blocks = (count + kMaxTokens - 1) / kMaxTokens;
-        parallel_for(useful_threads(p.threads, work * p.weight.n), p.weight.panels() * token_blocks,
-                     [&](int64_t task, int) {
-                         const int64_t begin = task % token_blocks * kMaxTokens;
-                         const int tokens = static_cast<int>(std::min<int64_t>(kMaxTokens, count - begin));
-                         PanelSums(p, ready, task / token_blocks, begin, tokens).run(first);
-                     });
+        const int64_t block = p.salient ? kSalientTokens : kMaxTokens, token_blocks = (tokens + block - 1) / block;
+        std::atomic<bool> entries_hold{true};
+        parallel_for(useful_threads(p.threads, work * rows), panels * token_blocks, [&](int64_t task, int) {
+            const int64_t begin = task % token_blocks * block;
+            int64_t panel = task / token_blocks, i = 0;
+            for (; panel >= linears[i].weight.panels(); ++i) panel -= linears[i].weight.panels();
+            const int in_block = static_cast<int>(std::min<int64_t>(block, tokens - begin));
+            PanelSums sums(linears[i], ready[n_ready == 1 ? 0 : i], panel, begin, in_block);
+            if (!sums.run(first)) entries_hold = false;
+        });
+        if (!entries_hold) return kBadEntries;
     }
     return kOk;
 }
 
-}  // namespace
 }  // namespace fbitrain
-
-// x [m][k] and y [m][n] of float32 or bfloat16; words [n][ceil(k / 32)]; alpha and beta (null: none) float32 in the shape
-// of `scale`; all contiguous. group_size is read for groups only, a multiple of 32 that divides k. Returns a Status, or
-// 1 + the number of a token that holds NaN or infinity, in int8 mode; y is then unspecified.
-extern "C" FBITRAIN_EXPORT int64_t fbitrain_binary_linear(int level, int threads, int mode, int bfloat16, int scale, const void* x,
-                                          const void* words, const float* alpha, const float* beta, void* y, int64_t m,
-                                          int64_t n, int64_t k, int64_t group_size) noexcept {
-    using namespace fbitrain;
-    const KernelSet* set = kernel_set(level);
-    if (!set) return kNoLevel;
-    const bool known = (mode == kFloatMode || mode == kInt8Mode) && scale >= kColumn && scale <= kGroup;
-    if (!known || threads < 1 || m < 0 || n < 0 || k < 1 || k > kMaxColumns) return kBadArgument;
-    if (scale == kGroup && (beta || group_size < kWordBits || group_size % kWordBits || k % group_size))
-        return kBadArgument;
-    if (m == 0 || n == 0) return kOk;
-    if (!x || !words || !alpha || !y) return kBadArgument;
-    const Weight weight{static_cast<const uint32_t*>(words), n, (k + kWordBits - 1) / kWordBits};
-    try {
-        return multiply({*set, threads, mode, bfloat16, scale, x, weight, alpha, beta, y, m, k, group_size});
-    } catch (const std::bad_alloc&) {
-        return kNoMemory;
-    }
-}

@@ -37,6 +37,7 @@ struct Levels {
             set.float_block = below.float_block;
         }
         if (!set.xnor_block) set.xnor_block = below.xnor_block;
+        if (!set.salient_sums) set.salient_sums = below.salient_sums;
         if (!set.pack_row) set.pack_row = below.pack_row;
         if (!set.unpack_row) set.unpack_row = below.unpack_row;
         sets[level] = set;

@@ -16,10 +16,12 @@ constexpr int kRows = 64;        // rows of a panel; a row is a SIMD lane
 constexpr int kBlockWords = 16;  // words of a panel: 512 columns, so that 16-bit sums of int8 pairs cannot overflow
 constexpr int kLoadWords = 8;    // `transpose` reads words by the eight; rows are padded to that with zeros
 constexpr int kMaxTokens = 60;   // tokens per call of a block function
+constexpr int kSalientLanes = 8;  // tokens side by side in salient_sums
+constexpr int kSalientEntries = 512;  // entries per call: their int8 products add up to less than 2^24, exact in float
 constexpr int64_t kMaxColumns = int64_t{1} << 24;  // 127 * K must fit in int32
 
-// What the C functions return; binary_linear also returns 1 + the number of a token it cannot quantize.
-enum Status : int64_t { kOk = 0, kBadArgument = -1, kNoLevel = -2, kNoMemory = -3 };
+// What the C functions return; the linear ones also return 1 + the number of a token it cannot quantize.
+enum Status : int64_t { kOk = 0, kBadArgument = -1, kNoLevel = -2, kNoMemory = -3, kBadEntries = -4 };
 
 // Functions of one instruction set. A panel is uint32 [n_words][kRows], 64-byte aligned. `sums` is [tokens][kRows] and
 // is added to. Strides are in elements, from one token to the next.
@@ -53,6 +55,11 @@ struct KernelSet {
     // their stride is 8 * stride.
     void (*xnor_block)(const uint32_t* panel, int n_words, const uint32_t* a, const uint8_t* nibbles, ptrdiff_t stride,
                        int tokens, int32_t* sums);
+
+    // For each lane, sums over i < n of value[i] * x[column[i]][lane] and of sign[i] * x[column[i]][lane]; x is [columns][lanes].
+    // lanes is 1 or kSalientLanes, n at most kSalientEntries.
+    void (*salient_sums)(const int32_t* column, const float* value, const float* sign, int n, const float* x, int lanes,
+                         float* values, float* signs);
 
     // One row of k elements of a format (see pack.inl) -> ceil(k / 32) words, and back to +1 and -1.
     void (*pack_row)(int format, const void* w, int64_t k, uint32_t* words);

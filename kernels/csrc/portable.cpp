@@ -8,6 +8,7 @@ namespace fbitrain {
 namespace {
 
 #include "pack.inl"
+#include "salient.inl"
 
 constexpr int kLanes = 16;  // rows summed at a time: few enough to stay in registers
 
@@ -69,6 +70,6 @@ void xnor_block(const uint32_t* panel, int n_words, const uint32_t* a, const uin
 }  // namespace
 
 const KernelSet kPortable = {"portable",   transpose,   int8_block, 0,        nullptr,   kWordBits,
-                             float_tables, float_block, xnor_block, pack_row, unpack_row};
+                             float_tables, float_block, xnor_block, salient_sums, pack_row, unpack_row};
 
 }  // namespace fbitrain

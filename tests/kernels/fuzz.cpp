@@ -1,6 +1,7 @@
 // Calls the C functions with random shapes and with wrong arguments, every array allocated to the byte, so that
 // AddressSanitizer and UBSan see whatever the kernels do outside of them. Results of the levels are compared with each
 // other. Usage: fuzz SEED ROUNDS LEVEL...
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -14,6 +15,11 @@
 extern "C" {
 int64_t fbitrain_binary_linear(int, int, int, int, int, const void*, const void*, const float*, const float*, void*,
                                int64_t, int64_t, int64_t, int64_t) noexcept;
+int64_t fbitrain_mixture_linear(int, int, int, int, const void*, const void*, const float*, const float*, const float*,
+                                void*, int64_t, int64_t, int64_t, int64_t) noexcept;
+int64_t fbitrain_partial_linear(int, int, int, int, int, const void*, const void*, const float*, const int32_t*,
+                                const void*, const void*, const float*, void*, int64_t, int64_t, int64_t, int64_t,
+                                int64_t) noexcept;
 int64_t fbitrain_xnor_gemm(int, int, const void*, const void*, void*, int64_t, int64_t, int64_t) noexcept;
 int64_t fbitrain_pack_signs(int, int, int, const void*, void*, int64_t, int64_t) noexcept;
 int64_t fbitrain_unpack_signs(int, int, int, const void*, void*, int64_t, int64_t) noexcept;
@@ -22,6 +28,7 @@ int64_t fbitrain_unpack_signs(int, int, int, const void*, void*, int64_t, int64_
 namespace {
 
 using fbitrain::kBadArgument;
+using fbitrain::kBadEntries;
 using fbitrain::kNoLevel;
 using fbitrain::kOk;
 
@@ -91,6 +98,61 @@ void linear() {
     }
 }
 
+// y of every level, of which each must be near the first.
+template <typename Call>
+void compare_levels(int64_t size, double tolerance, const char* what, const Call& call) {
+    std::vector<float> first;
+    for (int level : levels) {
+        std::unique_ptr<float[]> y(new float[size]);
+        check(call(level, static_cast<int>(pick(1, 3)), y.get()) == kOk, what);
+        if (first.empty()) first.assign(y.get(), y.get() + size);
+        for (int64_t i = 0; i < size; ++i) check(std::fabs(first[i] - y[i]) <= tolerance, what);
+    }
+}
+
+void mixture() {
+    const int64_t m = pick(1, 70), n = pick(1, 70), k = pick_size(), experts = pick(1, 6);
+    const int mode = static_cast<int>(pick(0, 1));
+    const auto words = packed(n, k);
+    const auto x = floats(m * k), gates = floats(m * experts), in = floats(experts * k), out = floats(experts * n);
+    compare_levels(m * n, 1e-1 * static_cast<double>(k + 100), "mixture_linear", [&](int level, int threads, float* y) {
+        return fbitrain_mixture_linear(level, threads, mode, 0, x.get(), words.get(), gates.get(), in.get(), out.get(),
+                                       y, m, n, k, experts);
+    });
+}
+
+void partial() {
+    const int64_t m = pick(1, 70), n = pick(1, 70), scale = pick(0, 1) ? 3 : 1, group = 32 * pick(1, 20);
+    const int64_t k = scale == 3 ? group * pick(1, 3) : pick_size(), one_in = pick(0, 1) ? 1 : pick(2, 50);
+    const int mode = static_cast<int>(pick(0, 1));
+    const bool half = pick(0, 1);
+    const auto words = packed(n, k);
+    const auto x = floats(m * k), alpha = floats(scale == 3 ? n * (k / group) : n), value_scale = floats(n);
+    std::vector<uint16_t> chosen;
+    std::unique_ptr<int32_t[]> row_starts(new int32_t[n + 1]());
+    for (int64_t row = 0; row < n; ++row) {
+        for (int64_t column = 0; column < k; ++column)
+            if (pick(1, one_in) == 1) chosen.push_back(static_cast<uint16_t>(column));
+        row_starts[row + 1] = static_cast<int32_t>(chosen.size());
+    }
+    const auto entries = static_cast<int64_t>(chosen.size());
+    std::unique_ptr<uint16_t[]> columns(new uint16_t[entries]), halves(new uint16_t[entries]);
+    std::copy(chosen.begin(), chosen.end(), columns.get());
+    for (int64_t i = 0; i < entries; ++i) halves[i] = static_cast<uint16_t>(0x3C00 + pick(-200, 200));
+    const auto bytes = filled<int8_t>(entries);
+    const auto call = [&](int level, int threads, float* y) {
+        return fbitrain_partial_linear(level, threads, mode, 0, static_cast<int>(scale), x.get(), words.get(),
+                                       alpha.get(), row_starts.get(), columns.get(),
+                                       half ? static_cast<const void*>(halves.get()) : bytes.get(),
+                                       half ? nullptr : value_scale.get(), y, m, n, k, group, entries);
+    };
+    compare_levels(m * n, 1e-2 * static_cast<double>(k + 100), "partial_linear", call);
+    if (!entries) return;
+    std::unique_ptr<float[]> y(new float[m * n]);
+    columns[pick(0, entries - 1)] = static_cast<uint16_t>(k);  // outside of its row
+    for (int level : levels) check(call(level, 2, y.get()) == kBadEntries, "a column outside of its row");
+}
+
 void linear_of_nan() {
     const int64_t m = pick(1, 8), k = pick_size(), n = 3, bad = pick(0, m * k - 1);
     const auto x = floats(m * k), alpha = floats(1);
@@ -155,6 +217,18 @@ void wrong_arguments() {
     for (int64_t group : {-32, 0, 16, 48, 96}) check(linear_status(0, 1, 0, 3, wild, nullptr, 1, 1, 64, group) < 0, "group");
     check(linear_status(0, 1, 0, 3, wild, wild, 1, 1, 64, 32) == kBadArgument, "a shift of groups");
     check(linear_status(0, 1, 0, 0, wild, nullptr, 0, 1, 1, 0) == kOk, "no tokens is no error");
+    check(fbitrain_mixture_linear(0, 1, 0, 0, wild, wild, wild, wild, wild, wild, 1, 1, 1, 0) == kBadArgument, "experts");
+    check(fbitrain_mixture_linear(0, 1, 0, 0, wild, wild, nullptr, wild, wild, wild, 1, 1, 1, 1) == kBadArgument, "gates");
+    const int32_t row_starts[] = {0, 2, 1};
+    const auto partial_status = [=](int scale, const int32_t* starts, const void* columns, int64_t entries) {
+        return fbitrain_partial_linear(0, 1, 0, 0, scale, wild, wild, wild, starts, columns, wild, wild, wild, 1, 2, 32,
+                                       32, entries);
+    };
+    check(partial_status(0, row_starts, wild, 1) == kBadArgument, "a column scale with salient weights");
+    check(partial_status(1, nullptr, wild, 1) == kBadArgument, "no row_starts");
+    check(partial_status(1, row_starts, nullptr, 1) == kBadArgument, "no columns");
+    check(partial_status(1, row_starts, wild, -1) == kBadArgument, "entries");
+    check(partial_status(1, row_starts, wild, 1) == kBadEntries, "row_starts that descend");
     check(fbitrain_xnor_gemm(0, 1, nullptr, wild, wild, 1, 1, 1) == kBadArgument, "no a");
     check(fbitrain_xnor_gemm(0, 1, wild, wild, wild, 1, 1, -1) == kBadArgument, "columns of xnor_gemm");
     check(fbitrain_pack_signs(0, 1, 4, wild, wild, 1, 1) == kBadArgument, "format 4");
@@ -171,6 +245,8 @@ int main(int argc, char** argv) {
     wrong_arguments();
     for (int round = std::atoi(argv[2]); round > 0; --round) {
         linear();
+        mixture();
+        partial();
         linear_of_nan();
         product();
         packing();

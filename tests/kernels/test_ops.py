@@ -20,6 +20,13 @@ WORDS_N = reference.pack_signs(torch.randn(6, K, generator=torch.Generator().man
 WORDS_M = reference.pack_signs(torch.randn(4, K, generator=torch.Generator().manual_seed(1)))
 X = torch.randn(2, 3, K, generator=torch.Generator().manual_seed(2))
 ALPHA, BETA = torch.rand(1, K), torch.rand(1, K)
+GATES = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(3)).softmax(-1)
+MIXTURE = (WORDS_N, GATES, torch.rand(4, K), torch.rand(4, 6), K)
+ROW_STARTS = torch.tensor([0, 2, 2, 3, 3, 3, 5], dtype=torch.int32)
+COLUMNS = torch.tensor([0, 64, 33, 5, 6], dtype=torch.int32).to(torch.uint16)
+VALUES, VALUE_SCALE = torch.tensor([127, -128, 3, -4, 5], dtype=torch.int8), torch.rand(6, 1) / 100
+ROW_ALPHA = torch.rand(6, 1)
+PARTIAL = (WORDS_N, ROW_ALPHA, "row", ROW_STARTS, COLUMNS, VALUES, VALUE_SCALE, K, 1)
 
 CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("pack_signs", (X,)),
@@ -34,10 +41,24 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
         "binary_linear",
         (torch.randn(2, 64), WORDS_N[:, :2].contiguous(), torch.rand(6, 2), None, "group", 64, 32, "int8"),
     ),
+    ("mixture_linear", (X, *MIXTURE)),
+    ("mixture_linear", (X.transpose(0, 1), WORDS_N, GATES.transpose(0, 1), *MIXTURE[2:])),
+    ("mixture_linear", (X.bfloat16(), *MIXTURE, "int8")),
+    ("partial_linear", (X, *PARTIAL)),
+    ("partial_linear", (X.transpose(0, 1), *PARTIAL, "int8")),
+    (
+        "partial_linear",
+        (X[:, :0], WORDS_N, torch.rand(6, 13), "group", ROW_STARTS, COLUMNS, VALUES.half(), None, K, 5),
+    ),
+]
+INFERENCE = [
+    ("binary_linear_inference", CALLS[4][1]),
+    ("mixture_linear_inference", (X, *MIXTURE)),
+    ("partial_linear_inference", (X, *PARTIAL)),
 ]
 
 
-@pytest.mark.parametrize(("op", "args"), [*CALLS, ("binary_linear_inference", CALLS[4][1])])
+@pytest.mark.parametrize(("op", "args"), [*CALLS, *INFERENCE])
 def test_opcheck(op: str, args: tuple[Any, ...]) -> None:
     torch.library.opcheck(getattr(torch.ops.fbitrain, op).default, args)
 
@@ -60,6 +81,28 @@ def test_ops_are_traced_whole() -> None:
         assert torch.equal(compiled(w[:, :width]), compute(w[:, :width]))
 
 
+@pytest.mark.parametrize(
+    ("row_starts", "columns"),
+    [
+        ([0, 2, 2, 3, 3, 3, 6], [0, 64, 33, 5, 6]),
+        ([1, 2, 2, 3, 3, 3, 5], [0, 64, 33, 5, 6]),
+        ([0, 2, 1, 3, 3, 3, 5], [0, 64, 33, 5, 6]),
+        ([-1, 2, 2, 3, 3, 3, 5], [0, 64, 33, 5, 6]),
+        ([0, 2, 2, 3, 3, 3, 5], [0, 65, 33, 5, 6]),
+        ([0, 2, 2, 3, 3, 3, 5], [0, 64, 33, 6, 5]),
+        ([0, 2, 2, 3, 3, 3, 5], [0, 64, 33, 5, 5]),
+    ],
+)
+@pytest.mark.parametrize("backend", ["", "reference"])
+def test_salient_entries_that_are_no_rows_are_refused(
+    backend: str, row_starts: list[int], columns: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FBITRAIN_BACKEND", backend)
+    starts = torch.tensor(row_starts, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"partial_linear: .* must ascend"):
+        partial(row_starts=starts, columns=torch.tensor(columns, dtype=torch.int32).to(torch.uint16))
+
+
 @pytest.mark.parametrize("mode", ["float", "int8"])
 def test_binary_linear_is_traced_whole(mode: str) -> None:
     def compute(x: torch.Tensor) -> torch.Tensor:
@@ -69,6 +112,16 @@ def test_binary_linear_is_traced_whole(mode: str) -> None:
     for tokens in (1, 3):
         x = X[0, :tokens]
         assert torch.equal(compiled(x), compute(x))
+
+
+def mixture(**changes: Any) -> torch.Tensor:
+    names = ("x", "words", "gates", "alpha_in", "alpha_out", "k")
+    return ops.mixture_linear(**(dict(zip(names, (X, *MIXTURE), strict=True)) | changes))
+
+
+def partial(**changes: Any) -> torch.Tensor:
+    names = ["x", "words", "alpha", "scale", "row_starts", "columns", "values", "value_scale", "k", "group_size"]
+    return ops.partial_linear(**(dict(zip(names, (X, *PARTIAL), strict=True)) | changes))
 
 
 @pytest.mark.parametrize(
@@ -109,6 +162,23 @@ def test_binary_linear_is_traced_whole(mode: str) -> None:
             r"words must be contiguous, not int32 \[6, 3\] with strides \(1, 6\)",
         ),
         (lambda: ops.xnor_gemm(WORDS_M, WORDS_N[::2], K), r"b must be contiguous, not int32 \[3, 3\]"),
+        (lambda: mixture(alpha_in=torch.rand(4, 64)), r"alpha_in must be float \[4, 65\], not float32 \[4, 64\]"),
+        (lambda: mixture(alpha_in=torch.rand(65, K)), r"float \[1 to 64 experts, 65\], not float32 \[65, 65\]"),
+        (lambda: mixture(alpha_out=torch.rand(3, 6)), r"alpha_out must be float \[4, 6\], not float32 \[3, 6\]"),
+        (lambda: mixture(gates=GATES[0]), r"gates must be float32 \[2, 3, 4\], not float32 \[3, 4\]"),
+        (lambda: mixture(gates=GATES.double()), r"gates must be float32 \[2, 3, 4\], not float64 \[2, 3, 4\]"),
+        (lambda: mixture(alpha_out=torch.rand(6, 4).T), r"alpha_out must be contiguous, not float32 \[4, 6\]"),
+        (lambda: mixture(mode="int4"), "mixture_linear: mode='int4' is unknown"),
+        (lambda: partial(scale="column"), "partial_linear: scale='column' is unknown; choose row or group"),
+        (lambda: partial(alpha=torch.rand(6, 2)), r"alpha must be float \[6, 1\], not float32 \[6, 2\]"),
+        (lambda: partial(row_starts=ROW_STARTS[1:]), r"row_starts must be int32 \[7\], not int32 \[6\]"),
+        (lambda: partial(columns=COLUMNS.int()), r"columns of rows of 65 must be uint16 \[entries\], not int32 \[5\]"),
+        (lambda: partial(values=VALUES[1:]), r"values must be int8 or float16 \[5\], not int8 \[4\]"),
+        (lambda: partial(values=VALUES.float()), r"values must be int8 or float16 \[5\], not float32 \[5\]"),
+        (lambda: partial(values=VALUES.half()), r"float16 values none, not float16 \[5\]"),
+        (lambda: partial(value_scale=None), r"int8 values need a value_scale .*not int8 \[5\]"),
+        (lambda: partial(value_scale=torch.ones(6)), r"value_scale must be float32 \[6, 1\], not float32 \[6\]"),
+        (lambda: partial(x=X[..., 1:]), r"partial_linear needs a float x \[..., 65\], not float32 \[2, 3, 64\]"),
         (lambda: ops.xnor_gemm(WORDS_M, WORDS_N, -1), "k=-1 is not a row length"),
         (lambda: ops.xnor_gemm(WORDS_M, WORDS_N, 2**24 + 1), "k=16777217 is not a row length"),
     ],
@@ -156,10 +226,22 @@ def test_int8_mode_refuses_what_it_cannot_quantize(poison: float) -> None:
     with pytest.raises(ValueError, match=r"finite activations: row 5 of \[2, 3, 65\] holds NaN or infinity"):
         ops.binary_linear(x, WORDS_N, ALPHA, BETA, "column", K, 1, "int8")
     assert not ops.binary_linear(x, WORDS_N, ALPHA, BETA, "column", K, 1).isfinite().all()
+    for linear in (mixture, partial):
+        with pytest.raises(ValueError, match=r"finite activations: row 5 of \[2, 3, 65\] holds NaN or infinity"):
+            linear(x=x, mode="int8")
+        assert not linear(x=x).isfinite().all()
 
 
-def test_backward_says_that_packed_layers_do_not_train() -> None:
-    y = ops.binary_linear(X.clone().requires_grad_(), WORDS_N, ALPHA, BETA, "column", K, 1)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: ops.binary_linear(x, WORDS_N, ALPHA, BETA, "column", K, 1),
+        lambda x: ops.mixture_linear(x, *MIXTURE),
+        lambda x: ops.partial_linear(x, *PARTIAL),
+    ],
+)
+def test_backward_says_that_packed_layers_do_not_train(call: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    y = call(X.clone().requires_grad_())
     with pytest.raises(RuntimeError, match="train the model with BinaryLinear"):
         y.sum().backward()
 

@@ -163,3 +163,80 @@ def test_int8_mode_is_integer_arithmetic(scale: str, beta: bool) -> None:
             if shift is not None:
                 wanted += float((x[m] * shift.expand(n, k)[row]).sum())
             assert float(y[m, row]) == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
+def mixture_inputs(m: int, n: int, k: int, n_experts: int) -> tuple[Tensor, ...]:
+    torch.manual_seed(m + n + k)
+    gates = torch.randn(m, n_experts).softmax(1)
+    return torch.randn(m, k).double(), torch.randn(n, k), gates, torch.rand(n_experts, k), torch.rand(n_experts, n)
+
+
+@pytest.mark.parametrize("n_experts", [1, 4, 64])
+def test_mixture_linear_by_its_effective_weights(n_experts: int) -> None:
+    """Every token has a dense weight of its own."""
+    x, w, gates, alpha_in, alpha_out = mixture_inputs(5, 7, 66, n_experts)
+    y = reference.mixture_linear(x, reference.pack_signs(w), gates, alpha_in, alpha_out, 66)
+    for m in range(5):
+        gate = gates[m].double()
+        effective = torch.where(w >= 0, 1.0, -1.0) * (gate @ alpha_out.double()).outer(gate @ alpha_in.double())
+        torch.testing.assert_close(y[m], effective @ x[m])
+
+
+def test_mixture_linear_int8_is_integer_arithmetic() -> None:
+    x, w, gates, alpha_in, alpha_out = (t.float() for t in mixture_inputs(2, 3, 40, 4))
+    y = reference.mixture_linear(x, reference.pack_signs(w), gates, alpha_in, alpha_out, 40, "int8")
+    q, step = reference.quantize_int8(x * (gates @ alpha_in))
+    for m in range(2):
+        for row in range(3):
+            total = sum(int(q[m, i]) * (1 if w[row, i] >= 0 else -1) for i in range(40))
+            wanted = total * float(step[m]) * float(gates[m] @ alpha_out[:, row])
+            assert float(y[m, row]) == pytest.approx(wanted, rel=1e-5)
+
+
+def salient_entries(mask: Tensor, salient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """row_starts, columns and values of the entries of `salient` [N, K] that `mask` [N, K] names."""
+    row_starts = torch.cat([torch.zeros(1), mask.sum(1).cumsum(0)]).int()
+    return row_starts, mask.nonzero()[:, 1].int().to(torch.uint16), salient[mask]
+
+
+@pytest.mark.parametrize("block_weights", [1, 150, 2**20])
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("scale", ["row", "group"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16])
+def test_partial_linear_is_the_product_with_the_effective_weight(
+    dtype: torch.dtype, scale: str, share: float, block_weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "BLOCK_WEIGHTS", block_weights)
+    n, k, group_size = 7, 66, 11
+    torch.manual_seed(6)
+    w, x, mask = torch.randn(n, k), torch.randn(2, 3, k).double(), torch.rand(n, k) < share
+    mask[2] = False
+    alpha = torch.rand(scale_shape(scale, n, k, group_size)).double()
+    values = torch.randint(-128, 128, (n, k)).to(dtype)
+    value_scale = torch.rand(n, 1) if dtype == torch.int8 else None
+    y = reference.partial_linear(
+        x, reference.pack_signs(w), alpha, scale, *salient_entries(mask, values), value_scale, k, group_size
+    )
+    binary = alpha.repeat_interleave(k // alpha.shape[1], 1) * torch.where(w >= 0, 1.0, -1.0)
+    salient = values.double() * (1 if value_scale is None else value_scale.double())
+    torch.testing.assert_close(y, x @ torch.where(mask, salient, binary).T)
+
+
+@pytest.mark.parametrize("scale", ["row", "group"])
+def test_partial_linear_int8_is_integer_arithmetic(scale: str) -> None:
+    n, k, group_size = 3, 40, 10
+    torch.manual_seed(7)
+    w, x, mask = torch.randn(n, k), torch.randn(2, k), torch.rand(n, k) < 0.3
+    alpha, value_scale = torch.rand(scale_shape(scale, n, k, group_size)), torch.rand(n, 1)
+    values = torch.randint(-128, 128, (n, k)).to(torch.int8)
+    entries = salient_entries(mask, values)
+    y = reference.partial_linear(x, reference.pack_signs(w), alpha, scale, *entries, value_scale, k, group_size, "int8")
+    q, step = reference.quantize_int8(x)
+    size = k // alpha.shape[1]
+    for m in range(2):
+        for row in range(n):
+            total = sum(int(q[m, i]) * int(values[row, i]) for i in range(k) if mask[row, i]) * float(value_scale[row])
+            for i in range(k):
+                if not mask[row, i]:
+                    total += int(q[m, i]) * (1 if w[row, i] >= 0 else -1) * float(alpha[row, i // size])
+            assert float(y[m, row]) == pytest.approx(total * float(step[m]), rel=1e-5, abs=1e-5)
