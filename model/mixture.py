@@ -10,6 +10,7 @@ Letters: N out_features, K in_features, M tokens, E experts.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fbitrain.model.binarize import sign, sign_ste, wide
 from fbitrain.model.config import MAX_EXPERTS, STES
 from fbitrain.model.latent import LatentLinear
 from fbitrain.model.rebuilt import rebuilt_linear
+from fbitrain.model.scaled_product import scaled_product
 from fbitrain.model.storage import mixture_storage, sign_storage
 
 POWER_ITERATIONS = 32
@@ -41,7 +43,9 @@ class OneBitLinear(LatentLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
-        y = _sign_product(x * self.scale_in[0].to(x.dtype), self.weight, self.ste) * self.scale_out[0].to(x.dtype)
+        x_MK = x.reshape(-1, self.in_features)
+        y_MN = scaled_product(x_MK, self.weight, self.scale_in, None, "column", 0, self.ste)
+        y = (y_MN * self.scale_out.to(x.dtype)).reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @torch.no_grad()
@@ -69,7 +73,7 @@ class MixtureOfScalesLinear(LatentLinear):
         n_experts: E, 1 to 64.
         ste: straight-through estimator of the weight, "identity" or "clip" (BinaryMoS's).
 
-    The softmax and the mixtures of scales are computed in fp32, the product in x's dtype.
+    The softmax and the mixtures of scales are computed in fp32, the products with x in its dtype.
     """
 
     def __init__(
@@ -89,11 +93,13 @@ class MixtureOfScalesLinear(LatentLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype. In training mode the router's choices are counted."""
-        gates = torch.softmax(_wide_matmul(x, self.router.T), dim=-1)
+        gates = torch.softmax(rebuilt_linear(x, _same, self.router), dim=-1, dtype=wide(x.dtype))
         if self.training:
             self._count(gates.detach())
-        scale_in, scale_out = (_wide_matmul(gates, scale).to(x.dtype) for scale in (self.scale_in, self.scale_out))
-        y = _sign_product(x * scale_in, self.weight, self.ste) * scale_out
+        scale_in, scale_out = (
+            rebuilt_linear(gates, torch.t, scale).to(x.dtype) for scale in (self.scale_in, self.scale_out)
+        )
+        y = rebuilt_linear(x * scale_in, partial(sign_ste, ste=self.ste), self.weight) * scale_out
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def effective_weight(self) -> Tensor:
@@ -144,14 +150,8 @@ def rank_one(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (right * root).unsqueeze(0), (left / root).unsqueeze(0)
 
 
-def _sign_product(x: Tensor, weight: Tensor, ste: str) -> Tensor:
-    """x Sᵀ; S is made again for backward."""
-    return rebuilt_linear(x, lambda latent: sign_ste(latent, ste), weight)
-
-
-def _wide_matmul(a: Tensor, b: Tensor) -> Tensor:
-    dtype = wide(a.dtype)
-    return a.to(dtype) @ b.to(dtype)
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _checked_ste(ste: str) -> str:
