@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from fbitrain.model.config import BinarizeConfig, ModelConfig
 from fbitrain.model.linear import BinaryLinear, PackedBinaryLinear
 from fbitrain.model.methods import Source, make_layer
-from fbitrain.model.refusals import check_fused, check_skip, check_sources, fused_modules
+from fbitrain.model.refusals import check_fused, check_masks, check_skip, check_sources, fused_modules
 from fbitrain.model.size import skip_entry
 
 
@@ -97,21 +97,28 @@ def binarize_(
             multiple of the group size wide, has no values and `init_std` is 0, or no fitting mask; a module holds
             several Linears in one tensor.
     """
-    sources = {name: source for name, module in model.named_modules() if (source := Source.of(module)) is not None}
+    sources = _sources(model)
     if not binarize.enabled:
         return _report({}, sources, dict.fromkeys(sources, "binarize.enabled=false"))
-    fused = fused_modules(model)
-    check_skip(binarize.skip, [*sources, *fused])
-    rules = {name: f"skip=[{entry}]" for name in sources if (entry := skip_entry(name, binarize.skip)) is not None}
-    chosen = {name: source for name, source in sources.items() if name not in rules}
-    check_fused({name: part for name, part in fused.items() if skip_entry(name, binarize.skip) is None})
-    check_sources(model, chosen, binarize, masks, values_needed=init_std == 0)
+    chosen = chosen_sources(model, binarize, values_needed=init_std == 0)
+    check_masks(chosen, binarize, masks)
+    rules = {name: f"skip=[{skip_entry(name, binarize.skip)}]" for name in sources if name not in chosen}
     stored = 0
     for name, source in chosen.items():
         layer = make_layer(source, binarize, masks[name] if masks and name in masks else None, init_std)
         stored += sum(layer.storage_bits().values())
         model.set_submodule(name, layer)
     return _report(chosen, {name: sources[name] for name in rules}, rules, stored)
+
+
+def chosen_sources(model: nn.Module, binarize: BinarizeConfig, *, values_needed: bool = True) -> dict[str, Source]:
+    """The layers that `binarize_` would swap, by qualified name, refused as there but for their masks."""
+    sources, fused = _sources(model), fused_modules(model)
+    check_skip(binarize.skip, [*sources, *fused])
+    check_fused({name: part for name, part in fused.items() if skip_entry(name, binarize.skip) is None})
+    chosen = {name: source for name, source in sources.items() if skip_entry(name, binarize.skip) is None}
+    check_sources(model, chosen, binarize, values_needed=values_needed)
+    return chosen
 
 
 def pack_(model: nn.Module) -> None:
@@ -128,6 +135,10 @@ def _set_rotary_frequencies(lm: LlamaForCausalLM, model: ModelConfig) -> None:
     rotary = lm.model.rotary_emb
     rotary.inv_freq = (1.0 / model.rope_theta**exponents).to(rotary.inv_freq.device)
     rotary.original_inv_freq = rotary.inv_freq.clone()
+
+
+def _sources(model: nn.Module) -> dict[str, Source]:
+    return {name: source for name, module in model.named_modules() if (source := Source.of(module)) is not None}
 
 
 def _report(

@@ -46,19 +46,9 @@ def check_fused(fused: Mapping[str, str]) -> None:
 
 
 def check_sources(
-    model: nn.Module,
-    sources: Mapping[str, Source],
-    binarize: BinarizeConfig,
-    masks: Mapping[str, Tensor] | None,
-    *,
-    values_needed: bool,
+    model: nn.Module, sources: Mapping[str, Source], binarize: BinarizeConfig, *, values_needed: bool
 ) -> None:
     """Raises UserError if one of `sources`, by qualified name, cannot become a layer of binarize.method."""
-    if binarize.method in SALIENT_METHODS and masks is None:
-        raise UserError(
-            f"binarize.method={binarize.method} needs a trained model, of whose weights some are salient; "
-            "set model.pretrained"
-        )
     holders: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         holders.setdefault(id(parameter), []).append(name.rpartition(".")[0])
@@ -72,10 +62,21 @@ def check_sources(
         if uses_groups(binarize) and source.in_features % binarize.group_size:
             raise UserError(
                 f"{name} cannot be binarized: in_features={source.in_features} is not a multiple of "
-                f"group_size={binarize.group_size}; change binarize.scale or binarize.group_size"
+                f"group_size={binarize.group_size}; change binarize.group_size, or what is per group"
             )
-        if masks is not None and binarize.method in SALIENT_METHODS:
-            _check_mask(name, source, masks.get(name))
+
+
+def check_masks(sources: Mapping[str, Source], binarize: BinarizeConfig, masks: Mapping[str, Tensor] | None) -> None:
+    """Raises UserError unless a method with salient weights has a fitting mask for each of `sources`."""
+    if binarize.method not in SALIENT_METHODS:
+        return
+    if masks is None:
+        raise UserError(
+            f"binarize.method={binarize.method} needs a trained model, of whose weights some are salient; "
+            "set model.pretrained"
+        )
+    for name, source in sources.items():
+        _check_mask(name, source, masks.get(name))
 
 
 def _check_sharing(model: nn.Module, name: str, holders: Sequence[str]) -> None:
