@@ -54,6 +54,7 @@ class Parts:
     interval: Interval
     signs: SignTracker
     flops_per_token: float
+    bits_per_weight: float  # of a release: what one binary weight takes, with its share of scales and salient weights
     batch_log: BatchLog | None
     document_log: DocumentLog | None
     blank_batch: Tensor  # int64 [micro_batch_size, seq_len + 1], what a rank whose stream failed goes on with
@@ -100,6 +101,7 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
         interval=Interval(at),
         signs=SignTracker(engine, [f"{name}.weight" for name in report.binarized], config.metrics.near_zero, at),
         flops_per_token=flops_per_token(config, weights, teacher.n_parameters if teacher else 0),
+        bits_per_weight=report.bits_per_weight,
         blank_batch=torch.zeros(config.train.micro_batch_size, config.data.seq_len + 1, dtype=torch.int64),
         batch_log=BatchLog(config.run_dir, rank) if config.debug.log_batches else None,
         document_log=DocumentLog(config.run_dir, rank) if config.debug.log_documents else None,

@@ -123,7 +123,8 @@ def test_the_loss_does_not_depend_on_how_sequences_are_batched() -> None:
     student, teacher = Student(llama(), DistillConfig(ce_weight=0.5, hidden_weight=10.0)), teacher_of(llama().eval())
 
     def loss_of(ids: Tensor) -> Tensor:
-        return student(ids, *teacher.hints(ids[:, :-1], with_states=True))[0].detach()
+        loss: Tensor = student(ids, *teacher.hints(ids[:, :-1], with_states=True))[0]
+        return loss.detach()
 
     ids = batch(4)
     alone = torch.stack([loss_of(ids[i : i + 1]) for i in range(4)])

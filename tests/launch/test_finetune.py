@@ -6,10 +6,21 @@ sentence.
 
 from __future__ import annotations
 
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from fbitrain import checkpoint
+from fbitrain.checkpoint_files import fixed_tensors, load_weights
+from fbitrain.config import load_config
+from fbitrain.errors import UserError
+from fbitrain.launch import finetune as finetune_command
+from fbitrain.launch import pretrain
+from fbitrain.launch.cli import run as run_command
 
 pytestmark = pytest.mark.launch
 ROOT = Path(__file__).parents[2]
@@ -19,6 +30,7 @@ PARTIAL = (
     *("binarize.method=partial", "binarize.scale=row", "binarize.beta=false", "binarize.salient.criterion=hessian"),
     *("calibration.n_sequences=4", "calibration.seq_len=16"),
 )
+SHORT = ("train.total_steps=4", "checkpoint.every=2", "eval.every=4", "eval.prompts=[]")
 MOS = ("binarize.method=mixture_of_scales", "binarize.n_experts=3", "distill.hidden_weight=10")
 
 
@@ -43,10 +55,135 @@ def finetune(launch: Any, config: Path) -> Any:
     return start
 
 
-def test_a_pretrained_model_learns_to_be_binary(finetune: Any) -> None:
-    run = finetune("binary", "train.total_steps=12", "optim.lr=2e-3", deepspeed=True)
-    assert run.losses[12] < run.losses[1]
-    last = [line for line in run.metrics if "train/loss" in line][-1]
-    assert {"train/kd", "signs/flipped", "teacher/entropy"} <= last.keys()
-    again = finetune("binary", "train.total_steps=12", "optim.lr=2e-3")
+@pytest.fixture(scope="module")
+def partial(finetune: Any) -> Any:
+    """PB-LLM for four steps under ZeRO-3, with checkpoints of steps 0, 2 and 4."""
+    return finetune("partial", *PARTIAL, *SHORT, "engine.zero_stage=3")
+
+
+def copy_until(launch: Any, run: Any, name: str, step: int) -> Path:
+    """`run` under another name, as it was after `step` steps."""
+    folder: Path = launch._scratch / "runs" / name
+    shutil.copytree(run.run_dir, folder)
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step_")) > step:
+            shutil.rmtree(checkpoint)
+    return folder
+
+
+def test_a_partially_binary_model_is_trained_and_leaves_what_a_run_promises(partial: Any) -> None:
+    assert partial.losses[4] < partial.losses[1]
+    assert "bits each" in partial.output
+    first = partial.metrics[0]
+    assert 1 < first["model/bits_per_weight"] < 16
+    assert [line["step"] for line in partial.metrics if "heldout/perplexity" in line] == [0, 4]
+    steps = sorted(path.name for path in (partial.run_dir / "checkpoints").iterdir())
+    assert steps == ["step_00000000", "step_00000002", "step_00000004"]
+
+
+def test_masks_and_frozen_weights_stay_what_calibration_made_them(partial: Any) -> None:
+    start, end = (fixed_tensors(partial.run_dir / "checkpoints" / f"step_0000000{step}") for step in (0, 4))
+    assert {name.rpartition(".")[2] for name in start} == {"salient_bits", "salient_values", "salient_scale"}
+    assert start.keys() == end.keys()
+    assert all(torch.equal(start[name], end[name]) for name in start)
+    before, after = (load_weights(partial.run_dir / "checkpoints" / f"step_0000000{step}") for step in (0, 4))
+    assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_under_zero_3_the_rest_of_a_run_is_the_same_run(finetune: Any, launch: Any, partial: Any) -> None:
+    copy_until(launch, partial, "partial-resumed", 2)
+    again = finetune("partial-resumed", *PARTIAL, *SHORT, "engine.zero_stage=3")
+    assert "resumed from" in again.output
+    assert again.losses == partial.losses
+
+
+def test_what_calibration_found_is_never_found_anew(launch: Any, finetune: Any, partial: Any) -> None:
+    """Without the text that it was found with, and on one rank under another stage, the run goes on from step 0."""
+    folder = copy_until(launch, partial, "partial-moved", 0)
+    again = finetune("partial-moved", *PARTIAL, *SHORT, "engine.zero_stage=1", ranks=1)
+    assert again.losses == pytest.approx(partial.losses, rel=3e-4)
+    start = fixed_tensors(partial.run_dir / "checkpoints" / "step_00000000")
+    end = fixed_tensors(folder / "checkpoints" / "step_00000004")
+    assert all(torch.equal(start[name], end[name]) for name in start)
+
+
+@pytest.mark.parametrize("key", ["method=cherry", "salient.fraction=0.2", "salient.criterion=magnitude"])
+def test_another_mode_or_selection_is_refused(partial: Any, config: Path, key: str) -> None:
+    dtype = ("binarize.salient.dtype=float16",) if key == "method=cherry" else ()
+    other = load_config(config, [*PARTIAL, *SHORT, f"binarize.{key}", *dtype], world_size=2)
+    with pytest.raises(UserError, match=f"belongs to another configuration: .*{key.partition('=')[0]} .* there"):
+        checkpoint.require_same_config(partial.run_dir / "checkpoints" / "step_00000004", other)
+
+
+def test_a_killed_mixture_of_scales_resumes_as_the_run_that_was_not(finetune: Any, launch: Any, config: Path) -> None:
+    whole = finetune("mos", *MOS)
+    last = [line for line in whole.metrics if "train/loss" in line][-1]
+    assert last["train/hidden_mse"] > 0
+    assert 0 < last["router/entropy"] <= math.log(3) + 1e-6
+    assert sum(last[f"router/load_{i}"] for i in range(3)) == pytest.approx(1, rel=1e-5)
+    fault = {"FAULT": "kill_at_step_4", "COMMAND": "finetune"}
+    killed = launch.start("mos-killed", *MOS, config=config, script=FAULTS, env=fault)
+    assert killed.wait() != 0
+    assert max(killed.losses) == 3
+    again = finetune("mos-killed", *MOS)
+    assert again.losses == whole.losses
+
+
+def test_ptq_is_a_run_of_no_steps(finetune: Any) -> None:
+    """Which is evaluated, saved and then left alone."""
+    run = finetune("ptq", *PARTIAL, "calibration.ptq=true", "train.total_steps=0", "optim.warmup_steps=0", ranks=1)
+    assert [line["step"] for line in run.metrics if "heldout/perplexity" in line] == [0]
+    assert (run.run_dir / "checkpoints" / "step_00000000" / "COMPLETE.json").is_file()
+    assert (run.run_dir / "FINISHED.json").is_file()
+    again = finetune("ptq", *PARTIAL, "calibration.ptq=true", "train.total_steps=0", "optim.warmup_steps=0", ranks=1)
     assert "nothing to do" in again.output
+
+
+@pytest.mark.slow
+def test_a_binary_run_is_continued_and_a_binary_model_made_nothing_else(
+    finetune: Any, launch: Any, workspace: Any
+) -> None:
+    first = launch("pretrained")
+    pretrained = (f"model.pretrained={first.run_dir}",)
+    run = finetune("continued", *pretrained, "eval.every=3")
+    assert max(run.losses) == 6
+    ends = [line["heldout/perplexity"] for line in first.metrics if "heldout/perplexity" in line]
+    starts = [line["heldout/perplexity"] for line in run.metrics if "heldout/perplexity" in line]
+    assert starts[0] == pytest.approx(ends[-1], rel=1e-5)
+    refused = finetune("other", *pretrained, "binarize.method=onebit", expect=1)
+    assert "is binary already (binarize.method=binary) and is continued as it is" in refused.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["binary", "onebit", "bnn", "xnor", "bireal", "recu", "fda", "bitnet", "ternary"])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_every_method_trains_and_resumes(finetune: Any, launch: Any, method: str, stage: int) -> None:
+    options = (f"binarize.method={method}", f"engine.zero_stage={stage}", *SHORT)
+    whole = finetune(f"{method}-{stage}", *options)
+    copy_until(launch, whole, f"{method}-{stage}-resumed", 2)
+    assert finetune(f"{method}-{stage}-resumed", *options).losses == whole.losses
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (("binarize.salient.fraction=1.5",), "binarize.salient.fraction=1.5 must lie between 0 and 1"),
+        (("model.pretrained=/nowhere/model",), "model.pretrained=/nowhere/model does not exist"),
+        (("model.pretrained=''",), "model.pretrained is empty; name the model to start from"),
+        (("data.seq_len=4096",), "data.seq_len=4096 is longer than model.max_seq_len=2048"),
+        (("model.vocab_size=77",), "model.vocab_size=77 contradicts model.pretrained="),
+        (("binarize.method=onebit", "calibration.ptq=true"), "calibration.ptq is GPTQ-PB"),
+    ],
+)
+def test_bad_settings_are_said_before_anything_is_loaded(
+    config: Path, overrides: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(finetune_command.main, finetune_command.parser(), [str(config), *PARTIAL, *overrides]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("finetune.py: ")
+    assert sentence in said
+
+
+def test_pretraining_refuses_a_pretrained_model(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(pretrain.main, pretrain.parser(), [str(config)]) == 1
+    assert "start it with launch/finetune.py" in capsys.readouterr().err
