@@ -89,7 +89,12 @@ class PartialBinaryLinear(RebuiltLinear):
 
     @torch.no_grad()
     def load_salient(self, codes: Tensor, scale: Tensor) -> None:
-        """Sets the frozen int8 values: codes int8 [N, K], read where the mask is True, times scale fp32 [N, 1]."""
+        """Sets the frozen int8 values: codes int8 [N, K], read where the mask is True, times scale fp32 [N, 1].
+
+        Raises ValueError for a layer whose salient weights are not int8.
+        """
+        if self.salient_dtype != "int8":
+            raise ValueError(f"the salient weights are {self.salient_dtype}, which has no codes")
         self.salient_values = codes.to(self.salient_bits.device)[self.salient_mask()]
         self.salient_scale = scale.to(self.salient_bits.device, torch.float32, copy=True)
 
@@ -145,7 +150,7 @@ def partial_weight(
 def ordinary_alpha(weight: Tensor, mask: Tensor, group_size: int = 0) -> Tensor:
     """Mean |w| over each row's own weights that are not salient, [N, 1], or each group's of G > 0 columns, [N, K/G].
 
-    It is the α with the least ||w - α·sign(w)|| over them (PB-LLM, section 3.4); 0 where there are none. In fp32 or
+    It is the α with the least ||w - α·sign(w)|| over them (PB-LLM); 0 where there are none. In fp32 or
     wider.
     """
     shape = (-1, group_size or weight.shape[1])

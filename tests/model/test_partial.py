@@ -216,6 +216,11 @@ def test_impossible_layers_are_refused(options: dict[str, Any], message: str) ->
         make_layer(**options)
 
 
+def test_codes_are_for_int8_only() -> None:
+    with pytest.raises(ValueError, match="the salient weights are float16, which has no codes"):
+        make_layer(salient_dtype="float16").load_salient(torch.ones(N, K, dtype=torch.int8), torch.ones(N, 1))
+
+
 def test_wrong_masks_and_groups_are_refused() -> None:
     with pytest.raises(ValueError, match=r"mask must be bool \[6, 35\], not torch.bool \[35, 6\]"):
         PartialBinaryLinear(K, N, mask=make_mask().T)
