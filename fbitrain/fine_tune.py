@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fbitrain.blocks import weight_NK
 from fbitrain.calibrate import quantize_, select_masks
@@ -29,6 +30,7 @@ from fbitrain.errors import UserError
 from fbitrain.language_model import checked_head, load_language_model, read_hf_config
 from fbitrain.model.build import BinarizeReport, binarize_, llama_config
 from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig
+from fbitrain.model.latent import LatentLinear
 from fbitrain.model.partial import PartialBinaryLinear, unpack_mask
 from fbitrain.pretrained_shape import SIZES, run_config, shape_of
 
@@ -78,6 +80,37 @@ def fine_tuned_student(
         lm.load_state_dict(load_weights(origin), strict=False)  # a tied head is there once
     checked_head(lm, config.model.pretrained, ROLE)
     return _binarized(lm.to(device).eval(), config, tokenizer_path)
+
+
+def static_weights(checkpoint: Path, config: Config, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a plain model of the checkpoint's architecture, from its `weights` (checkpoint_files.load_weights):
+    every binary layer's effective weight written out.
+
+    Raises UserError for a method whose effective weight depends on the token.
+    """
+    if config.binarize.method == "mixture_of_scales":
+        raise UserError(
+            f"{checkpoint} mixes its scales anew for every token (binarize.method=mixture_of_scales), so there are no "
+            "fixed weights to write out; its held-out perplexity is in the run's metrics.jsonl"
+        )
+    transposed = {name for name, module in _bare_model(checkpoint).named_modules() if isinstance(module, Conv1D)}
+    lm, _ = _from_checkpoint(checkpoint, config, weights)
+    plain = dict(weights)
+    for name, layer in lm.named_modules():
+        if isinstance(layer, LatentLinear):
+            for leaf in layer.state_dict().keys() - {"bias"}:
+                plain.pop(f"{name}.{leaf}")
+            weight_NK = layer.effective_weight().detach()
+            plain[f"{name}.weight"] = (weight_NK.T if name in transposed else weight_NK).contiguous()
+    return plain
+
+
+def lm_config_of(checkpoint: Path, config: Config) -> PretrainedConfig:
+    """The transformers configuration of the model in a checkpoint of ours, whose own configuration is `config`."""
+    if not (checkpoint / LM_CONFIG).is_file():
+        return llama_config(config.model)
+    values = json.loads((checkpoint / LM_CONFIG).read_text(encoding="utf-8"))
+    return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
 def own_checkpoint(pretrained: str) -> Path | None:
@@ -143,7 +176,7 @@ def _from_checkpoint(
     lm = _bare_model(folder)
     masks = None
     if needs_calibration(config):
-        masks = {
+        masks = {  # before the layers are there: what a mask marks is known from the Linear in its place
             name: unpack_mask(tensors[f"{name}.salient_bits"], weight_NK(module).shape[1])
             for name, module in lm.named_modules()
             if f"{name}.salient_bits" in tensors
@@ -162,20 +195,10 @@ def _binarize(lm: PreTrainedModel, config: Config, masks: Mapping[str, Tensor] |
 
 def _bare_model(folder: Path) -> PreTrainedModel:
     """A model of a checkpoint's architecture, with any weights."""
-    if (folder / LM_CONFIG).is_file():
-        lm_config = saved_lm_config(folder)
-    else:
-        lm_config = llama_config(load_config(folder / "config.yaml").model)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        lm_config, dtype=torch.float32, attn_implementation="sdpa"
+        lm_config_of(folder, load_config(folder / "config.yaml")), dtype=torch.float32, attn_implementation="sdpa"
     )
     return model
-
-
-def saved_lm_config(folder: Path) -> PretrainedConfig:
-    """The transformers configuration that a fine-tuned model's checkpoint holds."""
-    values = json.loads((folder / LM_CONFIG).read_text(encoding="utf-8"))
-    return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
 def _require_same_method(origin: Path, saved: BinarizeConfig, wanted: BinarizeConfig) -> None:

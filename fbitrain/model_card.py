@@ -10,8 +10,24 @@ from pathlib import Path
 from torch import Tensor
 
 from fbitrain.config import Config
+from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig
 from fbitrain.model.hf import binary_layers
 
+# Papers of the methods, by binarize.method.
+PAPERS = {
+    "binary": "FBI-LLM, autoregressive distillation (arXiv 2407.07093)",
+    "partial": "PB-LLM, partial binarization (arXiv 2310.00034)",
+    "cherry": "CherryQ (arXiv 2404.02837)",
+    "mixture_of_scales": "BinaryMoS (arXiv 2406.12311)",
+    "onebit": "OneBit (arXiv 2402.11295)",
+    "bnn": "BNN (arXiv 1602.02830)",
+    "xnor": "XNOR-Net (arXiv 1603.05279)",
+    "bireal": "Bi-Real Net (arXiv 1808.00278)",
+    "recu": "ReCU (arXiv 2103.12369)",
+    "fda": "FDA-BNN (arXiv 2103.00816)",
+    "bitnet": "BitNet (arXiv 2310.11453)",
+    "ternary": "BitNet b1.58 (arXiv 2402.17764)",
+}
 HELDOUT_KEYS = ("heldout/perplexity", "heldout/bits_per_byte")
 
 
@@ -85,30 +101,46 @@ def model_card(config: Config, training: Training, storage: Storage | None, form
 
 
 def _header(config: Config) -> str:
-    kind = (
-        "A Llama with 1-bit weights" if config.binarize.enabled else "A full-precision Llama, the twin of a 1-bit one"
-    )
+    kind = "Llama"
+    if config.model.pretrained:
+        origin, kind = f"fine-tuned from {config.model.pretrained}", "language model"
+    else:
+        origin = "trained from scratch"
+    if not config.binarize.enabled:
+        kind = f"A full-precision {kind}, the twin of a 1-bit one"
+    else:
+        kind = f"A {kind} with {_bits(config.binarize)} weights"
+    tags = ["fbitrain", _bits(config.binarize) if config.binarize.enabled else "full-precision"]
+    tags += ["distillation"] if config.distill.uses_teacher else []
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [fbitrain, {"1-bit" if config.binarize.enabled else "full-precision"}, distillation]
+tags: [{", ".join(tags)}]
 ---
 # {config.run.name}
 
-{kind}, trained from scratch by fbitrain.
+{kind}, {origin} by fbitrain.
 """
+
+
+def _bits(how: BinarizeConfig) -> str:
+    if how.method in SALIENT_METHODS:
+        return "partially binary"
+    return "ternary" if how.method == "ternary" else "1-bit"
 
 
 def _recipe(config: Config, training: Training) -> str:
     model, how, distill = config.model, config.binarize, config.distill
     rows = {
-        "method": "FBI-LLM, autoregressive distillation (arXiv 2407.07093)",
+        "method": PAPERS[how.method] if how.enabled else "",
+        "started from": model.pretrained,
         "layers × width × feed-forward": f"{model.n_layers} × {model.d_model} × {model.d_ff}, {model.n_heads} heads",
         "vocabulary, positions": f"{model.vocab_size}, {model.max_seq_len}",
         "binary weights": _pattern(config) if how.enabled else "none",
         "never binary": ", ".join(["embeddings", "norms", *how.skip]) if how.enabled else "",
-        "teacher": distill.teacher or "none",
-        "loss": f"{distill.kd_weight:g} · CE(teacher) + {distill.ce_weight:g} · CE(labels)",
+        "teacher": distill.teacher if distill.uses_teacher else "none",
+        "loss": f"{distill.kd_weight:g} · CE(teacher) + {distill.ce_weight:g} · CE(labels)"
+        + (f" + {distill.hidden_weight:g} · MSE(hidden states)" if distill.hidden_weight else ""),
         "temperature": f"{distill.temperature:g}",
         "steps, tokens": f"{training.step} of {config.train.total_steps}, {training.tokens:,}",
         "batch, sequence": f"{config.train.global_batch_tokens:,} tokens per step, {config.data.seq_len} tokens",
@@ -120,6 +152,14 @@ def _recipe(config: Config, training: Training) -> str:
 
 def _pattern(config: Config) -> str:
     how = config.binarize
+    if how.method in SALIENT_METHODS:
+        salient = how.salient
+        kept = (
+            f"{salient.fraction:g} of the weights, by {salient.criterion} per {salient.scope}, stay in {salient.dtype}"
+        )
+        return f"{kept}; the rest α·sign(W) with α per {how.scale}"
+    if how.method != "binary":
+        return how.method
     group = f" of {how.group_size}" if how.scale == "group" else ""
     shift = "α·sign(W) + β" if how.beta else "α·sign(W)"
     return f"{shift}, learned per {how.scale}{group}; straight-through estimator {how.ste}"

@@ -1,7 +1,7 @@
 """From a training run to folders that other people's tools load.
 
     releases/NAME/
-      dense/     a stock LlamaForCausalLM: every weight written out, needs nothing of ours
+      dense/     a stock LlamaForCausalLM, or the class that fine-tuning began with: every weight written out
       packed/    one bit per binary weight; loads with fbitrain, or with trust_remote_code in plain torch
       README.md  the model card, also in each format's folder
 
@@ -10,6 +10,7 @@ Both formats hold the same function: the scales are rounded once (`fbitrain.mode
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import shutil
@@ -20,14 +21,14 @@ from pathlib import Path
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from fbitrain.checkpoint import find_latest
 from fbitrain.checkpoint_files import load_weights
 from fbitrain.config import Config, load_config
 from fbitrain.errors import UserError
 from fbitrain.files import fsync_folder, fsync_tree
-from fbitrain.model.build import llama_config
+from fbitrain.fine_tune import lm_config_of, static_weights
 from fbitrain.model.hf import REMOTE_CODE, dense_tensors, packed_config, packed_tensors
 from fbitrain.model_card import Storage, Training, heldout_metrics, model_card
 from fbitrain.pretrained import DTYPES
@@ -51,14 +52,34 @@ def release(source: Path, out: Path, formats: Sequence[str] = FORMATS, dtype: st
     checkpoint = find_checkpoint(source)
     trainer = json.loads((checkpoint / "trainer.json").read_text())
     config = load_config(checkpoint / "config.yaml", world_size=trainer["world_size"])
-    if "packed" in formats and not config.binarize.enabled:
-        raise UserError(f"{source} has no binary weights (binarize.enabled=false) to pack; release it as dense only")
+    lm_config = lm_config_of(checkpoint, config)
+    plain = _is_plain_binary_llama(config, lm_config)
+    if "packed" in formats:
+        _require_packable(source, config, plain)
     heldout = heldout_metrics(checkpoint.parent.parent, trainer["step"])
     training = Training(trainer["step"], trainer["tokens"], heldout)
     weights = load_weights(checkpoint)
+    if config.binarize.enabled and not plain:
+        weights = static_weights(checkpoint, config, weights)
     with replacing_release(out) as folder:
-        write_release(folder, config, weights, training, formats, dtype)
+        write_release(folder, config, weights, training, formats, dtype, lm_config)
     return checkpoint
+
+
+def _is_plain_binary_llama(config: Config, lm_config: PretrainedConfig) -> bool:
+    """Whether the weights are what fbitrain.model.hf writes from their signs, α and β alone."""
+    biased = getattr(lm_config, "attention_bias", False) or getattr(lm_config, "mlp_bias", False)
+    return config.binarize.method == "binary" and lm_config.model_type == "llama" and not biased
+
+
+def _require_packable(source: Path, config: Config, plain: bool) -> None:
+    if not config.binarize.enabled:
+        raise UserError(f"{source} has no binary weights (binarize.enabled=false) to pack; release it as dense only")
+    if not plain:
+        raise UserError(
+            f"{source} cannot be packed: packed folders hold Llamas of binarize.method=binary, not "
+            f"{config.binarize.method} layers or other architectures; release it as dense only"
+        )
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -78,6 +99,7 @@ def write_release(
     training: Training,
     formats: Sequence[str],
     dtype: str,
+    lm_config: PretrainedConfig,
 ) -> None:
     """Fills the existing `folder` with one folder per format and the model card, from a run's fp32 state dict."""
     if config.model.tie_embeddings:  # the head is the embedding; files hold it once
@@ -86,7 +108,7 @@ def write_release(
     for name in formats:
         target = folder / name
         target.mkdir()
-        model_config = llama_config(config.model)
+        model_config = copy.deepcopy(lm_config)
         if name == "packed":
             tensors = packed_tensors(weights, DTYPES[dtype])
             storage = Storage.of(weights, tensors)
@@ -94,7 +116,7 @@ def write_release(
             shutil.copy(REMOTE_CODE, target)
         else:
             tensors = dense_tensors(weights, DTYPES[dtype])
-            model_config.architectures = ["LlamaForCausalLM"]
+            model_config.architectures = model_config.architectures or ["LlamaForCausalLM"]
         _refuse_non_finite(tensors, dtype)
         model_config.dtype = DTYPES[dtype]
         _write_model(target, config, model_config, tensors)
@@ -103,10 +125,11 @@ def write_release(
         (place / CARD).write_text(card, encoding="utf-8")
 
 
-def _write_model(folder: Path, config: Config, model_config: LlamaConfig, tensors: dict[str, Tensor]) -> None:
+def _write_model(folder: Path, config: Config, model_config: PretrainedConfig, tensors: dict[str, Tensor]) -> None:
     tokenizer = write_tokenizer(tokenizer_source(config), folder)
     model_config.bos_token_id, model_config.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
-    model_config.rope_theta = config.model.rope_theta  # where readers older than transformers 5 look for it
+    if not config.model.pretrained:
+        model_config.rope_theta = config.model.rope_theta  # where readers older than transformers 5 look for it
     model_config.save_pretrained(folder)
     # BOS and EOS only as far as training put them around its documents: a prompt is to look like one.
     generation = GenerationConfig(

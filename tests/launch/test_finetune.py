@@ -65,9 +65,9 @@ def copy_until(launch: Any, run: Any, name: str, step: int) -> Path:
     """`run` under another name, as it was after `step` steps."""
     folder: Path = launch._scratch / "runs" / name
     shutil.copytree(run.run_dir, folder)
-    for checkpoint in (folder / "checkpoints").iterdir():
-        if int(checkpoint.name.removeprefix("step_")) > step:
-            shutil.rmtree(checkpoint)
+    for saved in (folder / "checkpoints").iterdir():
+        if int(saved.name.removeprefix("step_")) > step:
+            shutil.rmtree(saved)
     return folder
 
 
