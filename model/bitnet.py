@@ -68,12 +68,14 @@ def ternary(w: Tensor) -> Tensor:
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """(codes [..., K], step [..., 1]) with x ≈ codes·step: each token on its int8 grid, max |x| / 127 apart.
 
-    Codes are whole numbers in x's dtype, which holds them exactly. The gradient of codes·step passes to x unchanged.
+    Codes are whole numbers in x's dtype, which holds them exactly, and the same as those of kernels' `quantize_int8`.
+    The gradient of codes·step passes to x unchanged.
     """
     values = x.detach().to(wide(x.dtype))
     step = values.abs().amax(-1, keepdim=True) / INT8_MAX
-    step = step.where(step > 0, 1)
-    return with_slope((values / step).round(), x, 1 / step), step
+    step = step.where(step >= torch.finfo(torch.float32).tiny, 1)  # too small for its inverse: such a token becomes 0
+    inverse = 1 / step
+    return with_slope((values * inverse).round(), x, inverse), step
 
 
 QUANTIZERS = {"bitnet": mean_centred_sign, "ternary": ternary}

@@ -43,9 +43,8 @@ def salient_count(binarize: BinarizeConfig, n: int, k: int) -> int:
 
 
 def sign_storage(n: int, k: int, n_scales: int, bits: int = 1) -> dict[str, int]:
-    """Signs, or codes of several `bits`, and `n_scales` scales; without scales there is no such part."""
-    signs = {"signs" if bits == 1 else "codes": bits * n * n_words(k) * WORD_BITS}
-    return signs | ({"scales": n_scales * SCALE_BITS} if n_scales else {})
+    """Signs, or codes of several `bits`, and `n_scales` scales."""
+    return {"signs" if bits == 1 else "codes": bits * n * n_words(k) * WORD_BITS, "scales": n_scales * SCALE_BITS}
 
 
 def salient_storage(n: int, k: int, n_salient: int, dtype: str, bits: int, n_scales: int) -> dict[str, int]:
@@ -66,8 +65,8 @@ def mixture_storage(n: int, k: int, n_experts: int) -> dict[str, int]:
 
 
 def bibench_scales(method: str, n: int) -> int:
-    """How many scales a BiBench method gives `n` rows: one each, but bnn has none."""
-    return 0 if method == "bnn" else n
+    """How many scales a BiBench method gives `n` rows: one each; bnn has none, for which a release stores one 1.0."""
+    return 1 if method == "bnn" else n
 
 
 def bitnet_storage(method: str, n: int, k: int) -> dict[str, int]:

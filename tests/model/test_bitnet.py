@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fbitrain.kernels.reference import quantize_int8
 from fbitrain.model.bitnet import BitNetLinear, mean_centred_sign, quantize_tokens, ternary
 
 N, K = 6, 35
@@ -44,6 +45,16 @@ def test_tokens_are_rounded_to_int8() -> None:
         assert spacing.item() == pytest.approx(largest / 127)
         assert found.tolist() == [round(value * 127 / largest) for value in token.tolist()]
     assert codes.abs().amax() == 127
+
+
+def test_codes_are_those_of_the_kernels() -> None:
+    """Ties included, of which multiples of a power of two have many."""
+    x = torch.randint(-254, 255, (50, K), generator=torch.Generator().manual_seed(5)) / 8
+    x[0], x[1] = 0.0, 1e-40
+    codes, step = quantize_tokens(x)
+    wanted, scale = quantize_int8(x)
+    assert torch.equal(codes.to(torch.int8), wanted)
+    assert torch.equal(codes * step, wanted * scale)
 
 
 def test_codes_are_whole_numbers_in_bf16() -> None:

@@ -24,7 +24,7 @@ ROW = {"scale": "row", "beta": False}
             BinarizeConfig(method="mixture_of_scales", n_experts=3),
             {"signs": 1280, "scales": 3 * 110 * 32, "router": 300 * 32},
         ),
-        (BinarizeConfig(method="bnn"), {"signs": 1280}),
+        (BinarizeConfig(method="bnn"), {"signs": 1280, "scales": 32}),
         (BinarizeConfig(method="recu"), {"signs": 1280, "scales": 320}),
         (BinarizeConfig(method="bitnet"), {"signs": 1280, "scales": 32}),
         (BinarizeConfig(method="ternary"), {"codes": 2560, "scales": 32}),
