@@ -51,8 +51,9 @@ def select_mask(scores_NK: Tensor, fraction: float, scope: str = "layer", group_
 def _highest(scores: Tensor, count: int) -> Tensor:
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.flatten().kthvalue(scores.numel() - count + 1).values
-    mask = scores > threshold
-    ties = (scores == threshold).flatten().nonzero().flatten()
-    mask.view(-1)[ties[: count - int(mask.sum())]] = True
-    return mask
+    flat = scores.flatten()
+    threshold = flat.kthvalue(flat.numel() - count + 1).values
+    mask = flat > threshold
+    ties = (flat == threshold).nonzero().flatten()
+    mask[ties[: count - int(mask.sum())]] = True
+    return mask.view(scores.shape)

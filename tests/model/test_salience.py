@@ -97,6 +97,11 @@ def test_masks_hold_exactly_the_highest_scores(n: int, k: int, fraction: float, 
             assert set(chosen.reshape(-1).nonzero().flatten().tolist()) == set(order[: round(fraction * block.numel())])
 
 
+def test_a_transposed_weight_has_the_same_mask() -> None:
+    scores = torch.rand(6, 10, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(select_mask(scores.T.contiguous().T, 0.3), select_mask(scores, 0.3))
+
+
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_a_fraction_outside_0_1_is_refused(fraction: float) -> None:
     with pytest.raises(ValueError, match="must lie between 0 and 1"):
