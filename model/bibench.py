@@ -59,7 +59,7 @@ def bnn(w: Tensor) -> Tensor:
 def xnor(w: Tensor) -> Tensor:
     """α·sign(w) with the gradient dŵ·(1/K + α·[|w| <= 1]) (Rastegari et al., arXiv 1603.05279, section 3.1)."""
     alpha = _row_mean(w.abs())
-    return with_slope(alpha * sign(w.detach()), w, 1 / w.shape[1] + alpha * _within_one(w))
+    return with_slope(alpha * sign(w.detach()), w, lambda: 1 / w.shape[1] + alpha * _within_one(w))
 
 
 def bireal(w: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def bireal(w: Tensor) -> Tensor:
     The magnitude-aware factor α of the paper's weights and its piecewise polynomial ApproxSign, as BiBench joins them.
     """
     alpha = _row_mean(w.abs())
-    return with_slope(alpha * sign(w.detach()), w, alpha * (2 - 2 * w.detach().abs()).clamp_min(0))
+    return with_slope(alpha * sign(w.detach()), w, lambda: alpha * (2 - 2 * w.detach().abs()).clamp_min(0))
 
 
 def recu(w: Tensor) -> Tensor:
@@ -91,11 +91,14 @@ def recu(w: Tensor) -> Tensor:
 def fda(w: Tensor) -> Tensor:
     """α·sign(w) with the gradient dŵ·α·(4ω/π)·Σ_{i<n} cos((2i+1)ωw) where |w| <= 1 (Xu et al., arXiv 2103.00841)."""
     alpha = _row_mean(w.abs())
-    angle = FDA_OMEGA * w.detach().to(alpha.dtype)
-    series = torch.zeros_like(angle)
-    for i in range(FDA_TERMS):
-        series += torch.cos((2 * i + 1) * angle)
-    return with_slope(alpha * sign(w.detach()), w, alpha * (4 * FDA_OMEGA / math.pi) * series * _within_one(w))
+
+    def slope() -> Tensor:
+        # The sum of the cosines is sin(2nθ) / (2 sin θ), θ = ωw; torch.sinc(x) is sin(πx) / (πx), and 1 at 0.
+        x = FDA_OMEGA / math.pi * w.detach().to(alpha.dtype)
+        series = FDA_TERMS * torch.sinc(2 * FDA_TERMS * x) / torch.sinc(x)
+        return alpha * (4 * FDA_OMEGA / math.pi) * series * _within_one(w)
+
+    return with_slope(alpha * sign(w.detach()), w, slope)
 
 
 BINARIZERS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -5,8 +5,11 @@ The effective weight is ŵ = α·sign(W) + β. Letters: N out_features, K in_fea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fbitrain.kernels.layout import scale_shape
 from fbitrain.kernels.reference import sign
@@ -33,8 +36,11 @@ def sign_ste(w: Tensor, ste: str) -> Tensor:
     return signs
 
 
-def with_slope(value: Tensor, w: Tensor, slope: Tensor | None) -> Tensor:
-    """`value`, whose gradient passes to w, of the same shape, times the constant `slope` (None: unchanged)."""
+def with_slope(value: Tensor, w: Tensor, slope: Callable[[], Tensor] | None = None) -> Tensor:
+    """`value` in w's dtype and shape, whose gradient passes to w, times what `slope` gives (None: unchanged).
+
+    `slope` is called in backward only; what it gives is a constant.
+    """
     result: Tensor = _WithSlope.apply(value, w, slope)  # type: ignore[no-untyped-call]
     return result
 
@@ -79,12 +85,14 @@ class _SignSTE(torch.autograd.Function):
 
 class _WithSlope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor, w: Tensor, slope: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*(() if slope is None else (slope,)))
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, value: Tensor, w: Tensor, slope: Callable[[], Tensor] | None
+    ) -> Tensor:
+        ctx.slope = slope  # type: ignore[attr-defined]
         return value.to(w.dtype, copy=True)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[None, Tensor, None]:
-        for slope in ctx.saved_tensors:  # type: ignore[attr-defined]
-            grad = (grad * slope).to(grad.dtype)
-        return None, grad, None
+        slope = ctx.slope  # type: ignore[attr-defined]
+        return None, grad if slope is None else (grad * slope()).to(grad.dtype), None

@@ -55,14 +55,14 @@ class BitNetLinear(RebuiltLinear):
 def mean_centred_sign(w: Tensor) -> Tensor:
     """β·sign(w - mean w), β = mean |w|, both over the matrix; the gradient passes unchanged."""
     values = w.detach().to(wide(w.dtype))
-    return with_slope(values.abs().mean() * sign(values - values.mean()), w, None)
+    return with_slope(values.abs().mean() * sign(values - values.mean()), w)
 
 
 def ternary(w: Tensor) -> Tensor:
     """γ·clip(round(w / γ), -1, 1), γ = mean |w| over the matrix; the gradient passes unchanged."""
     values = w.detach().to(wide(w.dtype))
     gamma = values.abs().mean().clamp_min(torch.finfo(values.dtype).tiny)
-    return with_slope(gamma * (values / gamma).round().clamp(-1, 1), w, None)
+    return with_slope(gamma * (values / gamma).round().clamp(-1, 1), w)
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     step = values.abs().amax(-1, keepdim=True) / INT8_MAX
     step = step.where(step >= torch.finfo(torch.float32).tiny, 1)  # too small for its inverse: such a token becomes 0
     inverse = 1 / step
-    return with_slope((values * inverse).round(), x, inverse), step
+    return with_slope((values * inverse).round(), x, lambda: inverse), step
 
 
 QUANTIZERS = {"bitnet": mean_centred_sign, "ternary": ternary}

@@ -139,7 +139,7 @@ def partial_weight(
     """ŵ [N, K] in the weight's dtype; see PartialBinaryLinear. `values` None trains the salient weights."""
     mask = unpack_mask(salient_bits, weight.shape[1])
     if values is None:
-        salient = with_slope(weight.detach().to(torch.float16), weight, None)
+        salient = with_slope(weight.detach().to(torch.float16), weight)
     else:
         salient = weight.new_zeros(weight.shape).masked_scatter_(mask, values.to(weight.dtype))
         salient = salient if value_scale is None else (salient * value_scale).to(weight.dtype)
@@ -189,7 +189,7 @@ def _ordinary_weight(weight: Tensor, mask: Tensor, bits: int, group_size: int, s
         return (alpha * sign_ste(weight, ste)).to(weight.dtype)
     values, step, half = weight.detach(), alpha * STEP[bits], 2 ** (bits - 1)
     level = (values / step.where(step > 0, 1)).floor().clamp(-half, half - 1)
-    return with_slope((level + 0.5) * step, weight, ste_gradient(torch.ones_like(values), values, ste))
+    return with_slope((level + 0.5) * step, weight, lambda: ste_gradient(torch.ones_like(values), values, ste))
 
 
 def _check(scale: str, salient_dtype: str, trained: bool, bits: int) -> None:

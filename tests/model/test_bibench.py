@@ -96,13 +96,12 @@ def test_bireal_gradient() -> None:
 
 
 def test_fda_gradient() -> None:
-    """The derivative of the Fourier series 4/π·Σ sin((2i+1)ωw)/(2i+1), whose ten cosines sum to sin(20θ)/(2 sin θ)."""
+    """The derivative of the first ten terms of the Fourier series 4/π·Σ sin((2i+1)ωw)/(2i+1), Xu et al. 2021."""
     weight, omega = make_weight(), 0.1
     _, upstream, gradient = backward("fda", weight)
 
     def slope(w: float) -> float:
-        theta = omega * w
-        series = math.sin(20 * theta) / (2 * math.sin(theta)) if theta else 10.0
+        series = sum(math.cos((2 * i + 1) * omega * w) for i in range(10))
         return 4 * omega / math.pi * series if abs(w) <= 1 else 0.0
 
     wanted = [
