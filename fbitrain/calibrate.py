@@ -66,24 +66,13 @@ def quantize_(
     by_hessian = binarize.salient.criterion == "hessian"
     masks = {} if by_hessian else select_masks(lm, binarize, token_ids)
     if not by_hessian and not calibration.feedback:
-        parts = {
-            name: _solved(name, linear, None, masks[name], binarize, calibration) for name, linear in linears.items()
-        }
-        return _stored(linears, parts)
+        return _stored(linears, _solve(linears, {}, masks, binarize, calibration))
     assert token_ids is not None, "GPTQ-PB needs calibration sequences"
     results: dict[str, PartialWeights] = {}
     blocks = by_block(lm, linears)
     with closing(BlockWalk(lm, token_ids, passes=2, description="GPTQ-PB")) as walk:
         for index, block in enumerate(blocks):
-            hessians = _hessians(walk, index, block, advance=False)
-            parts = {}
-            for name, linear in block.items():
-                hessian = hessians[name]
-                mask = (
-                    _hessian_mask(name, linear, hessian, binarize, calibration.damping) if by_hessian else masks[name]
-                )
-                feedback = hessian if calibration.feedback else None
-                parts[name] = _solved(name, linear, feedback, mask, binarize, calibration)
+            parts = _solve(block, _hessians(walk, index, block, advance=False), masks, binarize, calibration)
             for name, linear in block.items():
                 weight_NK(linear).copy_(parts[name].effective_weight())
             walk.run(index, advance=True)
@@ -194,24 +183,30 @@ def _mask(scores: Tensor, binarize: BinarizeConfig) -> Tensor:
     return select_mask(scores, binarize.salient.fraction, binarize.salient.scope, binarize.group_size)
 
 
-def _solved(
-    name: str,
-    linear: nn.Module,
-    hessian: Tensor | None,
-    mask: Tensor,
+def _solve(
+    linears: Mapping[str, nn.Module],
+    hessians: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
     binarize: BinarizeConfig,
     calibration: CalibrationConfig,
-) -> PartialWeights:
-    with _naming(name):
-        return gptq_partial(
-            weight_NK(linear),
-            hessian,
-            mask,
-            group_size=binarize.group_size if binarize.scale == "group" else 0,
-            salient_dtype=binarize.salient.dtype,
-            damping=calibration.damping,
-            block_size=calibration.block_size,
+) -> dict[str, PartialWeights]:
+    """GPTQ-PB of each layer by itself; a layer without a mask selects its own by its Hessian."""
+    parts = {}
+    for name, linear in linears.items():
+        mask = (
+            masks[name] if name in masks else _hessian_mask(name, linear, hessians[name], binarize, calibration.damping)
         )
+        with _naming(name):
+            parts[name] = gptq_partial(
+                weight_NK(linear),
+                hessians[name] if calibration.feedback else None,
+                mask,
+                group_size=binarize.group_size if binarize.scale == "group" else 0,
+                salient_dtype=binarize.salient.dtype,
+                damping=calibration.damping,
+                block_size=calibration.block_size,
+            )
+    return parts
 
 
 def _stored(linears: Mapping[str, nn.Module], parts: Mapping[str, PartialWeights]) -> dict[str, PartialWeights]:
