@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fbitrain.config import Config
 from fbitrain.errors import UserError
+from fbitrain.parameters import param_groups, parameter_kinds, whole_shape
 from fbitrain.ranks import on_all_ranks
 from fbitrain.student import Student
 
@@ -31,7 +32,6 @@ from deepspeed.accelerator import get_accelerator
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 COMMUNICATION_BUCKET = 2**24  # elements exchanged at a time: 32 MiB in bf16, enough to fill a network
-SCALE_PARAMETERS = ("alpha", "beta", "scale_in", "scale_out", "router")  # what binary layers call them
 PREFIX = "lm."  # of parameter names inside Student; checkpoints use the language model's own names
 
 
@@ -124,41 +124,6 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     }
 
 
-def param_groups(config: Config, student: nn.Module) -> list[dict[str, Any]]:
-    """Two AdamW groups: with weight decay, and the kinds that optim.no_decay exempts. Frozen parameters are in none."""
-    kinds = parameter_kinds(student)
-    decayed: list[nn.Parameter] = []
-    exempt: list[nn.Parameter] = []
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            (exempt if kinds[name] in config.optim.no_decay else decayed).append(parameter)
-    groups = [
-        {"name": "decay", "params": decayed, "weight_decay": config.optim.weight_decay},
-        {"name": "no_decay", "params": exempt, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def parameter_kinds(model: nn.Module) -> dict[str, str]:
-    """Qualified name -> scales, norms, embeddings, biases or matrices, for every parameter (a shared one once)."""
-    modules = dict(model.named_modules())
-    kinds = {}
-    for name, _ in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        kinds[name] = _kind(modules[owner], leaf)
-    return kinds
-
-
-def _kind(owner: nn.Module, leaf: str) -> str:
-    if leaf in SCALE_PARAMETERS:
-        return "scales"
-    if "norm" in type(owner).__name__.lower():
-        return "norms"
-    if isinstance(owner, nn.Embedding):
-        return "embeddings"
-    return "biases" if leaf == "bias" else "matrices"
-
-
 def shard_teacher(config: Config) -> Callable[[nn.Module], Callable[..., Any]]:
     """distill.host=zero3: what cuts a frozen module over all ranks and returns what is called instead of it."""
 
@@ -239,14 +204,14 @@ class Engine:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> whole shape of every parameter that is trained, as ZeRO-3 partitions hide it."""
-        return {self._names[id(p)]: _whole_shape(p) for p in self.student.parameters() if p.requires_grad}
+        return {self._names[id(p)]: whole_shape(p) for p in self.student.parameters() if p.requires_grad}
 
     def matrix_weights(self) -> int:
         """Weights that every token is multiplied with: all matrices but the embedding tables; a tied head counts."""
         head = self.student.head.weight
         parameters = dict(self.student.named_parameters())
         matrices = {n: p for n, p in parameters.items() if self._kinds[n] == "matrices" or p is head}
-        return sum(math.prod(_whole_shape(p)) for p in matrices.values())
+        return sum(math.prod(whole_shape(p)) for p in matrices.values())
 
     def fixed_tensors(self) -> dict[str, Tensor]:
         """What training never changes and a checkpoint must hold: persistent buffers and frozen parameters, whole.
@@ -355,10 +320,6 @@ class Engine:
                 if start < stop:
                     yield self._slice(parameter, parameter.ds_shape, flat, offset, start, stop)
                 offset += piece
-
-
-def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _checkpoint_activations(lm: PreTrainedModel) -> None:

@@ -27,6 +27,7 @@ TORCH_FREE = (
     "fbitrain/config.py",
     "fbitrain/errors.py",
     "fbitrain/estimate.py",
+    "fbitrain/config_reading.py",
     "fbitrain/pretrained_shape.py",
     "model/config.py",
     "model/size.py",

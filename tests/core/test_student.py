@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from fbitrain.config import DistillConfig
-from fbitrain.engine import parameter_kinds
+from fbitrain.parameters import parameter_kinds
 from fbitrain.student import Student
 from fbitrain.teacher import Teacher
 
@@ -109,7 +109,7 @@ def test_the_hidden_states_distance_is_the_sum_over_layers_of_mean_squares(kd_we
             (float(a) - float(b)) ** 2 for a, b in zip(*(s[layer].detach().flatten() for s in states), strict=True)
         ]
         naive += sum(squares) / len(squares)
-    assert float(loss - without) == pytest.approx(10 * naive, rel=1e-4)
+    assert (loss - without).item() == pytest.approx(10 * naive, rel=1e-4)
     assert float(metrics.hidden_mse) == pytest.approx(naive * 3 * T, rel=1e-4)
     loss.backward()
     gradient = mine.model.layers[0].mlp.up_proj.weight.grad.clone()
