@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from fbitrain.blocks import weight_NK
 from fbitrain.calibrate import quantize_, select_masks
@@ -30,7 +29,6 @@ from fbitrain.errors import UserError
 from fbitrain.language_model import checked_head, load_language_model, read_hf_config
 from fbitrain.model.build import BinarizeReport, binarize_, llama_config
 from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig
-from fbitrain.model.latent import LatentLinear
 from fbitrain.model.partial import PartialBinaryLinear, unpack_mask
 from fbitrain.pretrained_shape import SIZES, run_config, shape_of
 
@@ -80,29 +78,6 @@ def fine_tuned_student(
         lm.load_state_dict(load_weights(origin), strict=False)  # a tied head is there once
     checked_head(lm, config.model.pretrained, ROLE)
     return _binarized(lm.to(device).eval(), config, tokenizer_path)
-
-
-def static_weights(checkpoint: Path, config: Config, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a plain model of the checkpoint's architecture, from its `weights` (checkpoint_files.load_weights):
-    every binary layer's effective weight written out.
-
-    Raises UserError for a method whose effective weight depends on the token.
-    """
-    if config.binarize.method == "mixture_of_scales":
-        raise UserError(
-            f"{checkpoint} mixes its scales anew for every token (binarize.method=mixture_of_scales), so there are no "
-            "fixed weights to write out; its held-out perplexity is in the run's metrics.jsonl"
-        )
-    transposed = {name for name, module in _bare_model(checkpoint).named_modules() if isinstance(module, Conv1D)}
-    lm, _ = _from_checkpoint(checkpoint, config, weights)
-    plain = dict(weights)
-    for name, layer in lm.named_modules():
-        if isinstance(layer, LatentLinear):
-            for leaf in layer.state_dict().keys() - {"bias"}:
-                plain.pop(f"{name}.{leaf}")
-            weight_NK = layer.effective_weight().detach()
-            plain[f"{name}.weight"] = (weight_NK.T if name in transposed else weight_NK).contiguous()
-    return plain
 
 
 def lm_config_of(checkpoint: Path, config: Config) -> PretrainedConfig:
@@ -182,7 +157,8 @@ def _from_checkpoint(
             if f"{name}.salient_bits" in tensors
         }
     report = _binarize(lm, config, masks)
-    lm.load_state_dict(tensors, strict=False)
+    if foreign := lm.load_state_dict(tensors, strict=False).unexpected_keys:
+        raise UserError(f"{folder} holds {foreign[0]}, which its model has not; it is not of this version of fbitrain")
     return lm.train(), report
 
 

@@ -52,7 +52,7 @@ def inspect_run(config: Config, *, world_size: int, ranks_here: int) -> Report:
         n_parameters = _describe_model(report, count_parameters(config.model, config.binarize))
     _describe_tokens(report, config, world_size)
     _check_inputs(report, config, world_size, ranks_here)
-    if not n_parameters:
+    if not n_parameters or not config.model.n_heads:  # a model that says too little of itself to be added up
         return report
     _check_disk(report, config, n_parameters)
     precision = "bf16" if resolve_precision(config.engine.precision) is torch.bfloat16 else "fp32"

@@ -18,7 +18,7 @@ from fbitrain.data.tokenizing.gguf_tokenizer import read_metadata
 from fbitrain.errors import UserError
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-PACKED_MODEL_TYPE = "fbitrain_llama"
+PACKED_MODEL_TYPE = "fbitrain_"  # what the model_type of packed folders starts with
 # ModelConfig's field -> what architectures call it in their config.json. In GGUF the names follow the architecture's.
 _NAMES = {
     "vocab_size": ("vocab_size",),
@@ -58,7 +58,7 @@ def read_shape(where: str) -> dict[str, int]:
 
 def shape_of(hf_config: Mapping[str, Any]) -> dict[str, int]:
     """The same from the values of a transformers config; sizes that it does not give are left out."""
-    if hf_config.get("model_type") == PACKED_MODEL_TYPE:
+    if str(hf_config.get("model_type")).startswith(PACKED_MODEL_TYPE):
         raise UserError(
             "model.pretrained is a packed release, which holds signs and no latent weights; "
             "name the run or checkpoint that it was made from"
@@ -69,6 +69,8 @@ def shape_of(hf_config: Mapping[str, Any]) -> dict[str, int]:
         found = [values[alias] for alias in aliases if isinstance(values.get(alias), int)]
         if found:
             shape[name] = found[0]
+    if "n_inner" in values and "d_model" in shape:  # GPT-2's, whose null means four times the width
+        shape.setdefault("d_ff", 4 * shape["d_model"])
     return shape
 
 

@@ -1,4 +1,4 @@
-"""What fine-tuning starts from and what its checkpoints become: architectures, own runs, calibration, dense."""
+"""What fine-tuning starts from and what its checkpoints become: architectures, own runs, calibration, releases."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ from fbitrain.config import (
 )
 from fbitrain.data.config import DataConfig, SourceConfig
 from fbitrain.errors import UserError
-from fbitrain.fine_tune import calibration_ids, fine_tuned_student, static_weights, with_known_sizes
+from fbitrain.fine_tune import calibration_ids, fine_tuned_student, with_known_sizes
 from fbitrain.language_model import load_language_model
 from fbitrain.model.config import BinarizeConfig, ModelConfig, SalientConfig
 from fbitrain.model.mixture import MixtureOfScalesLinear
+from fbitrain.pretrained import load_lm
 from fbitrain.pretrained_shape import read_shape
 from fbitrain.release import release
 from tests.core.test_student import V, batch, gpt2, llama, neox, opt
@@ -167,7 +168,7 @@ def test_what_cannot_be_started_from_is_one_sentence(tmp_path: Path) -> None:
 def test_sizes_are_read_before_a_model_is_loaded(tmp_path: Path, llama_folder: Path, workspace: Any) -> None:
     sizes = {"vocab_size": V, "n_heads": 2, "d_model": 24}
     assert read_shape(str(llama_folder)).items() >= {**sizes, "n_layers": 3, "d_ff": 20}.items()
-    assert read_shape(str(saved(gpt2, tmp_path / "gpt2"))).items() >= {**sizes, "max_seq_len": 16}.items()
+    assert read_shape(str(saved(gpt2, tmp_path / "gpt2"))).items() >= {**sizes, "max_seq_len": 16, "d_ff": 96}.items()
     write_gguf(tmp_path / "tiny.gguf", tiny_llama(tied=True))
     shape = {"vocab_size": 300, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_model": 32, "d_ff": 48}
     assert read_shape(str(tmp_path / "tiny.gguf")) == {**shape, "max_seq_len": 64}
@@ -203,42 +204,36 @@ def test_calibration_is_the_streams_first_sequences_or_a_file(workspace: Any, tm
         calibration_ids(long, str(workspace.teacher))
 
 
-# Dense forms
+# Releases
 
 
-@pytest.mark.parametrize("make", [llama, gpt2])
-@pytest.mark.parametrize("method", ["binary", "partial", "onebit", "xnor"])
-def test_a_dense_form_computes_what_was_trained(make: Any, method: str, tmp_path: Path) -> None:
-    config = config_for(
-        saved(make, tmp_path / "model"), PARTIAL if method == "partial" else BinarizeConfig(method=method)
-    )
-    lm = start(config)
-    checkpoint = write_checkpoint(tmp_path / "run", lm, config)
-    weights = {name: p.detach() for name, p in lm.named_parameters()}
-    weights |= {name: b for name, b in lm.named_buffers() if name in lm.state_dict()}
-    plain = make()
-    missing, unexpected = plain.load_state_dict(static_weights(checkpoint, config, weights), strict=False)
-    assert not unexpected
-    assert set(missing) <= {"lm_head.weight"}  # where it is tied
-    plain.tie_weights()
-    torch.testing.assert_close(logits(plain), logits(lm), rtol=1e-4, atol=1e-5)
-
-
-def test_a_fine_tuned_run_is_released_and_a_mixture_is_not(workspace: Any, tmp_path: Path) -> None:
-    config = replace(config_for(workspace.teacher, PARTIAL), distill=DistillConfig(teacher=str(workspace.teacher)))
+@pytest.mark.parametrize("make", [llama, gpt2, opt])
+def test_a_fine_tuned_run_is_released_in_its_own_architecture(make: Any, tmp_path: Path, workspace: Any) -> None:
+    config = config_for(saved(make, tmp_path / "model"), PARTIAL)
+    config = replace(config, distill=DistillConfig(teacher=str(workspace.teacher)))
     lm = start(config)
     write_checkpoint(tmp_path / "run", lm, config)
-    release(tmp_path / "run", tmp_path / "out", formats=["dense"], dtype="float32")
+    release(tmp_path / "run", tmp_path / "out", dtype="float32")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "dense")
-    torch.testing.assert_close(logits(dense), logits(lm), rtol=1e-4, atol=1e-5)
+    assert type(dense) is type(lm)
+    packed = load_lm(tmp_path / "out" / "packed", torch.float32)
+    for model in (dense, packed):
+        torch.testing.assert_close(logits(model), logits(lm), rtol=1e-4, atol=1e-5)
     assert "PB-LLM" in (tmp_path / "out" / "README.md").read_text()
-    with pytest.raises(UserError, match=r"cannot be packed: packed folders hold Llamas of binarize.method=binary"):
-        release(tmp_path / "run", tmp_path / "both")
-    mixture = replace(config, binarize=BinarizeConfig(method="mixture_of_scales"))
-    write_checkpoint(tmp_path / "mixture", start(mixture), mixture)
-    with pytest.raises(UserError, match="mixes its scales anew for every token"):
-        release(tmp_path / "mixture", tmp_path / "none", formats=["dense"])
-    assert not (tmp_path / "none").exists()
+
+
+def test_a_mixture_of_scales_is_released_packed_only(workspace: Any, tmp_path: Path) -> None:
+    config = config_for(workspace.teacher, BinarizeConfig(method="mixture_of_scales"))
+    config = replace(config, distill=DistillConfig(teacher=str(workspace.teacher)))
+    lm = start(config)
+    write_checkpoint(tmp_path / "run", lm, config)
+    with pytest.raises(UserError, match=r"mixes its scales anew for every token .* release it as packed only"):
+        release(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    release(tmp_path / "run", tmp_path / "out", ["packed"], dtype="float32")
+    torch.testing.assert_close(
+        logits(load_lm(tmp_path / "out" / "packed", torch.float32)), logits(lm), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_loaded_model_has_no_dropout(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 from typing import Any
 
-from fbitrain import checkpoint, train
+from fbitrain import build, checkpoint, train
 from fbitrain.launch import pretrain
 from fbitrain.launch.cli import run
 
@@ -38,7 +38,7 @@ def kill_in_second_save() -> None:
             die()
         finish(folder, final, *rest)
 
-    checkpoint._finish = dying
+    checkpoint._finish = dying  # type: ignore[assignment]
 
 
 def nan_on_rank_1_at_step_3() -> None:
@@ -50,6 +50,18 @@ def nan_on_rank_1_at_step_3() -> None:
         agree(parts, state, stop, finite, failure)
 
     train.agree_to_go_on = poisoned
+
+
+def freeze_embeddings() -> None:
+    """Not a fault, but what no configuration asks for: parameters that are not trained."""
+    model = build.build_model
+
+    def frozen(*arguments: Any) -> Any:
+        lm, report = model(*arguments)
+        lm.get_input_embeddings().weight.requires_grad_(False)
+        return lm, report
+
+    build.build_model = frozen  # type: ignore[assignment]
 
 
 globals()[os.environ["FAULT"]]()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fbitrain import checkpoint
 from fbitrain.checkpoint_files import fixed_tensors, load_weights
@@ -21,6 +22,7 @@ from fbitrain.errors import UserError
 from fbitrain.launch import finetune as finetune_command
 from fbitrain.launch import pretrain
 from fbitrain.launch.cli import run as run_command
+from fbitrain.model.config import BIBENCH_METHODS
 
 pytestmark = pytest.mark.launch
 ROOT = Path(__file__).parents[2]
@@ -152,13 +154,46 @@ def test_a_binary_run_is_continued_and_a_binary_model_made_nothing_else(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["binary", "onebit", "bnn", "xnor", "bireal", "recu", "fda", "bitnet", "ternary"])
+@pytest.mark.parametrize(("stage", "then"), [(3, 1), (1, 3)])
+def test_frozen_parameters_stay_as_they_were(launch: Any, config: Path, workspace: Any, stage: int, then: int) -> None:
+    """Whole in the checkpoint under every stage, and in no optimizer."""
+    options: Any = {"config": config, "script": FAULTS, "env": {"FAULT": "freeze_embeddings", "COMMAND": "finetune"}}
+    whole = launch(f"frozen-{stage}", *SHORT, f"engine.zero_stage={stage}", **options)
+    name = "model.embed_tokens.weight"
+    loaded = load_file(workspace.teacher / "model.safetensors")[name]
+    for step in (2, 4):
+        checkpoint_folder = whole.run_dir / "checkpoints" / f"step_0000000{step}"
+        assert torch.equal(fixed_tensors(checkpoint_folder)[name], loaded)
+        assert torch.equal(load_weights(checkpoint_folder)[name], loaded)
+    copy_until(launch, whole, f"frozen-{stage}-{then}", 2)
+    moved = launch(f"frozen-{stage}-{then}", *SHORT, f"engine.zero_stage={then}", **options)
+    assert moved.losses == pytest.approx(whole.losses, rel=3e-4)
+
+
+@pytest.mark.slow
+def test_in_bf16_frozen_weights_keep_their_digits(finetune: Any, partial: Any) -> None:
+    run = finetune("bf16", *PARTIAL, *SHORT, "engine.precision=bf16", "train.activation_checkpointing=true")
+    assert run.losses[1] == pytest.approx(partial.losses[1], rel=2e-2)
+    start, end = (fixed_tensors(r.run_dir / "checkpoints" / f"step_0000000{s}") for r, s in ((partial, 0), (run, 4)))
+    assert all(torch.equal(start[name], end[name]) for name in start)
+
+
+CHERRY = (
+    *("cherry", "binarize.scale=row", "binarize.beta=false", "binarize.salient.dtype=float16"),
+    *("binarize.salient.criterion=fisher", "calibration.n_sequences=4", "calibration.seq_len=16"),
+)
+METHODS = [("binary",), CHERRY, *((method,) for method in ("onebit", *BIBENCH_METHODS, "bitnet", "ternary"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method[0])
 @pytest.mark.parametrize("stage", [0, 3])
-def test_every_method_trains_and_resumes(finetune: Any, launch: Any, method: str, stage: int) -> None:
-    options = (f"binarize.method={method}", f"engine.zero_stage={stage}", *SHORT)
-    whole = finetune(f"{method}-{stage}", *options)
-    copy_until(launch, whole, f"{method}-{stage}-resumed", 2)
-    assert finetune(f"{method}-{stage}-resumed", *options).losses == whole.losses
+def test_every_method_trains_and_resumes(finetune: Any, launch: Any, method: tuple[str, ...], stage: int) -> None:
+    options = (f"binarize.method={method[0]}", *method[1:], f"engine.zero_stage={stage}", *SHORT)
+    name = f"{method[0]}-{stage}"
+    whole = finetune(name, *options)
+    copy_until(launch, whole, f"{name}-resumed", 2)
+    assert finetune(f"{name}-resumed", *options).losses == whole.losses
 
 
 @pytest.mark.parametrize(
