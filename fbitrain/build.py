@@ -121,6 +121,8 @@ def finished(config: Config) -> str:
         # By its name first: to look for damage is to read the whole checkpoint, and `choose` will do that again.
         if latest is None or checkpoint.step_of(latest) < config.train.total_steps or damage(latest):
             return ""
+        if not config.train.total_steps and not (config.run_dir / "FINISHED.json").is_file():
+            return ""  # saved, as its first act, and perhaps killed before it was evaluated
         state = checkpoint.trainer_state(latest)
         checkpoint.require_same_config(latest, config)
         write_finished(config, state)  # again, in case the run was killed between its last checkpoint and its marker

@@ -31,8 +31,8 @@ class ModelConfig:
     """A Llama-style decoder. Fields left out of the YAML come from `preset`, then from the defaults here."""
 
     preset: str = ""  # one of PRESETS; explicit fields win over it
-    # Fine-tuning starts from this model, and the sizes below are its own: a Hugging Face folder or hub id, a .gguf file,
-    # or a run or checkpoint of ours. Empty: a Llama of the sizes below is trained from scratch.
+    # Fine-tuning starts from this model, and the sizes below are its own: a Hugging Face folder or hub id, a .gguf
+    # file, or a run or checkpoint of ours. Empty: a Llama of the sizes below is trained from scratch.
     pretrained: str = ""
     vocab_size: int = 32000  # must equal the teacher's and the tokenizer's
     n_layers: int = 12

@@ -27,7 +27,9 @@ from tests.conftest import Workspace
 from tests.data import faulty_http
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/training.md", "docs/finetuning.md", "docs/data.md")]
+PAGES = [
+    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/training.md", "docs/finetuning.md", "docs/data.md")
+]
 README = PAGES[0].read_text(encoding="utf-8")
 QUICKSTART = (ROOT / "quickstart.sh").read_text(encoding="utf-8")
 ASSIGNMENT = re.compile(r"[A-Z_]+=")
