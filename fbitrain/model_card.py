@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
-
 from fbitrain.config import Config
 from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig
-from fbitrain.model.hf import binary_layers
+from fbitrain.model.hf import ReleasedModel
 
 # Papers of the methods, by binarize.method.
 PAPERS = {
@@ -45,21 +43,20 @@ class Storage:
     """What the packed form of a model holds."""
 
     binary_weights: int
-    binary_bits: int  # what they take: a bit each, rows padded to whole words, and 32 per scale
-    other_weights: int  # embeddings, norms, head
+    binary_bits: int  # what they take: signs, rows padded to whole words, scales, and salient weights with their places
+    other_weights: int  # embeddings, norms, head, biases
     other_bits: int
 
     @classmethod
-    def of(cls, weights: Mapping[str, Tensor], packed: Mapping[str, Tensor]) -> Storage:
-        """weights: the run's state dict; packed: its `packed_tensors`, whose bytes are counted as they are stored."""
-        layers = binary_layers(weights)
-        binary_names = {f"{layer}.{part}" for layer in layers for part in ("weight_bits", "alpha", "beta")}
-        others = [tensor for name, tensor in packed.items() if name not in binary_names]
+    def of(cls, model: ReleasedModel) -> Storage:
+        """Every tensor counted as it is stored."""
+        tensors = model.packed_tensors()
+        others = [*model.rest, *model.biases]
         return cls(
-            binary_weights=sum(weights[f"{layer}.weight"].numel() for layer in layers),
-            binary_bits=8 * sum(packed[name].nbytes for name in binary_names if name in packed),
-            other_weights=sum(tensor.numel() for tensor in others),
-            other_bits=8 * sum(tensor.nbytes for tensor in others),
+            binary_weights=model.binary_weights,
+            binary_bits=model.binary_bits,
+            other_weights=sum(tensors[name].numel() for name in others),
+            other_bits=8 * sum(tensors[name].nbytes for name in others),
         )
 
     @property

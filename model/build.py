@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fbitrain.model.config import BinarizeConfig, ModelConfig
-from fbitrain.model.linear import BinaryLinear, PackedBinaryLinear
+from fbitrain.model.linear import BinaryLinear
 from fbitrain.model.methods import Source, make_layer
+from fbitrain.model.packed import PackedBinaryLinear
 from fbitrain.model.refusals import check_fused, check_masks, check_skip, check_sources, fused_modules
 from fbitrain.model.size import skip_entry
 

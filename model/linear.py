@@ -1,4 +1,4 @@
-"""BinaryLinear: a Linear whose weights are one bit each, and its packed form.
+"""BinaryLinear: a Linear whose weights are one bit each.
 
 The effective weight is ŵ = α·sign(W) + β (arXiv 2407.07093), W being the latent weight that training moves.
 
@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fbitrain.kernels import ops
-from fbitrain.kernels.layout import n_words
 from fbitrain.model.binarize import init_scales, scale_shape, sign
 from fbitrain.model.config import STES
 from fbitrain.model.latent import LatentLinear
@@ -84,71 +82,5 @@ class BinaryLinear(LatentLinear):
         return sign_storage(self.out_features, self.in_features, n_scales)
 
     def extra_repr(self) -> str:
-        return f"{_describe(self)}, ste={self.ste}"
-
-
-class PackedBinaryLinear(nn.Module):
-    """BinaryLinear for inference: one bit per weight, computed from the bits.
-
-    Buffers: `weight_bits` int32 [N, ceil(K / 32)], `alpha`, `beta` and `bias` [N] (None if there is none) in fp32. They
-    start as zeros, to be loaded from a state dict; `from_linear` fills them.
-    """
-
-    weight_bits: Tensor
-    alpha: Tensor
-    beta: Tensor | None
-    bias: Tensor | None
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        scale: str = "column",
-        beta: bool = True,
-        group_size: int = 128,
-        bias: bool = False,
-    ) -> None:
-        super().__init__()
-        if scale == "group" and beta:
-            raise ValueError("scale='group' has no shift; beta must be False")
-        self.in_features, self.out_features = in_features, out_features
-        self.scale, self.group_size = scale, group_size
-        shape = scale_shape(scale, out_features, in_features, group_size)
-        self.register_buffer("weight_bits", torch.zeros(out_features, n_words(in_features), dtype=torch.int32))
-        self.register_buffer("alpha", torch.zeros(shape, dtype=torch.float32))
-        self.register_buffer("beta", torch.zeros(shape, dtype=torch.float32) if beta else None)
-        self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32) if bias else None)
-
-    @classmethod
-    def from_linear(cls, linear: BinaryLinear) -> PackedBinaryLinear:
-        """The packed form of `linear`, on its device. Its parameters must be whole, not partitioned."""
-        packed = cls(
-            linear.in_features,
-            linear.out_features,
-            scale=linear.scale,
-            beta=linear.beta is not None,
-            group_size=linear.group_size,
-            bias=linear.bias is not None,
-        )
-        packed.weight_bits = ops.pack_signs(linear.weight.detach())
-        packed.alpha = linear.alpha.detach().to(torch.float32, copy=True)
-        if linear.beta is not None:
-            packed.beta = linear.beta.detach().to(torch.float32, copy=True)
-        if linear.bias is not None:
-            packed.bias = linear.bias.detach().to(torch.float32, copy=True)
-        return packed.train(linear.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype."""
-        y = ops.binary_linear(x, self.weight_bits, self.alpha, self.beta, self.scale, self.in_features, self.group_size)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def extra_repr(self) -> str:
-        return _describe(self)
-
-
-def _describe(layer: BinaryLinear | PackedBinaryLinear) -> str:
-    group = f", group_size={layer.group_size}" if layer.scale == "group" else ""
-    bias = ", bias=True" if layer.bias is not None else ""
-    return f"{layer.in_features}, {layer.out_features}, scale={layer.scale}{group}, beta={layer.beta is not None}{bias}"
+        group = f", group_size={self.group_size}" if self.scale == "group" else ""
+        return f"{super().extra_repr()}, scale={self.scale}{group}, beta={self.beta is not None}, ste={self.ste}"

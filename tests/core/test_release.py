@@ -19,7 +19,8 @@ from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.errors import UserError
 from fbitrain.launch import release as command
 from fbitrain.launch.cli import run
-from fbitrain.model.build import build_student
+from fbitrain.model.build import build_student, llama_config
+from fbitrain.model.hf import ReleasedModel
 from fbitrain.model_card import Storage, heldout_metrics
 from fbitrain.pretrained import load_lm
 from fbitrain.release import release, replacing_release
@@ -147,7 +148,7 @@ def test_a_full_precision_run_has_no_packed_form(
 
 def test_requests_that_cannot_be_met(run_dir: Path, tmp_path: Path) -> None:
     for formats, dtype, words in (
-        (["gguf"], "float16", "dense, packed"),
+        (["onnx"], "float16", "dense, packed"),
         (["dense"], "int8", "float16"),
         ([], "float16", "dense"),
     ):
@@ -219,7 +220,7 @@ def test_storage_counts_the_bytes_that_are_stored(run_dir: Path, tmp_path: Path,
     release(run_dir, tmp_path / "out")
     stored = load_file(tmp_path / "out" / "packed" / "model.safetensors")
     weights = weights_of(config)
-    storage = Storage.of(weights, stored)
+    storage = Storage.of(ReleasedModel.of(llama_config(config.model), config.binarize, weights, torch.float16))
     assert storage.binary_bits + storage.other_bits == 8 * sum(tensor.nbytes for tensor in stored.values())
     # Four 60 × 60, two 92 × 60 and one 60 × 92 matrices per layer, two layers; 60 bits take 2 words, 92 take 3.
     assert storage.binary_weights == 2 * (4 * 3600 + 3 * 5520)

@@ -30,7 +30,7 @@ from fbitrain.model.config import (
     binarize_problems,
 )
 from fbitrain.model.latent import LatentLinear
-from fbitrain.model.linear import PackedBinaryLinear
+from fbitrain.model.packed import PackedBinaryLinear
 
 VOCABULARY, D = 61, 24
 

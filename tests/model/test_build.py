@@ -16,7 +16,8 @@ from fbitrain.model.binarize import init_scales
 from fbitrain.model.build import binarize_, build_student, llama_config, pack_
 from fbitrain.model.config import METHODS, PRESETS, SALIENT_METHODS, BinarizeConfig, ModelConfig
 from fbitrain.model.latent import LatentLinear
-from fbitrain.model.linear import BinaryLinear, PackedBinaryLinear
+from fbitrain.model.linear import BinaryLinear
+from fbitrain.model.packed import PackedBinaryLinear
 from fbitrain.model.size import ParameterCount, count_parameters
 
 SMALL = ModelConfig(vocab_size=67, n_layers=2, n_heads=4, n_kv_heads=2, d_model=24, d_ff=40, max_seq_len=32)
