@@ -1,4 +1,4 @@
-"""Calibration of four architectures against hooks on whole forward passes, and files of masks."""
+"""Calibration of five architectures against hooks on whole forward passes, and files of masks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -51,6 +52,12 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "opt": OPTConfig(
         vocab_size=VOCAB, hidden_size=24, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=32, word_embed_proj_dim=24, init_std=0.3, pad_token_id=1,
+    ),
+    # Its blocks get masks and position embeddings of their own: a window, or the whole sequence.
+    "gemma3": Gemma3TextConfig(
+        vocab_size=VOCAB, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=6, max_position_embeddings=32, initializer_range=0.3, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
 }  # fmt: skip
 ARCHITECTURES = pytest.mark.parametrize("architecture", CONFIGS)
