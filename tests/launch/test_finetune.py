@@ -6,8 +6,11 @@ sentence.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +35,18 @@ PARTIAL = (
     *("binarize.method=partial", "binarize.scale=row", "binarize.beta=false", "binarize.salient.criterion=hessian"),
     *("calibration.n_sequences=4", "calibration.seq_len=16"),
 )
-SHORT = ("train.total_steps=4", "checkpoint.every=2", "eval.every=4", "eval.prompts=[]")
 MOS = ("binarize.method=mixture_of_scales", "binarize.n_experts=3", "distill.hidden_weight=10")
+CHERRY = (
+    *("binarize.method=cherry", "binarize.scale=row", "binarize.beta=false", "binarize.salient.dtype=float16"),
+    *("binarize.salient.criterion=fisher", "calibration.n_sequences=4", "calibration.seq_len=16"),
+)
+METHODS = {
+    **{m: (f"binarize.method={m}",) for m in ("binary", "onebit", *BIBENCH_METHODS, "bitnet", "ternary")},
+    **{"cherry": CHERRY, "cherry_3_bits": (*CHERRY, "binarize.bits=3"), "mos": MOS},
+    "partial_fp16": (*PARTIAL, "binarize.salient.dtype=float16"),
+    "partial_ptq": (*PARTIAL, "calibration.ptq=true"),
+}
+SHORT = ("train.total_steps=4", "checkpoint.every=2", "eval.every=4", "eval.prompts=[]")
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +76,12 @@ def partial(finetune: Any) -> Any:
     return finetune("partial", *PARTIAL, *SHORT, "engine.zero_stage=3")
 
 
-def copy_until(launch: Any, run: Any, name: str, step: int) -> Path:
-    """`run` under another name, as it was after `step` steps."""
-    folder: Path = launch._scratch / "runs" / name
-    shutil.copytree(run.run_dir, folder)
-    for saved in (folder / "checkpoints").iterdir():
+def copy_until(run_dir: Path, copy: Path, step: int) -> None:
+    """Copies a run as it was after `step` steps."""
+    shutil.copytree(run_dir, copy)
+    for saved in (copy / "checkpoints").iterdir():
         if int(saved.name.removeprefix("step_")) > step:
             shutil.rmtree(saved)
-    return folder
 
 
 def test_a_partially_binary_model_is_trained_and_leaves_what_a_run_promises(partial: Any) -> None:
@@ -93,7 +104,7 @@ def test_masks_and_frozen_weights_stay_what_calibration_made_them(partial: Any) 
 
 
 def test_under_zero_3_the_rest_of_a_run_is_the_same_run(finetune: Any, launch: Any, partial: Any) -> None:
-    copy_until(launch, partial, "partial-resumed", 2)
+    copy_until(partial.run_dir, launch._scratch / "runs" / "partial-resumed", 2)
     again = finetune("partial-resumed", *PARTIAL, *SHORT, "engine.zero_stage=3")
     assert "resumed from" in again.output
     assert again.losses == partial.losses
@@ -101,11 +112,11 @@ def test_under_zero_3_the_rest_of_a_run_is_the_same_run(finetune: Any, launch: A
 
 def test_what_calibration_found_is_never_found_anew(launch: Any, finetune: Any, partial: Any) -> None:
     """Without the text that it was found with, and on one rank under another stage, the run goes on from step 0."""
-    folder = copy_until(launch, partial, "partial-moved", 0)
+    copy_until(partial.run_dir, launch._scratch / "runs" / "partial-moved", 0)
     again = finetune("partial-moved", *PARTIAL, *SHORT, "engine.zero_stage=1", ranks=1)
     assert again.losses == pytest.approx(partial.losses, rel=3e-4)
     start = fixed_tensors(partial.run_dir / "checkpoints" / "step_00000000")
-    end = fixed_tensors(folder / "checkpoints" / "step_00000004")
+    end = fixed_tensors(again.run_dir / "checkpoints" / "step_00000004")
     assert all(torch.equal(start[name], end[name]) for name in start)
 
 
@@ -165,7 +176,7 @@ def test_frozen_parameters_stay_as_they_were(launch: Any, config: Path, workspac
         checkpoint_folder = whole.run_dir / "checkpoints" / f"step_0000000{step}"
         assert torch.equal(fixed_tensors(checkpoint_folder)[name], loaded)
         assert torch.equal(load_weights(checkpoint_folder)[name], loaded)
-    copy_until(launch, whole, f"frozen-{stage}-{then}", 2)
+    copy_until(whole.run_dir, launch._scratch / "runs" / f"frozen-{stage}-{then}", 2)
     moved = launch(f"frozen-{stage}-{then}", *SHORT, f"engine.zero_stage={then}", **options)
     assert moved.losses == pytest.approx(whole.losses, rel=3e-4)
 
@@ -178,22 +189,28 @@ def test_in_bf16_frozen_weights_keep_their_digits(finetune: Any, partial: Any) -
     assert all(torch.equal(start[name], end[name]) for name in start)
 
 
-CHERRY = (
-    *("cherry", "binarize.scale=row", "binarize.beta=false", "binarize.salient.dtype=float16"),
-    *("binarize.salient.criterion=fisher", "calibration.n_sequences=4", "calibration.seq_len=16"),
-)
-METHODS = [("binary",), CHERRY, *((method,) for method in ("onebit", *BIBENCH_METHODS, "bitnet", "ternary"))]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method[0])
 @pytest.mark.parametrize("stage", [0, 3])
-def test_every_method_trains_and_resumes(finetune: Any, launch: Any, method: tuple[str, ...], stage: int) -> None:
-    options = (f"binarize.method={method[0]}", *method[1:], f"engine.zero_stage={stage}", *SHORT)
-    name = f"{method[0]}-{stage}"
-    whole = finetune(name, *options)
-    copy_until(launch, whole, f"{name}-resumed", 2)
-    assert finetune(f"{name}-resumed", *options).losses == whole.losses
+def test_every_method_trains_and_resumes(config: Path, tmp_path: Path, stage: int) -> None:
+    def run_all(suffix: str) -> dict[str, list[float]]:
+        """The losses of every method's run; a run goes on from the checkpoints that it finds."""
+        fixed = (*SHORT, f"run.dir={tmp_path}", f"engine.zero_stage={stage}", "train.global_batch_tokens=96")
+        runs = [[f"run.name={name}{suffix}", *options, *fixed] for name, options in METHODS.items()]
+        command = [sys.executable, str(FAULTS.with_name("many_runs.py")), str(config)]
+        done = subprocess.run(command, input=json.dumps(runs), cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("resumed from") == (len(METHODS) if suffix else 0)
+        return {name: losses(tmp_path / f"{name}{suffix}") for name in METHODS}
+
+    def losses(run_dir: Path) -> list[float]:
+        lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        return [line["train/loss"] for line in lines if "train/loss" in line]
+
+    whole = run_all("")
+    assert all(len(found) == 4 for found in whole.values())
+    for name in METHODS:
+        copy_until(tmp_path / name, tmp_path / f"{name}-resumed", 2)
+    assert run_all("-resumed") == whole
 
 
 @pytest.mark.parametrize(
