@@ -25,7 +25,7 @@ def rebuilt_linear(x: Tensor, rebuild: Rebuild, *tensors: Tensor | None) -> Tens
 
     `rebuild` must be a pure function of its arguments; the gradients of those that need one are what autograd gives.
     """
-    y: Tensor = _Rebuilt.apply(x, rebuild, *tensors)  # type: ignore[no-untyped-call]
+    y: Tensor = _run(x, rebuild, *tensors)
     return y
 
 
@@ -76,3 +76,7 @@ class _Rebuilt(torch.autograd.Function):
             for i, gradient in zip(wanted, found, strict=True):
                 gradients[i] = gradient
         return dx, None, *gradients
+
+
+# torch.compile cannot follow a backward pass that runs autograd itself: it goes round this product, not through it.
+_run = torch.compiler.disable(_Rebuilt.apply)  # type: ignore[no-untyped-call]

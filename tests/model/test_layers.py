@@ -132,6 +132,14 @@ def test_activation_checkpointing(kind: str) -> None:
     torch.testing.assert_close(gradients(layer, x, y), gradients(layer, x, layer(x)), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["partial int8", "ternary", "mixture_of_scales"])
+def test_compiles(kind: str) -> None:
+    """In pieces: torch.compile goes round the products."""
+    layer, x = make(kind), make_input(2, 3)
+    compiled = torch.compile(layer, backend="aot_eager")
+    torch.testing.assert_close(gradients(layer, x, compiled(x)), gradients(layer, x, layer(x)))
+
+
 @each_layer
 def test_one_gradient_alone(kind: str) -> None:
     layer, x = make(kind), make_input(5)
