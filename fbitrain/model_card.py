@@ -26,6 +26,13 @@ PAPERS = {
     "bitnet": "BitNet (arXiv 2310.11453)",
     "ternary": "BitNet b1.58 (arXiv 2402.17764)",
 }
+# What a weight becomes, where neither options nor rows have a say in it.
+PATTERNS = {
+    "onebit": "sign(W) between one learned scale per input and one per output",
+    "bnn": "sign(W)",
+    "bitnet": "β·sign(W − mean W), one β per matrix; activations rounded to int8 per token",
+    "ternary": "γ·(−1, 0 or +1), one γ per matrix; activations rounded to int8 per token",
+}
 HELDOUT_KEYS = ("heldout/perplexity", "heldout/bits_per_byte")
 
 
@@ -46,17 +53,23 @@ class Storage:
     binary_bits: int  # what they take: signs, rows padded to whole words, scales, and salient weights with their places
     other_weights: int  # embeddings, norms, head, biases
     other_bits: int
+    parts: dict[str, int] = field(default_factory=dict)  # binary_bits by kind of tensor
 
     @classmethod
     def of(cls, model: ReleasedModel) -> Storage:
         """Every tensor counted as it is stored."""
         tensors = model.packed_tensors()
+        parts: dict[str, int] = {}
+        for layer in model.layers.values():
+            for name, tensor in layer.tensors.items():
+                parts[name] = parts.get(name, 0) + 8 * tensor.nbytes
         others = [*model.rest, *model.biases]
         return cls(
             binary_weights=model.binary_weights,
-            binary_bits=model.binary_bits,
+            binary_bits=sum(parts.values()),
             other_weights=sum(tensors[name].numel() for name in others),
             other_bits=8 * sum(tensors[name].nbytes for name in others),
+            parts=parts,
         )
 
     @property
@@ -85,15 +98,18 @@ def heldout_metrics(run_dir: Path, step: int) -> dict[str, float]:
     return found
 
 
-def model_card(config: Config, training: Training, storage: Storage | None, formats: Sequence[str], dtype: str) -> str:
+def model_card(
+    config: Config, training: Training, storage: Storage | None, formats: Sequence[str], dtype: str, model_type: str
+) -> str:
     """README.md of a release as Hugging Face reads it: a YAML header, then Markdown.
 
-    storage: what packed holds, if that is among `formats`. dtype: of all other weights.
+    storage: what packed holds, if that is among `formats`. dtype: of all other weights. model_type: transformers' name
+    of the architecture.
     """
     parts = [_header(config), _recipe(config, training), _figures(training)]
     if storage is not None:
         parts.append(_size(storage, dtype))
-    parts += [_loading(formats), _limits(config, "packed" in formats)]
+    parts += [_loading(formats, model_type), _limits(config, "packed" in formats)]
     return "\n".join(parts)
 
 
@@ -135,6 +151,7 @@ def _recipe(config: Config, training: Training) -> str:
         "vocabulary, positions": f"{model.vocab_size}, {model.max_seq_len}",
         "binary weights": _pattern(config) if how.enabled else "none",
         "never binary": ", ".join(["embeddings", "norms", *how.skip]) if how.enabled else "",
+        "calibration": _calibration(config),
         "teacher": distill.teacher if distill.uses_teacher else "none",
         "loss": f"{distill.kd_weight:g} · CE(teacher) + {distill.ce_weight:g} · CE(labels)"
         + (f" + {distill.hidden_weight:g} · MSE(hidden states)" if distill.hidden_weight else ""),
@@ -147,19 +164,30 @@ def _recipe(config: Config, training: Training) -> str:
     return "## Recipe\n\n| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items() if value)
 
 
+def _calibration(config: Config) -> str:
+    looked_at, how = config.calibration, config.binarize
+    if not how.enabled or how.method not in SALIENT_METHODS:
+        return ""
+    if not looked_at.ptq and how.salient.criterion == "magnitude":
+        return ""
+    solved = "GPTQ-PB on " if looked_at.ptq else ""
+    return f"{solved}{looked_at.n_sequences} sequences of {looked_at.seq_len or config.data.seq_len} tokens"
+
+
 def _pattern(config: Config) -> str:
     how = config.binarize
+    group = f" of {how.group_size}" if how.scale == "group" else ""
     if how.method in SALIENT_METHODS:
         salient = how.salient
-        kept = (
-            f"{salient.fraction:g} of the weights, by {salient.criterion} per {salient.scope}, stay in {salient.dtype}"
-        )
-        return f"{kept}; the rest α·sign(W) with α per {how.scale}"
-    if how.method != "binary":
-        return how.method
-    group = f" of {how.group_size}" if how.scale == "group" else ""
-    shift = "α·sign(W) + β" if how.beta else "α·sign(W)"
-    return f"{shift}, learned per {how.scale}{group}; straight-through estimator {how.ste}"
+        share = f"{salient.fraction:g} of the weights, by {salient.criterion} per {salient.scope}, in {salient.dtype}"
+        rest = "α·sign(W)" if how.bits == 1 else f"{2**how.bits} levels"
+        return f"{share}; the rest {rest}, one scale per {how.scale}{group}"
+    if how.method == "binary":
+        shift = "α·sign(W) + β" if how.beta else "α·sign(W)"
+        return f"{shift}, learned per {how.scale}{group}; straight-through estimator {how.ste}"
+    if how.method == "mixture_of_scales":
+        return f"sign(W) between {how.n_experts} pairs of input and output scales, mixed for each token by a router"
+    return PATTERNS.get(how.method, "α·sign(W), α the mean of |W| per row")
 
 
 def _figures(training: Training) -> str:
@@ -173,26 +201,30 @@ def _figures(training: Training) -> str:
 
 def _size(storage: Storage, dtype: str) -> str:
     megabytes = (storage.binary_bits + storage.other_bits) / 8e6
+    shares = ", ".join(f"{name} {bits / storage.binary_weights:.3f}" for name, bits in storage.parts.items())
     return f"""## Size of packed
 
-{storage.binary_weights:,} binary weights take {storage.bits_per_binary_weight:.3f} bits each, scales included.
+{storage.binary_weights:,} binary weights take {storage.bits_per_binary_weight:.3f} bits each, scales included
+({shares}).
 With the {storage.other_weights:,} weights of embeddings, norms and head in {dtype}, the whole model is
 {megabytes:,.1f} MB, {storage.bits_per_weight:.2f} bits per weight.
 """
 
 
-def _loading(formats: Sequence[str]) -> str:
+def _loading(formats: Sequence[str], model_type: str) -> str:
     lines = ["## Loading", ""]
     if "dense" in formats:
         lines += ["`dense` needs transformers only:", "", _snippet("dense", ""), ""]
     if "packed" in formats:
         lines += [
-            "`packed` runs this folder's `remote_code.py` (plain torch), or, where fbitrain is installed, `import",
-            "fbitrain.model.hf` first and leave `trust_remote_code` out:",
+            "`packed` runs this folder's `remote_code.py` (plain torch), or, where fbitrain is installed,",
+            f'`fbitrain.model.hf.register("{model_type}")` first and leave `trust_remote_code` out:',
             "",
             _snippet("packed", ", trust_remote_code=True"),
             "",
         ]
+    if "gguf" in formats:
+        lines += ["`gguf` is for llama.cpp: `llama-cli -m gguf/FILE.gguf -p ...`", ""]
     return "\n".join(lines)
 
 
@@ -213,6 +245,8 @@ def _limits(config: Config, packed: bool) -> str:
     ]
     if config.data.add_bos:
         lines.append("Training put BOS before each document; a prompt should start with it too.")
+    if config.binarize.enabled and config.binarize.method in ("bitnet", "ternary"):
+        lines.append("`dense` has the weights but not the rounding of activations to int8 that training had.")
     if packed:
         lines.append("In plain torch `packed` saves memory, not time: it unpacks its bits at every call.")
     return "\n".join(lines) + "\n"

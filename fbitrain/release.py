@@ -112,7 +112,7 @@ def write_release(
             dense_config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(dense_config)].__name__]
             _write_model(target, config, dense_config, tensors, dtype)
     storage = Storage.of(model) if "packed" in formats else None
-    card = model_card(config, training, storage, formats, dtype)
+    card = model_card(config, training, storage, formats, dtype, model.config.model_type)
     for place in (folder, *(folder / name for name in formats)):
         (place / CARD).write_text(card, encoding="utf-8")
 

@@ -25,7 +25,7 @@ from fbitrain.config import Config
 from fbitrain.errors import UserError
 from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.hf import ReleasedModel
-from fbitrain.release_gguf_tokenizer import add_tokenizer
+from fbitrain.release_gguf_tokenizer import add_tokenizer, check_tokenizer
 
 Q1_0_GROUP = 128
 FILE_TYPES = {
@@ -72,6 +72,7 @@ def write_gguf(folder: Path, config: Config, model: ReleasedModel, tensors: Mapp
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    check_tokenizer(path, config)
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -11,7 +12,7 @@ from gguf import TokenType
 from fbitrain.config import Config
 from fbitrain.data.tokenizer import HFTokenizer, SentencePieceTokenizer, load_tokenizer
 from fbitrain.errors import UserError
-from fbitrain.release_tokenizer import tokenizer_source
+from fbitrain.release_tokenizer import PROBES, tokenizer_source
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, config: Config, vocab_size: int) -> None:
@@ -19,13 +20,12 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: Config, vocab_size: int) -> N
 
     Raises UserError for a tokenizer of another kind.
     """
-    source = tokenizer_source(config)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(tokenizer_source(config))
     if isinstance(tokenizer, SentencePieceTokenizer):
         tokens, types = _add_sentencepiece(writer, tokenizer, vocab_size)
     else:
         assert isinstance(tokenizer, HFTokenizer)
-        tokens, types = _add_byte_level(writer, tokenizer, source)
+        tokens, types = _add_byte_level(writer, tokenizer)
     for token_id in range(len(tokens), vocab_size):
         tokens.append(f"[PAD{token_id}]")
         types.append(TokenType.UNUSED)
@@ -38,6 +38,22 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: Config, vocab_size: int) -> N
     writer.add_add_bos_token(config.data.add_bos and tokenizer.bos_id is not None)
     writer.add_add_eos_token(False)  # it would end every prompt
     writer.add_add_space_prefix(isinstance(tokenizer, SentencePieceTokenizer))
+
+
+def check_tokenizer(path: Path, config: Config) -> None:
+    """Raises UserError if byte-level BPE in the GGUF file `path` gives other ids than in training."""
+    trained = load_tokenizer(tokenizer_source(config))
+    if isinstance(trained, HFTokenizer):
+        written = load_tokenizer(path)
+        if any(written.encode(text) != trained.encode(text) for text in PROBES):
+            raise _not_writable(trained.path)
+
+
+def _not_writable(source: str) -> UserError:
+    return UserError(
+        f"tokenizer {source} is of a kind that cannot be written as GGUF (it must be byte-level BPE that cuts text as "
+        "GPT-2 or SmolLM does, or a SentencePiece model); release as dense or packed"
+    )
 
 
 def _add_sentencepiece(
@@ -58,14 +74,11 @@ def _add_sentencepiece(
     return [model.id_to_piece(i) for i in ids], [next(kind for holds, kind in kinds if holds(i)) for i in ids]
 
 
-def _add_byte_level(writer: gguf.GGUFWriter, tokenizer: HFTokenizer, source: str) -> tuple[list[str], list[int]]:
+def _add_byte_level(writer: gguf.GGUFWriter, tokenizer: HFTokenizer) -> tuple[list[str], list[int]]:
     definition = json.loads(tokenizer.backend.to_str())
     cutting = _cutting(definition)
     if cutting is None:
-        raise UserError(
-            f"tokenizer {source} is of a kind that cannot be written as GGUF (it must be byte-level BPE that cuts text "
-            "as GPT-2 or SmolLM does, or a SentencePiece model); release as dense or packed"
-        )
+        raise _not_writable(tokenizer.path)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(cutting)
     merges = definition["model"]["merges"]
