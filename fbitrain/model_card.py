@@ -237,12 +237,10 @@ tokenizer = AutoTokenizer.from_pretrained("{name}"{option})
 
 
 def _limits(config: Config, packed: bool) -> str:
-    lines = [
-        "## Limits",
-        "",
-        "A base model: it continues text, and was not tuned to follow instructions or to be safe.",
-        "Its teacher's and its data's licences may bind its use.",
-    ]
+    nature = "A base model: it continues text, and was not tuned to follow instructions or to be safe."
+    if config.model.pretrained:
+        nature = f"It has the limits of {config.model.pretrained}, whose licence may bind its use too."
+    lines = ["## Limits", "", nature, "Its teacher's and its data's licences may bind its use."]
     if config.data.add_bos:
         lines.append("Training put BOS before each document; a prompt should start with it too.")
     if config.binarize.enabled and config.binarize.method in ("bitnet", "ternary"):

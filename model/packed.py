@@ -110,12 +110,15 @@ class PackedPartialLinear(remote_layers.PackedPartialLinear):
         rows, columns = torch.cat([self.mask(rows) for rows in self.row_blocks()]).nonzero(as_tuple=True)
         counts = torch.bincount(rows, minlength=self.out_features).repeat(n_planes)
         row_starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
-        # Not repeated as uint16, which torch cannot copy in pieces on every device.
         narrow = torch.uint16 if self.in_features <= NARROW_COLUMNS else torch.int32
+        columns = columns.repeat(n_planes).to(narrow)
+        if n_planes == 1:
+            scale = () if self.salient_scale is None else (self.salient_scale,)
+            return self.alpha, row_starts, columns, self.salient_values, *scale
         values = torch.cat([self.salient_values, self.salient_values.new_zeros((n_planes - 1) * count)])
         alpha = torch.cat([self.alpha * 2**plane for plane in range(n_planes)])
         scale = () if self.salient_scale is None else (self.salient_scale.repeat(n_planes, 1),)
-        return alpha, row_starts, columns.repeat(n_planes).to(narrow), values, *scale
+        return alpha, row_starts, columns, values, *scale
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedPartialLinear:
         self._arguments = None

@@ -183,7 +183,7 @@ class PackedPartialLinear(PackedWeight):
         for rows in self.row_blocks():
             mask = self.mask(rows)
             stop = start + int(mask.sum())
-            salient = torch.zeros(mask.shape, device=mask.device)
+            salient = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
             salient[mask] = self.salient_values[start:stop].float()
             salient = salient if self.salient_scale is None else salient * self.salient_scale[rows]
             signs = (unpack_signs(plane[rows], self.in_features) * 2**p for p, plane in enumerate(self.weight_bits))
