@@ -30,7 +30,6 @@ from fbitrain.calibration_data import cut_sequences, read_calibration
 from fbitrain.config import CalibrationConfig
 from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.errors import UserError
-from fbitrain.masks import load_masks, mask_fingerprint, save_masks
 from fbitrain.model.build import binarize_, chosen_sources
 from fbitrain.model.config import BinarizeConfig, SalientConfig
 from fbitrain.model.gptq_pb import gptq_partial
@@ -298,45 +297,3 @@ def test_no_more_text_is_read_than_needed() -> None:
     assert cut_sequences(tokens(), 2, 3, "here").tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
-FINGERPRINT = mask_fingerprint(setting(criterion="hessian"), "models/tiny", sequences(), 0.01)
-
-
-def test_masks_come_back_from_their_file(tmp_path: Path) -> None:
-    masks = select_masks(build("opt"), setting(), None)
-    save_masks(tmp_path / "masks.safetensors", masks, FINGERPRINT)
-    loaded = load_masks(tmp_path / "masks.safetensors", FINGERPRINT)
-    assert loaded.keys() == masks.keys()
-    assert all(torch.equal(loaded[name], mask) for name, mask in masks.items())
-    assert (tmp_path / "masks.safetensors").stat().st_size < sum(mask.numel() for mask in masks.values()) / 8 + 8000
-    assert [path.name for path in tmp_path.iterdir()] == ["masks.safetensors"]
-
-
-@pytest.mark.parametrize(
-    ("criterion", "model", "n_sequences", "damping", "message"),
-    [
-        ("magnitude", "models/tiny", 5, 0.01, "criterion was hessian, now magnitude"),
-        ("hessian", "models/other", 5, 0.01, "model was models/tiny, now models/other"),
-        ("hessian", "models/tiny", 4, 0.01, "calibration was 5 sequences of 16 tokens.*now 4 sequences"),
-        ("hessian", "models/tiny", 5, 0.02, "damping was 0.01, now 0.02"),
-    ],
-)
-def test_masks_for_something_else_are_refused(
-    tmp_path: Path, criterion: str, model: str, n_sequences: int, damping: float, message: str
-) -> None:
-    changed = mask_fingerprint(setting(criterion=criterion), model, sequences(n_sequences), damping)
-    save_masks(tmp_path / "masks.safetensors", {"a": torch.tensor([[True, False]])}, FINGERPRINT)
-    with pytest.raises(UserError, match=message):
-        load_masks(tmp_path / "masks.safetensors", changed)
-
-
-def test_files_that_hold_no_masks_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "masks.safetensors"
-    with pytest.raises(UserError, match="cannot be read as a file of masks"):
-        load_masks(path, FINGERPRINT)
-    save_masks(path, {"a": torch.ones(3, 70, dtype=torch.bool)}, FINGERPRINT)
-    path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(UserError, match="cannot be read as a file of masks"):
-        load_masks(path, FINGERPRINT)
-    build("gpt2").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is not a file of masks"):
-        load_masks(tmp_path / "model.safetensors", FINGERPRINT)

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from fbitrain.config import load_config
 from fbitrain.errors import UserError
 from fbitrain.launch import compare
 from fbitrain.study import Study, load_study, outcomes, runs, slug, verdicts
 
+ROOT = Path(__file__).parents[2]
 TEXT = """
 base: base.yaml
 seeds: [0, 1]
@@ -106,3 +108,13 @@ def test_a_wrong_study_is_refused_with_a_reason(tmp_path: Path, old: str, new: s
 
 def test_names_become_folders() -> None:
     assert slug("PB-LLM 10 %, Hessian (r=0.1)") == "pb-llm-10-hessian-r-0.1"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch/studies").glob("smollm2.yaml")), ids=lambda path: path.name)
+def test_every_variant_of_a_shipped_study_is_a_configuration_that_runs(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    study = load_study(path)
+    for run in runs(study, Path("runs")):
+        load_config(study.base, run.arguments(study.base)[1:])
