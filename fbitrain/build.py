@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fbitrain import checkpoint, environment
 from fbitrain.checkpoint import TrainerState
@@ -21,12 +22,14 @@ from fbitrain.engine import Engine, device, resolve_precision, shard_teacher
 from fbitrain.errors import UserError
 from fbitrain.evaluate import heldout_windows
 from fbitrain.files import lock_folder, write_json, write_text
+from fbitrain.fine_tune import fine_tuned_student
+from fbitrain.language_model import vocab_size_of
 from fbitrain.metrics import BatchLog, DocumentLog, Interval, SignTracker, Writer, flops_per_token
 from fbitrain.model.build import BinarizeReport, build_student
 from fbitrain.ranks import agreed, from_rank_0, say
 from fbitrain.release_tokenizer import tokenizer_source
 from fbitrain.student import Student
-from fbitrain.teacher import Teacher, load_teacher, teacher_vocab_size
+from fbitrain.teacher import Teacher, load_teacher
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Parts:
     interval: Interval
     signs: SignTracker
     flops_per_token: float
+    bits_per_weight: float  # of a release: what one binary weight takes, with its share of scales and salient weights
     batch_log: BatchLog | None
     document_log: DocumentLog | None
     blank_batch: Tensor  # int64 [micro_batch_size, seq_len + 1], what a rank whose stream failed goes on with
@@ -73,7 +77,9 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
     # Opened before anything heavy is loaded: a missing or changed shard is found here.
     loader = agreed(lambda: open_stream(config, tokenizer_path, rank, world_size, source))
     teacher = agreed(lambda: build_teacher(config))
-    engine, report = build_engine(config)
+    lm, report = agreed(lambda: build_model(config, source, tokenizer_path))
+    say(str(report))
+    engine = Engine(config, Student(lm, config.distill))
     state = TrainerState()
     if source:
         agreed(lambda: checkpoint.fill(engine, source))
@@ -95,6 +101,7 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
         interval=Interval(at),
         signs=SignTracker(engine, [f"{name}.weight" for name in report.binarized], config.metrics.near_zero, at),
         flops_per_token=flops_per_token(config, weights, teacher.n_parameters if teacher else 0),
+        bits_per_weight=report.bits_per_weight,
         blank_batch=torch.zeros(config.train.micro_batch_size, config.data.seq_len + 1, dtype=torch.int64),
         batch_log=BatchLog(config.run_dir, rank) if config.debug.log_batches else None,
         document_log=DocumentLog(config.run_dir, rank) if config.debug.log_documents else None,
@@ -114,6 +121,8 @@ def finished(config: Config) -> str:
         # By its name first: to look for damage is to read the whole checkpoint, and `choose` will do that again.
         if latest is None or checkpoint.step_of(latest) < config.train.total_steps or damage(latest):
             return ""
+        if not config.train.total_steps and not (config.run_dir / "FINISHED.json").is_file():
+            return ""  # saved, as its first act, and perhaps killed before it was evaluated
         state = checkpoint.trainer_state(latest)
         checkpoint.require_same_config(latest, config)
         write_finished(config, state)  # again, in case the run was killed between its last checkpoint and its marker
@@ -165,8 +174,8 @@ def check_vocabularies(config: Config, tokenizer_path: str) -> Tokenizer:
     """Student, teacher and tokenizer must count the same tokens."""
     tokenizer = load_tokenizer(tokenizer_path)
     problems = []
-    if config.distill.kd_weight > 0:
-        teacher_vocab = teacher_vocab_size(config.distill.teacher)
+    if config.distill.uses_teacher:
+        teacher_vocab = vocab_size_of(config.distill.teacher)
         if teacher_vocab != config.model.vocab_size:
             problems.append(
                 f"the teacher {config.distill.teacher} has vocab_size={teacher_vocab}, but "
@@ -218,23 +227,31 @@ def choose_checkpoint(config: Config) -> Path | None:
 
 
 def build_teacher(config: Config) -> Teacher | None:
-    distill = config.distill
-    if distill.kd_weight == 0:
+    distill, model = config.distill, config.model
+    if not distill.uses_teacher:
         return None
     dtype = resolve_precision(config.engine.precision)
-    return load_teacher(
+    teacher = load_teacher(
         distill.teacher,
         dtype=dtype,
         device=device(),
         trust_remote_code=distill.trust_remote_code,
         shard=shard_teacher(config) if distill.host == "zero3" else None,
     )
+    shape = (teacher.config.num_hidden_layers, teacher.config.hidden_size)
+    if distill.hidden_weight > 0 and shape != (model.n_layers, model.d_model):
+        raise UserError(
+            f"distill.hidden_weight compares hidden states layer by layer, but the teacher has {shape[0]} layers of "
+            f"width {shape[1]} and the student {model.n_layers} of width {model.d_model}; set distill.hidden_weight=0"
+        )
+    return teacher
 
 
-def build_engine(config: Config) -> tuple[Engine, BinarizeReport]:
+def build_model(config: Config, source: Path | None, tokenizer_path: str) -> tuple[PreTrainedModel, BinarizeReport]:
+    """The student before ZeRO takes it apart; every rank makes the same one."""
     if config.debug.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
         torch.use_deterministic_algorithms(True)
-    lm, report = build_student(config.model, config.binarize, config.train.seed)
-    say(str(report))
-    return Engine(config, Student(lm, config.distill)), report
+    if config.model.pretrained:
+        return fine_tuned_student(config, source, tokenizer_path, device())
+    return build_student(config.model, config.binarize, config.train.seed)

@@ -5,6 +5,8 @@ under any ZeRO stage can read what any other wrote. A folder counts only once CO
 
     step_00000200/
       shard_rank00000.safetensors   slices this rank owned: "kind|parameter|start" -> fp32 [n]
+      fixed.safetensors             what training does not change: buffers and frozen parameters, if there are any
+      lm_config.json                transformers' configuration of a fine-tuned model
       data_rank00000.json           where this rank's stream stands
       trainer.json                  step, tokens, and each parameter's shape
       data_shards.json              the shards that the streams read
@@ -29,10 +31,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fbitrain.checkpoint_files import KINDS, ShardReader, checksum, damage
+from fbitrain.checkpoint_files import FIXED, KINDS, LM_CONFIG, ShardReader, checksum, damage
 from fbitrain.config import Config, differences, load_config, to_yaml
 from fbitrain.errors import UserError
-from fbitrain.files import fsync_folder, fsync_tree, write_json, write_text
+from fbitrain.files import fsync_file, fsync_folder, fsync_tree, write_json, write_text
 
 if TYPE_CHECKING:
     from fbitrain.data.sources.fingerprint import ShardList
@@ -103,18 +105,22 @@ def save(engine: Engine, config: Config, state: TrainerState, data_state: Mappin
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()
     _all_or_nothing(lambda: _write_shard(folder, rank, engine, data_state), folder)
-    _all_or_nothing(lambda: _finish(folder, final, engine, config, state, shards) if rank == 0 else None, folder)
+    fixed = engine.fixed_tensors()
+    _all_or_nothing(lambda: _finish(folder, final, engine, config, state, shards, fixed) if rank == 0 else None, folder)
     return final
 
 
 def _write_shard(folder: Path, rank: int, engine: Engine, data_state: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = dict(_tensors(engine))
-    sums = {key: checksum(tensor) for key, tensor in tensors.items()}
     name = f"shard_rank{rank:05d}"
-    save_file(tensors, folder / f"{name}.safetensors", metadata={"checksums": json.dumps(sums)})
+    _write_tensors(folder / f"{name}.safetensors", dict(_tensors(engine)))
     write_json(folder / f"data_rank{rank:05d}.json", data_state)
     fsync_tree(folder, only=name)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    sums = {key: checksum(tensor) for key, tensor in tensors.items()}
+    save_file(dict(tensors), path, metadata={"checksums": json.dumps(sums)})
 
 
 def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
@@ -124,8 +130,21 @@ def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
             yield f"{kind}|{fragment.name}|{fragment.start}", getattr(fragment, kind).to("cpu", copy=True)
 
 
-def _finish(folder: Path, final: Path, engine: Engine, config: Config, state: TrainerState, shards: ShardList) -> None:
+def _finish(
+    folder: Path,
+    final: Path,
+    engine: Engine,
+    config: Config,
+    state: TrainerState,
+    shards: ShardList,
+    fixed: Mapping[str, Tensor],
+) -> None:
     _require_every_rank(folder)
+    if fixed:
+        _write_tensors(folder / FIXED, fixed)
+        fsync_file(folder / FIXED)
+    if config.model.pretrained:
+        write_text(folder / LM_CONFIG, engine.student.lm.config.to_json_string(use_diff=False))
     shapes = {name: list(shape) for name, shape in engine.shapes().items()}
     write_json(folder / "trainer.json", {**asdict(state), "world_size": dist.get_world_size(), "shapes": shapes})
     write_text(folder / "config.yaml", to_yaml(config))

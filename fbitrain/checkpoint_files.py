@@ -7,16 +7,20 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fbitrain.errors import UserError
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
+FIXED = "fixed.safetensors"  # persistent buffers and frozen parameters, whole, under their own names
+LM_CONFIG = "lm_config.json"  # transformers' configuration of a fine-tuned model
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """Every parameter of a checkpoint, whole, as name in the LlamaForCausalLM -> fp32 CPU tensor. Needs no DeepSpeed.
+    """What a checkpoint holds of its language model, whole, on the CPU: name -> tensor. Needs no DeepSpeed.
 
+    Trained parameters are fp32; what training never changes (`fixed_tensors`) comes as it was.
     Raises UserError if the folder is not a complete, undamaged checkpoint.
     """
     if not (folder / "COMPLETE.json").is_file():
@@ -28,7 +32,12 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     for name, shape in json.loads((folder / "trainer.json").read_text())["shapes"].items():
         weights[name] = torch.empty(shape, dtype=torch.float32)
         reader.read_into(weights[name].view(-1), "weight", name, 0)
-    return weights
+    return weights | fixed_tensors(folder)
+
+
+def fixed_tensors(folder: Path) -> dict[str, Tensor]:
+    """The checkpoint's persistent buffers and frozen parameters; empty where its model has none."""
+    return load_file(folder / FIXED) if (folder / FIXED).is_file() else {}
 
 
 class ShardReader:
@@ -64,8 +73,9 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def checksum(tensor: Tensor) -> int:
-    """Sum of an fp32 tensor's bit patterns modulo 2**64: finds flipped bits at memory speed."""
-    return int(tensor.contiguous().view(torch.int32).sum(dtype=torch.int64).item())
+    """Sum of a tensor's 32-bit patterns, or of its bytes, modulo 2**64: finds flipped bits at memory speed."""
+    word = torch.int32 if tensor.element_size() % 4 == 0 else torch.uint8
+    return int(tensor.contiguous().view(-1).view(word).sum(dtype=torch.int64).item())
 
 
 def damage(folder: Path) -> str:
@@ -78,7 +88,7 @@ def damage(folder: Path) -> str:
                 return f"{name} is missing"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        for path in shard_files(folder):
+        for path in (*shard_files(folder), *folder.glob(FIXED)):
             with safe_open(path, framework="pt") as shard:
                 sums = json.loads(shard.metadata()["checksums"])
                 for key in shard.keys():  # noqa: SIM118 - not a dict

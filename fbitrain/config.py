@@ -6,34 +6,20 @@ Every problem is collected and reported in one ConfigError, before torch is impo
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast, get_args, get_type_hints
+from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from fbitrain.config_checks import NO_DECAY_KINDS, semantic_problems
-from fbitrain.data.config import DataConfig
+from fbitrain.config_reading import ConfigError as ConfigError
+from fbitrain.config_reading import read_values, typed
+from fbitrain.data.config import DataConfig, SourceConfig
 from fbitrain.errors import UserError
 from fbitrain.model.config import PRESETS, BinarizeConfig, ModelConfig
-
-
-class ConfigError(UserError):
-    """One or more problems in a configuration; the message lists them all, one per line."""
-
-    def __init__(self, where: str, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
-        if len(self.problems) == 1:
-            super().__init__(f"config error in {where}: {self.problems[0]}")
-        else:
-            super().__init__(
-                f"{len(self.problems)} config errors in {where}:\n" + "\n".join(f"  {p}" for p in self.problems)
-            )
+from fbitrain.pretrained_shape import SIZES, origins, read_shape
 
 
 @dataclass(frozen=True)
@@ -46,17 +32,43 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """The loss: kd_weight · CE(teacher softmax, student) + ce_weight · CE(labels, student), both means over tokens."""
+    """The loss, a mean over tokens: kd_weight · CE(teacher softmax, student) + ce_weight · CE(labels, student)
+    + hidden_weight · Σ over layers of the mean squared difference of both models' hidden states.
+    """
 
-    teacher: str = ""  # a Hugging Face folder or hub id, or a .gguf file; needed unless kd_weight is 0
+    # A Hugging Face folder or hub id, or a .gguf file; needed unless kd_weight and hidden_weight are 0. Where it is
+    # empty, fine-tuning distils the pretrained model itself.
+    teacher: str = ""
     kd_weight: float = 1.0
     ce_weight: float = 0.0
+    hidden_weight: float = 0.0  # needs a teacher of the student's depth and width; BinaryMoS has 10
     temperature: float = 1.0  # divides both models' logits in the distillation term, which is scaled by temperature²
     chunk_tokens: int = 512  # tokens whose [chunk, vocab] logits exist at one time
     host: str = (
         "replicated"  # replicated: every rank holds the teacher; zero3: ZeRO-3 shards it (for teachers that do not fit)
     )
     trust_remote_code: bool = False  # run Python code that comes with a teacher from the hub
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the loss asks a teacher anything."""
+        return self.kd_weight > 0 or self.hidden_weight > 0
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """The text that fine-tuning looks at before its first step, and how: read where binarize.method is partial or
+    cherry, for salient.criterion hessian and fisher, and to solve layer by layer (ptq).
+    """
+
+    path: str = ""  # a text file or shard; empty: the first sequences of the training stream
+    sources: list[SourceConfig] = field(default_factory=list)  # that stream's, where they are to be others than data's
+    n_sequences: int = 128
+    seq_len: int = 0  # tokens; 0: data.seq_len
+    damping: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
+    ptq: bool = False  # GPTQ-PB: binarize column by column before training; with train.total_steps=0 that is all
+    block_size: int = 128  # columns that ptq solves before it updates the rest
+    feedback: bool = True  # false: ptq lets no column make up for the error of those before it
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ class OptimConfig:
 class TrainConfig:
     """How much and in what portions. A step is an optimizer step, nothing else."""
 
-    total_steps: int = 1000
+    total_steps: int = 1000  # 0, in fine-tuning only: evaluate and save what the start gives
     micro_batch_size: int = 8  # sequences per rank per forward
     global_batch_tokens: int = 2**19  # tokens per step over all ranks; grad_accum_steps is derived from it
     resume: str = (
@@ -144,6 +156,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     binarize: BinarizeConfig = field(default_factory=BinarizeConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -169,20 +182,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     Raises ConfigError with every problem found: unreadable file, unknown keys (with the nearest field), wrong types,
     impossible or contradictory values for `world_size` ranks.
     """
-    raw = _read_yaml(Path(path))
     problems: list[str] = []
-    for override in overrides:
-        _apply_override(raw, override, problems)
-    try:
-        values = OmegaConf.to_container(raw, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(path), [f"an interpolation cannot be resolved: {_first_line(error)}"]) from None
-    config, unread = _typed(values, _preset_values(values, problems), problems)
+    values = read_values(Path(path), overrides, problems)
+    sizes = {f"model.{name}": size for name, size in _preset_values(values, problems).items()}
+    config, unread = typed(Config, values, sizes, problems)
+    config = _with_origins(config)
     # A field that could not be read has its default here: what follows from that is no news to the user.
     problems.extend(p for p in semantic_problems(config, world_size) if not any(name in p for name in unread))
     if problems:
         raise ConfigError(str(path), problems)
     return config
+
+
+def _with_origins(config: Config) -> Config:
+    """Fine-tuning distils the model that it starts from and has its tokenizer, unless others are named."""
+    if not config.model.pretrained or config.distill.teacher:
+        return config
+    teacher, tokenizer = origins(config.model.pretrained)
+    data = replace(config.data, tokenizer=tokenizer) if config.data.tokenizer == "teacher" else config.data
+    return replace(config, distill=replace(config.distill, teacher=teacher), data=data)
 
 
 def to_yaml(config: Config) -> str:
@@ -209,34 +227,17 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
 
 
-def _read_yaml(path: Path) -> DictConfig:
-    try:
-        raw = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise ConfigError(str(path), ["the file does not exist; the shipped ones are in launch/configs"]) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(str(path), [f"it cannot be read as YAML: {' '.join(str(error).split())}"]) from None
-    if not isinstance(raw, DictConfig):
-        raise ConfigError(str(path), ["it must hold sections such as model: and train:, not a list or a single value"])
-    return raw
-
-
-def _apply_override(raw: DictConfig, override: str, problems: list[str]) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        problems.append(f"override {override!r} is not of the form section.key=value")
-        return
-    try:
-        # OmegaConf's own YAML dialect, in which 1e-3 is a number.
-        parsed = OmegaConf.create(f"value: {value}" if value else "value: ''")
-        OmegaConf.update(raw, key, OmegaConf.select(parsed, "value"))
-    except (OmegaConfBaseException, yaml.YAMLError, AssertionError, ValueError, IndexError, TypeError) as error:
-        problems.append(f"override {override!r} cannot be applied: {_first_line(error)}")
-
-
 def _preset_values(values: Any, problems: list[str]) -> Mapping[str, Any]:
+    """The model's sizes where the file leaves them out: those of the pretrained model, else of the preset."""
     model = values.get("model")
-    name = model.get("preset") if isinstance(model, dict) else None
+    model = model if isinstance(model, dict) else {}
+    name = model.get("preset")
+    if model.get("pretrained"):
+        if name:
+            problems.append(
+                "model.preset and model.pretrained exclude each other; the sizes are the pretrained model's"
+            )
+        return _pretrained_values(model, problems)
     if not name:
         return {}
     if not isinstance(name, str) or name not in PRESETS:
@@ -245,97 +246,19 @@ def _preset_values(values: Any, problems: list[str]) -> Mapping[str, Any]:
     return PRESETS[name]
 
 
-def _typed(values: Any, preset: Mapping[str, Any], problems: list[str]) -> tuple[Config, list[str]]:
-    """`values` over `preset` over the defaults, and the names of the fields whose value has the wrong type.
-
-    Reasons for whatever does not fit go to `problems`.
-    """
-    tree = OmegaConf.structured(Config)
-    _unlock(tree)
-    for key, value in preset.items():
-        OmegaConf.update(tree, f"model.{key}", value)
-    unread: list[str] = []
-    _merge(tree, Config, values, "", problems, unread)
-    return cast(Config, OmegaConf.to_object(tree)), unread
-
-
-def _merge(
-    tree: DictConfig, cls: type, values: Mapping[str, Any], prefix: str, problems: list[str], unread: list[str]
-) -> None:
-    hints = get_type_hints(cls)
-    known = {f.name for f in fields(cls)}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if key not in known:
-            problems.append(f"{name} is not a field of {cls.__name__}{_hint(str(key), known, prefix)}")
-        elif is_dataclass(hints[key]):
-            if isinstance(value, Mapping):
-                _merge(tree, cast(type, hints[key]), value, f"{name}.", problems, unread)
-            else:
-                unread.append(f"{name}.")
-                problems.append(f"{name} is a section, but it is given as {value!r}")
-        elif (args := get_args(hints[key])) and is_dataclass(args[0]):
-            _merge_list(tree, cast(type, args[0]), value, name, problems, unread)
-        elif not _set(tree, name, value, hints[key], problems):
-            unread.append(name)
-
-
-def _merge_list(tree: DictConfig, cls: type, value: Any, name: str, problems: list[str], unread: list[str]) -> None:
-    """A list of sections such as data.sources: each item is checked as a section of its own."""
-    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-        unread.append(name)
-        problems.append(
-            f"{name} must be a list of sections, each with the fields {', '.join(f.name for f in fields(cls))}"
-        )
-        return
-    items = []
-    for i, item in enumerate(value):
-        node = OmegaConf.structured(cls)
-        _unlock(node)
-        found_before = len(problems)
-        inside: list[str] = []
-        _merge(node, cls, item, "", problems, inside)
-        unread += [f"{name}[{i}].{field_name}" for field_name in inside]
-        problems[found_before:] = [f"{name}[{i}].{problem}" for problem in problems[found_before:]]
-        items.append(node)
-    OmegaConf.update(tree, name, items, merge=False)
-
-
-def _set(tree: DictConfig, name: str, value: Any, hint: Any, problems: list[str]) -> bool:
-    """Whether `value` fits the field `name`; a float must be a number that can be computed with."""
+def _pretrained_values(model: Mapping[str, Any], problems: list[str]) -> Mapping[str, Any]:
+    """Sizes that are not known before a model is fetched from the hub are 0; fbitrain.fine_tune fills them in."""
+    if all(name in model for name in SIZES):  # a run's own config.yaml: the model need not be there any more
+        return {}
     try:
-        OmegaConf.update(tree, name, value, merge=False)
-    except OmegaConfBaseException:
-        wanted = getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
-        problems.append(f"{name}={value!r} is not of type {wanted}")
-        return False
-    stored = OmegaConf.select(tree, name)
-    numbers = list(stored) if isinstance(stored, ListConfig) else [stored]
-    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-        problems.append(f"{name}={numbers if isinstance(stored, ListConfig) else stored} is not a finite number")
-        return False
-    return True
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
-
-
-def _hint(key: str, known: set[str], prefix: str) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {prefix}{near[0]}?"
-    for section in fields(Config):  # a right key in the wrong section
-        cls = get_type_hints(Config)[section.name]
-        if key in {f.name for f in fields(cls)}:
-            return f"; did you mean {section.name}.{key}?"
-    return f"; its fields are {', '.join(sorted(known))}"
-
-
-def _unlock(node: DictConfig) -> None:
-    """Frozen dataclasses become read-only nodes; we fill them before anyone sees them."""
-    OmegaConf.set_readonly(node, False)
-    for key in node:
-        child = node._get_node(key)
-        if isinstance(child, DictConfig):
-            _unlock(child)
+        shape = read_shape(str(model["pretrained"]))
+    except UserError as error:
+        problems.append(str(error))
+        return {}
+    problems.extend(
+        f"model.{name}={model[name]} contradicts model.pretrained={model['pretrained']}, whose {name} is {size}; "
+        "leave it out"
+        for name, size in shape.items()
+        if name in model and model[name] != size
+    )
+    return dict.fromkeys(SIZES, 0) | shape

@@ -6,30 +6,33 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fbitrain.data.config import data_problems
-from fbitrain.model.config import binarize_problems, model_problems
+from fbitrain.model.config import SALIENT_METHODS, binarize_problems, model_problems
 
 if TYPE_CHECKING:
     from fbitrain.config import Config
 
 PRECISIONS = ("auto", "bf16", "fp32")
-NO_DECAY_KINDS = ("scales", "norms", "embeddings")
+NO_DECAY_KINDS = ("scales", "norms", "embeddings", "biases")
 
 
 def semantic_problems(config: Config, world_size: int) -> Iterator[str]:
     """Yields one sentence per impossible value or contradiction between fields."""
-    yield from model_problems(config.model)
+    if not config.model.pretrained:
+        yield from model_problems(config.model)
     if config.binarize.enabled:
         yield from binarize_problems(config.binarize, config.model)
     yield from data_problems(config.data)
+    yield from _calibration_problems(config)
     yield from _train_problems(config, world_size)
+    yield from _distill_problems(config)
     yield from _optim_problems(config)
     yield from _engine_problems(config)
 
 
 def _train_problems(config: Config, world_size: int) -> Iterator[str]:
-    train, data, distill = config.train, config.data, config.distill
+    train, data = config.train, config.data
     for section, name, least in (
-        ("train", "total_steps", 1),
+        ("train", "total_steps", 0 if config.model.pretrained else 1),
         ("train", "micro_batch_size", 1),
         ("train", "global_batch_tokens", 1),
         ("checkpoint", "every", 1),
@@ -54,18 +57,42 @@ def _train_problems(config: Config, world_size: int) -> Iterator[str]:
         )
     if world_size > data.n_lanes:
         yield f"data.n_lanes={data.n_lanes} is less than the {world_size} ranks of this run; every rank needs a lane"
-    if data.seq_len > config.model.max_seq_len:
+    if 0 < config.model.max_seq_len < data.seq_len:
         yield f"data.seq_len={data.seq_len} is longer than model.max_seq_len={config.model.max_seq_len}"
+
+
+def _distill_problems(config: Config) -> Iterator[str]:
+    distill = config.distill
     if distill.kd_weight < 0 or distill.ce_weight < 0 or distill.kd_weight + distill.ce_weight <= 0:
         yield "distill.kd_weight and distill.ce_weight must not be negative, and one of them must be positive"
+    if distill.hidden_weight < 0:
+        yield f"distill.hidden_weight={distill.hidden_weight} must not be negative"
     if not distill.temperature > 0:
         yield f"distill.temperature={distill.temperature} must be positive"
-    if distill.kd_weight > 0 and not distill.teacher:
+    if distill.uses_teacher and not distill.teacher:
         yield "distill.teacher is empty; name the teacher, or set distill.kd_weight=0 to train on labels alone"
     if distill.host not in ("replicated", "zero3"):
         yield f"distill.host={distill.host!r} is unknown; choose replicated or zero3"
-    if not distill.teacher and data.tokenizer == "teacher":
+    if not (distill.teacher or config.model.pretrained) and config.data.tokenizer == "teacher":
         yield "data.tokenizer=teacher needs distill.teacher; name a tokenizer folder or file instead"
+
+
+def _calibration_problems(config: Config) -> Iterator[str]:
+    calibration = config.calibration
+    for name, least in (("n_sequences", 1), ("seq_len", 0), ("block_size", 1)):
+        if getattr(calibration, name) < least:
+            yield f"calibration.{name}={getattr(calibration, name)} must be at least {least}"
+    if not calibration.damping > 0:
+        yield f"calibration.damping={calibration.damping} must be positive"
+    if 0 < config.model.max_seq_len < calibration.seq_len:
+        yield f"calibration.seq_len={calibration.seq_len} is longer than model.max_seq_len={config.model.max_seq_len}"
+    if calibration.ptq and not (config.binarize.enabled and config.binarize.method == "partial"):
+        yield "calibration.ptq is GPTQ-PB, which solves for binarize.method=partial only; set calibration.ptq=false"
+    if config.binarize.enabled and config.binarize.method in SALIENT_METHODS and not config.model.pretrained:
+        yield (
+            f"binarize.method={config.binarize.method} keeps the salient weights of a trained model; "
+            "name one in model.pretrained and start it with launch/finetune.py"
+        )
 
 
 def _optim_problems(config: Config) -> Iterator[str]:

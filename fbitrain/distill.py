@@ -41,6 +41,7 @@ class DistillMetrics:
     teacher_label_ce: Tensor  # CE(label, teacher) at temperature 1, in nats
     top1_agreement: Tensor  # tokens whose likeliest successor is the same for both (equal maxima count as the same)
     tokens: Tensor  # valid tokens
+    hidden_mse: Tensor | float = 0.0  # the distance of both models' hidden states (fbitrain.student), times tokens
 
 
 class _Model(NamedTuple):

@@ -16,9 +16,12 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fbitrain.config import Config
 from fbitrain.errors import UserError
+from fbitrain.parameters import param_groups, parameter_kinds, whole_shape
 from fbitrain.ranks import on_all_ranks
 from fbitrain.student import Student
 
@@ -29,7 +32,7 @@ from deepspeed.accelerator import get_accelerator
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 COMMUNICATION_BUCKET = 2**24  # elements exchanged at a time: 32 MiB in bf16, enough to fill a network
-PREFIX = "lm."  # of parameter names inside Student; checkpoints use the LlamaForCausalLM's own names
+PREFIX = "lm."  # of parameter names inside Student; checkpoints use the language model's own names
 
 
 @dataclass(frozen=True)
@@ -121,31 +124,6 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     }
 
 
-def param_groups(config: Config, student: nn.Module) -> list[dict[str, Any]]:
-    """Two AdamW groups: with weight decay, and the kinds that optim.no_decay exempts."""
-    decayed: list[nn.Parameter] = []
-    exempt: list[nn.Parameter] = []
-    for name, parameter in student.named_parameters():
-        (exempt if parameter_kind(name) in config.optim.no_decay else decayed).append(parameter)
-    groups = [
-        {"name": "decay", "params": decayed, "weight_decay": config.optim.weight_decay},
-        {"name": "no_decay", "params": exempt, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def parameter_kind(name: str) -> str:
-    """scales, norms, embeddings or matrices, from a qualified parameter name."""
-    leaf = name.rsplit(".", 1)[-1]
-    if leaf in ("alpha", "beta"):
-        return "scales"
-    if "norm" in name.rsplit(".", 2)[-2]:
-        return "norms"
-    if "embed_tokens" in name:
-        return "embeddings"
-    return "matrices"
-
-
 def shard_teacher(config: Config) -> Callable[[nn.Module], Callable[..., Any]]:
     """distill.host=zero3: what cuts a frozen module over all ranks and returns what is called instead of it."""
 
@@ -168,10 +146,11 @@ class Engine:
         self.config = config
         self.world_size = dist.get_world_size()
         if config.train.activation_checkpointing:
-            student.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            _checkpoint_activations(student.lm)
         if config.train.compile:
-            for layer in student.lm.model.layers:
-                layer.compile()
+            for block in student.lm.modules():
+                if isinstance(block, GradientCheckpointingLayer):  # what transformers makes decoder blocks of
+                    block.compile()
         optimizer = torch.optim.AdamW(
             param_groups(config, student),
             lr=config.optim.lr,
@@ -183,10 +162,13 @@ class Engine:
             model=student, optimizer=optimizer, config=deepspeed_config(config, self.world_size)
         )
         self.student = student
+        self._kinds = parameter_kinds(student)
         self.device = device()
         self._names = {id(p): name.removeprefix(PREFIX) for name, p in student.named_parameters()}
         self._adam: torch.optim.Optimizer = getattr(self._deepspeed.optimizer, "optimizer", self._deepspeed.optimizer)
         self._grad_norm: Tensor | float | None = None
+        for _, buffer in self._buffers():  # DeepSpeed gives all ranks the parameters of rank 0, but not its buffers
+            dist.broadcast(buffer, 0)
         _set_timeouts(config.engine.comm_timeout_s)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -221,14 +203,33 @@ class Engine:
         self._deepspeed.train(mode)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> whole shape of every parameter, as ZeRO-3 partitions hide it."""
-        return {self._names[id(p)]: tuple(getattr(p, "ds_shape", p.shape)) for p in self.student.parameters()}
+        """Name -> whole shape of every parameter that is trained, as ZeRO-3 partitions hide it."""
+        return {self._names[id(p)]: whole_shape(p) for p in self.student.parameters() if p.requires_grad}
 
     def matrix_weights(self) -> int:
-        """Weights that every token is multiplied with: all matrices but the embedding table."""
-        kinds = ((parameter_kind(name), math.prod(shape)) for name, shape in self.shapes().items())
-        tied_head = self.config.model.vocab_size * self.config.model.d_model if self.config.model.tie_embeddings else 0
-        return tied_head + sum(n for kind, n in kinds if kind == "matrices")
+        """Weights that every token is multiplied with: all matrices but the embedding tables; a tied head counts."""
+        head = self.student.head.weight
+        parameters = dict(self.student.named_parameters())
+        matrices = {n: p for n, p in parameters.items() if self._kinds[n] == "matrices" or p is head}
+        return sum(math.prod(whole_shape(p)) for p in matrices.values())
+
+    def fixed_tensors(self) -> dict[str, Tensor]:
+        """What training never changes and a checkpoint must hold: persistent buffers and frozen parameters, whole.
+
+        On rank 0; empty on the others. Collective.
+        """
+        frozen = [p for p in self.student.parameters() if not p.requires_grad]
+        found = [(name.removeprefix(PREFIX), buffer) for name, buffer in self._buffers()]
+        with deepspeed.zero.GatheredParameters(frozen, enabled=self.config.engine.zero_stage == 3):
+            if dist.get_rank() != 0:
+                return {}
+            found += [(self._names[id(p)], p.detach()) for p in frozen]
+            return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in found}
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        """The student's persistent buffers; every rank holds them whole under any stage."""
+        persistent = self.student.state_dict().keys()
+        return [(name, buffer) for name, buffer in self.student.named_buffers() if name in persistent]
 
     # -- this rank's slices of weights and optimizer state ------------------------------------------------------------
 
@@ -319,6 +320,13 @@ class Engine:
                 if start < stop:
                     yield self._slice(parameter, parameter.ds_shape, flat, offset, start, stop)
                 offset += piece
+
+
+def _checkpoint_activations(lm: PreTrainedModel) -> None:
+    if not lm.supports_gradient_checkpointing:
+        kind = type(lm).__name__
+        raise UserError(f"{kind} cannot recompute its activations; set train.activation_checkpointing=false")
+    lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _set_threads(config: Config) -> None:

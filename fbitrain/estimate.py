@@ -78,7 +78,7 @@ def rank_memory(
         buckets=c * min(n_parameters, BUCKET_ELEMENTS) if stage >= 1 and world_size > 1 else 0,
         activations=activation_bytes(config.model, tokens, c, checkpointing=config.train.activation_checkpointing),
         loss=_loss_bytes(config, tokens, c),
-        teacher=_teacher_bytes(config, tokens, c, world_size, teacher) if config.distill.kd_weight > 0 else 0,
+        teacher=_teacher_bytes(config, tokens, c, world_size, teacher) if config.distill.uses_teacher else 0,
         runtime=RUNTIME_BYTES,
         optimizer_on_host=config.engine.offload_optimizer,
     )
@@ -138,4 +138,5 @@ def _teacher_bytes(config: Config, tokens: int, c: int, world_size: int, teacher
     if teacher is None:
         return 0
     parts = world_size if config.distill.host == "zero3" else 1
-    return math.ceil(c * teacher.n_parameters / parts) + c * tokens * teacher.d_model
+    states = config.model.n_layers if config.distill.hidden_weight > 0 else 1  # hidden states that are kept
+    return math.ceil(c * teacher.n_parameters / parts) + states * c * tokens * teacher.d_model

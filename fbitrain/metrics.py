@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from fbitrain.config import Config
+from fbitrain.config import Config, DistillConfig
 from fbitrain.distill import DistillMetrics
 from fbitrain.files import fsync_file, write_text
+from fbitrain.model.mixture import MixtureOfScalesLinear
 from fbitrain.model.signs import count_flips, sign_bits
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 # Dense bf16 peaks per device from the vendors' data sheets, by a part of the device's name; for MFU.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0, "A10": 125.0, "V100": 125.0}
-_SUMS = ("kd", "teacher_entropy", "label_ce", "teacher_label_ce", "top1_agreement", "tokens")
+_SUMS = ("kd", "teacher_entropy", "label_ce", "teacher_label_ce", "top1_agreement", "hidden_mse", "tokens")
 
 
 class Interval:
@@ -65,7 +66,7 @@ class Interval:
         """Whether every gradient norm since the last log line is a number; the same answer on every rank."""
         return bool(torch.isfinite(self._sums[-1]))
 
-    def close(self, distilling: bool) -> dict[str, float]:
+    def close(self, distill: DistillConfig) -> dict[str, float]:
         """Means over the interval and all ranks, then starts a new one. Collective."""
         self.pause()
         sums = self._sums.clone()
@@ -78,7 +79,9 @@ class Interval:
             "optim/grad_norm": values["grad_norm"] / (world * max(self._steps, 1)),
             "speed/tokens_per_s": values["tokens"] / max(self._seconds, 1e-9),
         }
-        if distilling:
+        if distill.hidden_weight > 0:
+            scalars["train/hidden_mse"] = values["hidden_mse"] / tokens
+        if distill.kd_weight > 0:
             scalars |= {
                 "train/kd": values["kd"] / tokens,
                 "train/top1_agreement": values["top1_agreement"] / tokens,
@@ -130,12 +133,12 @@ class SignTracker:
 
 
 def gather_scales(engine: Engine) -> dict[str, Tensor]:
-    """On rank 0 every α and β, whole and flat, by name; empty elsewhere. Collective; for histograms."""
+    """On rank 0 every learned scale and shift, whole and flat, by name; empty elsewhere. Collective; for histograms."""
     # Copies: a pickled view takes its whole flat buffer along.
     mine = [
         (f.name, f.start, f.weight.to("cpu", copy=True))
         for f in engine.fragments()
-        if f.name.endswith((".alpha", ".beta"))
+        if f.name.endswith((".alpha", ".beta", ".scale_in", ".scale_out"))
     ]
     everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(mine, everyone)
@@ -143,6 +146,21 @@ def gather_scales(engine: Engine) -> dict[str, Tensor]:
     for name, start, values in (piece for rank in everyone or () for piece in rank):
         pieces.setdefault(name, []).append((start, values))
     return {name: torch.cat([v for _, v in sorted(parts, key=lambda part: part[0])]) for name, parts in pieces.items()}
+
+
+def router_scalars(engine: Engine) -> dict[str, float]:
+    """Mean entropy of the routers in nats and the share of each expert since the last look, over layers and ranks.
+
+    Nothing if no layer has a router. Collective.
+    """
+    layers = [module for module in engine.student.modules() if isinstance(module, MixtureOfScalesLinear)]
+    if not layers:
+        return {}
+    sums = torch.stack([layer.take_router_stats() for layer in layers]).sum(0).to(engine.device)
+    dist.all_reduce(sums)
+    entropy, tokens, *loads = sums.tolist()
+    tokens = max(tokens, 1.0)
+    return {"router/entropy": entropy / tokens} | {f"router/load_{i}": load / tokens for i, load in enumerate(loads)}
 
 
 def flops_per_token(config: Config, matrix_weights: int, teacher_weights: int) -> float:

@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
-
 from fbitrain.config import Config
-from fbitrain.model.hf import binary_layers
+from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig
+from fbitrain.model.hf import ReleasedModel
 
+# Papers of the methods, by binarize.method.
+PAPERS = {
+    "binary": "FBI-LLM, autoregressive distillation (arXiv 2407.07093)",
+    "partial": "PB-LLM, partial binarization (arXiv 2310.00034)",
+    "cherry": "CherryQ (arXiv 2404.02837)",
+    "mixture_of_scales": "BinaryMoS (arXiv 2406.12311)",
+    "onebit": "OneBit (arXiv 2402.11295)",
+    "bnn": "BNN (arXiv 1602.02830)",
+    "xnor": "XNOR-Net (arXiv 1603.05279)",
+    "bireal": "Bi-Real Net (arXiv 1808.00278)",
+    "recu": "ReCU (arXiv 2103.12369)",
+    "fda": "FDA-BNN (arXiv 2103.00816)",
+    "bitnet": "BitNet (arXiv 2310.11453)",
+    "ternary": "BitNet b1.58 (arXiv 2402.17764)",
+}
+# What a weight becomes, where neither options nor rows have a say in it.
+PATTERNS = {
+    "onebit": "sign(W) between one learned scale per input and one per output",
+    "bnn": "sign(W)",
+    "bitnet": "β·sign(W − mean W), one β per matrix; activations rounded to int8 per token",
+    "ternary": "γ·(−1, 0 or +1), one γ per matrix; activations rounded to int8 per token",
+}
 HELDOUT_KEYS = ("heldout/perplexity", "heldout/bits_per_byte")
 
 
@@ -29,21 +50,26 @@ class Storage:
     """What the packed form of a model holds."""
 
     binary_weights: int
-    binary_bits: int  # what they take: a bit each, rows padded to whole words, and 32 per scale
-    other_weights: int  # embeddings, norms, head
+    binary_bits: int  # what they take: signs, rows padded to whole words, scales, and salient weights with their places
+    other_weights: int  # embeddings, norms, head, biases
     other_bits: int
+    parts: dict[str, int] = field(default_factory=dict)  # binary_bits by kind of tensor
 
     @classmethod
-    def of(cls, weights: Mapping[str, Tensor], packed: Mapping[str, Tensor]) -> Storage:
-        """weights: the run's state dict; packed: its `packed_tensors`, whose bytes are counted as they are stored."""
-        layers = binary_layers(weights)
-        binary_names = {f"{layer}.{part}" for layer in layers for part in ("weight_bits", "alpha", "beta")}
-        others = [tensor for name, tensor in packed.items() if name not in binary_names]
+    def of(cls, model: ReleasedModel) -> Storage:
+        """Every tensor counted as it is stored."""
+        tensors = model.packed_tensors()
+        parts: dict[str, int] = {}
+        for layer in model.layers.values():
+            for name, tensor in layer.tensors.items():
+                parts[name] = parts.get(name, 0) + 8 * tensor.nbytes
+        others = [*model.rest, *model.biases]
         return cls(
-            binary_weights=sum(weights[f"{layer}.weight"].numel() for layer in layers),
-            binary_bits=8 * sum(packed[name].nbytes for name in binary_names if name in packed),
-            other_weights=sum(tensor.numel() for tensor in others),
-            other_bits=8 * sum(tensor.nbytes for tensor in others),
+            binary_weights=model.binary_weights,
+            binary_bits=sum(parts.values()),
+            other_weights=sum(tensors[name].numel() for name in others),
+            other_bits=8 * sum(tensors[name].nbytes for name in others),
+            parts=parts,
         )
 
     @property
@@ -72,43 +98,63 @@ def heldout_metrics(run_dir: Path, step: int) -> dict[str, float]:
     return found
 
 
-def model_card(config: Config, training: Training, storage: Storage | None, formats: Sequence[str], dtype: str) -> str:
+def model_card(
+    config: Config, training: Training, storage: Storage | None, formats: Sequence[str], dtype: str, model_type: str
+) -> str:
     """README.md of a release as Hugging Face reads it: a YAML header, then Markdown.
 
-    storage: what packed holds, if that is among `formats`. dtype: of all other weights.
+    storage: what packed holds, if that is among `formats`. dtype: of all other weights. model_type: transformers' name
+    of the architecture.
     """
     parts = [_header(config), _recipe(config, training), _figures(training)]
     if storage is not None:
         parts.append(_size(storage, dtype))
-    parts += [_loading(formats), _limits(config, "packed" in formats)]
+    parts += [_loading(formats, model_type), _limits(config, "packed" in formats)]
     return "\n".join(parts)
 
 
 def _header(config: Config) -> str:
-    kind = (
-        "A Llama with 1-bit weights" if config.binarize.enabled else "A full-precision Llama, the twin of a 1-bit one"
-    )
+    kind = "Llama"
+    if config.model.pretrained:
+        origin, kind = f"fine-tuned from {config.model.pretrained}", "language model"
+    else:
+        origin = "trained from scratch"
+    if not config.binarize.enabled:
+        kind = f"A full-precision {kind}, the twin of a 1-bit one"
+    else:
+        kind = f"A {kind} with {_bits(config.binarize)} weights"
+    tags = ["fbitrain", _bits(config.binarize) if config.binarize.enabled else "full-precision"]
+    tags += ["distillation"] if config.distill.uses_teacher else []
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [fbitrain, {"1-bit" if config.binarize.enabled else "full-precision"}, distillation]
+tags: [{", ".join(tags)}]
 ---
 # {config.run.name}
 
-{kind}, trained from scratch by fbitrain.
+{kind}, {origin} by fbitrain.
 """
+
+
+def _bits(how: BinarizeConfig) -> str:
+    if how.method in SALIENT_METHODS:
+        return "partially binary"
+    return "ternary" if how.method == "ternary" else "1-bit"
 
 
 def _recipe(config: Config, training: Training) -> str:
     model, how, distill = config.model, config.binarize, config.distill
     rows = {
-        "method": "FBI-LLM, autoregressive distillation (arXiv 2407.07093)",
+        "method": PAPERS[how.method] if how.enabled else "",
+        "started from": model.pretrained,
         "layers × width × feed-forward": f"{model.n_layers} × {model.d_model} × {model.d_ff}, {model.n_heads} heads",
         "vocabulary, positions": f"{model.vocab_size}, {model.max_seq_len}",
         "binary weights": _pattern(config) if how.enabled else "none",
         "never binary": ", ".join(["embeddings", "norms", *how.skip]) if how.enabled else "",
-        "teacher": distill.teacher or "none",
-        "loss": f"{distill.kd_weight:g} · CE(teacher) + {distill.ce_weight:g} · CE(labels)",
+        "calibration": _calibration(config),
+        "teacher": distill.teacher if distill.uses_teacher else "none",
+        "loss": f"{distill.kd_weight:g} · CE(teacher) + {distill.ce_weight:g} · CE(labels)"
+        + (f" + {distill.hidden_weight:g} · MSE(hidden states)" if distill.hidden_weight else ""),
         "temperature": f"{distill.temperature:g}",
         "steps, tokens": f"{training.step} of {config.train.total_steps}, {training.tokens:,}",
         "batch, sequence": f"{config.train.global_batch_tokens:,} tokens per step, {config.data.seq_len} tokens",
@@ -118,11 +164,30 @@ def _recipe(config: Config, training: Training) -> str:
     return "## Recipe\n\n| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items() if value)
 
 
+def _calibration(config: Config) -> str:
+    looked_at, how = config.calibration, config.binarize
+    if not how.enabled or how.method not in SALIENT_METHODS:
+        return ""
+    if not looked_at.ptq and how.salient.criterion == "magnitude":
+        return ""
+    solved = "GPTQ-PB on " if looked_at.ptq else ""
+    return f"{solved}{looked_at.n_sequences} sequences of {looked_at.seq_len or config.data.seq_len} tokens"
+
+
 def _pattern(config: Config) -> str:
     how = config.binarize
     group = f" of {how.group_size}" if how.scale == "group" else ""
-    shift = "α·sign(W) + β" if how.beta else "α·sign(W)"
-    return f"{shift}, learned per {how.scale}{group}; straight-through estimator {how.ste}"
+    if how.method in SALIENT_METHODS:
+        salient = how.salient
+        share = f"{salient.fraction:g} of the weights, by {salient.criterion} per {salient.scope}, in {salient.dtype}"
+        rest = "α·sign(W)" if how.bits == 1 else f"{2**how.bits} levels"
+        return f"{share}; the rest {rest}, one scale per {how.scale}{group}"
+    if how.method == "binary":
+        shift = "α·sign(W) + β" if how.beta else "α·sign(W)"
+        return f"{shift}, learned per {how.scale}{group}; straight-through estimator {how.ste}"
+    if how.method == "mixture_of_scales":
+        return f"sign(W) between {how.n_experts} pairs of input and output scales, mixed for each token by a router"
+    return PATTERNS.get(how.method, "α·sign(W), α the mean of |W| per row")
 
 
 def _figures(training: Training) -> str:
@@ -136,26 +201,30 @@ def _figures(training: Training) -> str:
 
 def _size(storage: Storage, dtype: str) -> str:
     megabytes = (storage.binary_bits + storage.other_bits) / 8e6
+    shares = ", ".join(f"{name} {bits / storage.binary_weights:.3f}" for name, bits in storage.parts.items())
     return f"""## Size of packed
 
-{storage.binary_weights:,} binary weights take {storage.bits_per_binary_weight:.3f} bits each, scales included.
+{storage.binary_weights:,} binary weights take {storage.bits_per_binary_weight:.3f} bits each, scales included
+({shares}).
 With the {storage.other_weights:,} weights of embeddings, norms and head in {dtype}, the whole model is
 {megabytes:,.1f} MB, {storage.bits_per_weight:.2f} bits per weight.
 """
 
 
-def _loading(formats: Sequence[str]) -> str:
+def _loading(formats: Sequence[str], model_type: str) -> str:
     lines = ["## Loading", ""]
     if "dense" in formats:
         lines += ["`dense` needs transformers only:", "", _snippet("dense", ""), ""]
     if "packed" in formats:
         lines += [
-            "`packed` runs this folder's `remote_code.py` (plain torch), or, where fbitrain is installed, `import",
-            "fbitrain.model.hf` first and leave `trust_remote_code` out:",
+            "`packed` runs this folder's `remote_code.py` (plain torch), or, where fbitrain is installed,",
+            f'`fbitrain.model.hf.register("{model_type}")` first and leave `trust_remote_code` out:',
             "",
             _snippet("packed", ", trust_remote_code=True"),
             "",
         ]
+    if "gguf" in formats:
+        lines += ["`gguf` is for llama.cpp: `llama-cli -m gguf/FILE.gguf -p ...`", ""]
     return "\n".join(lines)
 
 
@@ -168,14 +237,14 @@ tokenizer = AutoTokenizer.from_pretrained("{name}"{option})
 
 
 def _limits(config: Config, packed: bool) -> str:
-    lines = [
-        "## Limits",
-        "",
-        "A base model: it continues text, and was not tuned to follow instructions or to be safe.",
-        "Its teacher's and its data's licences may bind its use.",
-    ]
+    nature = "A base model: it continues text, and was not tuned to follow instructions or to be safe."
+    if config.model.pretrained:
+        nature = f"It has the limits of {config.model.pretrained}, whose licence may bind its use too."
+    lines = ["## Limits", "", nature, "Its teacher's and its data's licences may bind its use."]
     if config.data.add_bos:
         lines.append("Training put BOS before each document; a prompt should start with it too.")
+    if config.binarize.enabled and config.binarize.method in ("bitnet", "ternary"):
+        lines.append("`dense` has the weights but not the rounding of activations to int8 that training had.")
     if packed:
         lines.append("In plain torch `packed` saves memory, not time: it unpacks its bits at every call.")
     return "\n".join(lines) + "\n"

@@ -15,6 +15,7 @@ from fbitrain.data.errors import DataError
 from fbitrain.engine import resolve_precision
 from fbitrain.errors import UserError
 from fbitrain.estimate import RankMemory, TeacherSize, rank_memory, read_teacher_size, tokens_in_total
+from fbitrain.fine_tune import with_known_sizes
 from fbitrain.model.size import ParameterCount, count_parameters
 from fbitrain.preflight_data import look_at_data
 from fbitrain.release_tokenizer import tokenizer_source
@@ -40,23 +41,45 @@ class Report:
 def inspect_run(config: Config, *, world_size: int, ranks_here: int) -> Report:
     """What can be said of a run before it starts: `world_size` ranks, `ranks_here` of them on this node."""
     report = Report()
-    count = count_parameters(config.model, config.binarize)
-    _describe_model(report, count)
+    try:
+        config = with_known_sizes(config, world_size)
+    except UserError as error:
+        report.problems.append(str(error))
+        return report
+    if config.model.pretrained:
+        n_parameters = _describe_pretrained(report, config)
+    else:
+        n_parameters = _describe_model(report, count_parameters(config.model, config.binarize))
     _describe_tokens(report, config, world_size)
     _check_inputs(report, config, world_size, ranks_here)
-    _check_disk(report, config, count)
+    if not n_parameters or not config.model.n_heads:  # a model that says too little of itself to be added up
+        return report
+    _check_disk(report, config, n_parameters)
     precision = "bf16" if resolve_precision(config.engine.precision) is torch.bfloat16 else "fp32"
     teacher, remark = _teacher_size(config)
-    memory = rank_memory(config, count.total, world_size=world_size, precision=precision, teacher=teacher)
+    memory = rank_memory(config, n_parameters, world_size=world_size, precision=precision, teacher=teacher)
     _describe_memory(report, config, memory, f"over {world_size} ranks, {precision}", remark)
     _check_memory(report, memory, ranks_here)
     return report
 
 
-def _describe_model(report: Report, count: ParameterCount) -> None:
+def _describe_pretrained(report: Report, config: Config) -> int:
+    """The parameters of the model that fine-tuning starts from; 0 where they cannot be counted without loading it."""
+    report.add("model", f"{config.model.pretrained}, binarize.method={config.binarize.method}")
+    try:
+        size = read_teacher_size(Path(config.model.pretrained))
+    except (OSError, ValueError, KeyError):
+        report.add("", "memory and disk not counted: it is not a local folder with safetensors files")
+        return 0
+    report.add("", f"{size.n_parameters:,} parameters")
+    return size.n_parameters
+
+
+def _describe_model(report: Report, count: ParameterCount) -> int:
     report.add("model", f"{count.total:,} parameters: {count.binary:,} binary, {count.scales:,} scales,")
     report.add("", f"{count.embeddings:,} embeddings and head, {count.dense:,} other dense, {count.norms:,} norms")
     report.add("", f"{count.bits_per_weight:.3f} bits per binary weight, scales included")
+    return count.total
 
 
 def _describe_tokens(report: Report, config: Config, world_size: int) -> None:
@@ -83,13 +106,13 @@ def _check_inputs(report: Report, config: Config, world_size: int, ranks_here: i
     report.problems += [problem for problem in problems if problem not in report.problems]
 
 
-def _check_disk(report: Report, config: Config, count: ParameterCount) -> None:
+def _check_disk(report: Report, config: Config, n_parameters: int) -> None:
     folder = config.run_dir.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     checkpoints = config.checkpoint.keep + 1 if config.checkpoint.keep else 2  # one more while the next is written
-    needed = checkpoints * CHECKPOINT_BYTES * count.total
+    needed = checkpoints * CHECKPOINT_BYTES * n_parameters
     report.add("disk", f"{needed / GB:.1f} GB for {checkpoints} checkpoints; {free / GB:.1f} GB free in {folder}")
     if free < needed:
         report.problems.append(
@@ -100,7 +123,7 @@ def _check_disk(report: Report, config: Config, count: ParameterCount) -> None:
 
 def _teacher_size(config: Config) -> tuple[TeacherSize | None, str]:
     """The teacher's size where that is known without loading it, or None and why not."""
-    if config.distill.kd_weight == 0:
+    if not config.distill.uses_teacher:
         return None, "none"
     folder = Path(config.distill.teacher)
     try:

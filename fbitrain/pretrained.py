@@ -10,11 +10,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-import fbitrain.model.hf  # noqa: F401 - registers the model_type of packed folders
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.errors import UserError
+from fbitrain.model.hf import register
 from fbitrain.teacher import export_gguf
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,6 +62,7 @@ def load_lm(folder: Path, dtype: torch.dtype, device: str | torch.device = "cpu"
     Raises UserError if it cannot be loaded whole. Code that comes with a folder is never run.
     """
     try:
+        register(PretrainedConfig.get_config_dict(folder)[0].get("model_type", ""))  # if it is a packed one
         # Without ignore_mismatched_sizes a wrong shape raises; a missing tensor would only be warned about.
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, local_files_only=True

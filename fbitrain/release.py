@@ -1,11 +1,12 @@
 """From a training run to folders that other people's tools load.
 
     releases/NAME/
-      dense/     a stock LlamaForCausalLM: every weight written out, needs nothing of ours
-      packed/    one bit per binary weight; loads with fbitrain, or with trust_remote_code in plain torch
+      dense/     a stock LlamaForCausalLM, or the class that fine-tuning began with: every weight written out
+      packed/    a bit or two per binary weight; loads with fbitrain, or with trust_remote_code in plain torch
+      gguf/      a file for llama.cpp (fbitrain.release_gguf)
       README.md  the model card, also in each format's folder
 
-Both formats hold the same function: the scales are rounded once (`fbitrain.model.hf.Levels`).
+All formats hold the same function: scales are rounded once (`fbitrain.model.packing`).
 """
 
 from __future__ import annotations
@@ -15,35 +16,39 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PretrainedConfig
 
 from fbitrain.checkpoint import find_latest
 from fbitrain.checkpoint_files import load_weights
 from fbitrain.config import Config, load_config
 from fbitrain.errors import UserError
 from fbitrain.files import fsync_folder, fsync_tree
-from fbitrain.model.build import llama_config
-from fbitrain.model.hf import REMOTE_CODE, dense_tensors, packed_config, packed_tensors
+from fbitrain.fine_tune import lm_config_of
+from fbitrain.model.config import BinarizeConfig
+from fbitrain.model.hf import ReleasedModel, copy_remote_code
 from fbitrain.model_card import Storage, Training, heldout_metrics, model_card
 from fbitrain.pretrained import DTYPES
+from fbitrain.release_gguf import check_gguf, write_gguf
 from fbitrain.release_tokenizer import tokenizer_source, write_tokenizer
 
-FORMATS = ("dense", "packed")
+FORMATS = ("dense", "packed", "gguf")
+DEFAULT_FORMATS = ("dense", "packed")
 CARD = "README.md"
 
 
-def release(source: Path, out: Path, formats: Sequence[str] = FORMATS, dtype: str = "float16") -> Path:
+def release(source: Path, out: Path, formats: Sequence[str] = DEFAULT_FORMATS, dtype: str = "float16") -> Path:
     """Writes a run (its newest complete checkpoint) or one checkpoint to `out`; returns the checkpoint.
 
-    formats: which of FORMATS. dtype: what the two levels of each binary layer, and all other weights, are rounded to.
+    formats: which of FORMATS. dtype: what the scales of binary layers, and all other weights, are rounded to.
     An older release at `out` is replaced, all its formats, once the new one is whole.
-    Raises UserError for an unknown format or dtype, a source without checkpoint, weights that do not fit `dtype`, a
-    disk that is full, and an `out` that is something else than a release.
+    Raises UserError for an unknown format or dtype, a format that the model does not have, a source without checkpoint,
+    weights that do not fit `dtype`, a disk that is full, and an `out` that is something else than a release.
     """
     for given, known, what in ((formats, FORMATS, "format"), ([dtype], DTYPES, "dtype")):
         if unknown := [name for name in given if name not in known] or not given:
@@ -51,14 +56,26 @@ def release(source: Path, out: Path, formats: Sequence[str] = FORMATS, dtype: st
     checkpoint = find_checkpoint(source)
     trainer = json.loads((checkpoint / "trainer.json").read_text())
     config = load_config(checkpoint / "config.yaml", world_size=trainer["world_size"])
-    if "packed" in formats and not config.binarize.enabled:
-        raise UserError(f"{source} has no binary weights (binarize.enabled=false) to pack; release it as dense only")
+    lm_config = lm_config_of(checkpoint, config)
+    _require_possible(source, formats, config.binarize)
+    if "gguf" in formats:
+        check_gguf(source, lm_config, dtype)
     heldout = heldout_metrics(checkpoint.parent.parent, trainer["step"])
     training = Training(trainer["step"], trainer["tokens"], heldout)
-    weights = load_weights(checkpoint)
+    model = ReleasedModel.of(lm_config, config.binarize, load_weights(checkpoint), DTYPES[dtype])
     with replacing_release(out) as folder:
-        write_release(folder, config, weights, training, formats, dtype)
+        write_release(folder, config, model, training, formats, dtype)
     return checkpoint
+
+
+def _require_possible(source: Path, formats: Sequence[str], binarize: BinarizeConfig) -> None:
+    if not binarize.enabled and "packed" in formats:
+        raise UserError(f"{source} has no binary weights (binarize.enabled=false) to pack; release it as dense only")
+    if binarize.enabled and binarize.method == "mixture_of_scales" and set(formats) != {"packed"}:
+        raise UserError(
+            f"{source} mixes its scales anew for every token (binarize.method=mixture_of_scales), so there are no "
+            "fixed weights to write out; release it as packed only"
+        )
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -74,39 +91,40 @@ def find_checkpoint(source: Path) -> Path:
 def write_release(
     folder: Path,
     config: Config,
-    weights: Mapping[str, Tensor],
+    model: ReleasedModel,
     training: Training,
     formats: Sequence[str],
     dtype: str,
 ) -> None:
-    """Fills the existing `folder` with one folder per format and the model card, from a run's fp32 state dict."""
-    if config.model.tie_embeddings:  # the head is the embedding; files hold it once
-        weights = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
-    storage = None
+    """Fills the existing `folder` with one folder per format and the model card."""
     for name in formats:
         target = folder / name
         target.mkdir()
-        model_config = llama_config(config.model)
-        if name == "packed":
-            tensors = packed_tensors(weights, DTYPES[dtype])
-            storage = Storage.of(weights, tensors)
-            model_config = packed_config(model_config, config.binarize, storage.bits_per_binary_weight)
-            shutil.copy(REMOTE_CODE, target)
-        else:
-            tensors = dense_tensors(weights, DTYPES[dtype])
-            model_config.architectures = ["LlamaForCausalLM"]
+        tensors = model.packed_tensors() if name == "packed" else model.dense_tensors()
         _refuse_non_finite(tensors, dtype)
-        model_config.dtype = DTYPES[dtype]
-        _write_model(target, config, model_config, tensors)
-    card = model_card(config, training, storage, formats, dtype)
+        if name == "gguf":
+            write_gguf(target, config, model, tensors)
+        elif name == "packed":
+            copy_remote_code(target)
+            _write_model(target, config, model.packed_config, tensors, dtype)
+        else:
+            dense_config = deepcopy(model.config)
+            dense_config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(dense_config)].__name__]
+            _write_model(target, config, dense_config, tensors, dtype)
+    storage = Storage.of(model) if "packed" in formats else None
+    card = model_card(config, training, storage, formats, dtype, model.config.model_type)
     for place in (folder, *(folder / name for name in formats)):
         (place / CARD).write_text(card, encoding="utf-8")
 
 
-def _write_model(folder: Path, config: Config, model_config: LlamaConfig, tensors: dict[str, Tensor]) -> None:
+def _write_model(
+    folder: Path, config: Config, model_config: PretrainedConfig, tensors: dict[str, Tensor], dtype: str
+) -> None:
     tokenizer = write_tokenizer(tokenizer_source(config), folder)
+    model_config.dtype = DTYPES[dtype]
     model_config.bos_token_id, model_config.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
-    model_config.rope_theta = config.model.rope_theta  # where readers older than transformers 5 look for it
+    if not config.model.pretrained:
+        model_config.rope_theta = config.model.rope_theta  # where readers older than transformers 5 look for it
     model_config.save_pretrained(folder)
     # BOS and EOS only as far as training put them around its documents: a prompt is to look like one.
     generation = GenerationConfig(
@@ -166,7 +184,8 @@ def is_release(path: Path) -> bool:
     if not path.is_dir():
         return False
     folders = [child for child in path.iterdir() if child.is_dir()]
-    formats = [child for child in folders if child.name in FORMATS and (child / "config.json").is_file()]
+    marks = {"gguf": "*.gguf"}
+    formats = [f for f in folders if f.name in FORMATS and any(f.glob(marks.get(f.name, "config.json")))]
     return len(formats) == len(folders) and (bool(formats) or not any(path.iterdir()))
 
 

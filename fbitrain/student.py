@@ -1,16 +1,18 @@
-"""The module that DeepSpeed wraps: a binary Llama whose head computes the distillation loss instead of logits.
+"""The module that DeepSpeed wraps: a binary language model whose head computes the loss instead of logits.
 
 B sequences, T seq_len, D width of the student, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from fbitrain.config import DistillConfig
 from fbitrain.distill import DistillMetrics, distill_loss
@@ -34,20 +36,37 @@ class LossHead(nn.Module):
         return F.linear(hidden, self.weight) if loss is None else loss(hidden, self.weight)
 
 
-class Student(nn.Module):
-    """A LlamaForCausalLM together with its training objective; `lm` is the model that is released."""
+def hidden_distance(states: Sequence[Tensor], teacher_states: Sequence[Tensor]) -> Tensor:
+    """Σ over blocks of the mean squared difference (fp32 scalar), a mean over sequences, tokens and width.
 
-    def __init__(self, lm: LlamaForCausalLM, distill: DistillConfig) -> None:
+    BinaryMoS's layer-to-layer loss (arXiv 2406.12311). As a mean it depends neither on batch size nor on length.
+    """
+    pairs = zip(states, teacher_states, strict=True)
+    return torch.stack([F.mse_loss(mine.float(), theirs.float()) for mine, theirs in pairs]).sum()
+
+
+class Student(nn.Module):
+    """A causal language model together with its training objective; `lm` is the model that is released.
+
+    Its logits must be the product of its last hidden state and its head (`language_model.checked_head`).
+    """
+
+    def __init__(self, lm: PreTrainedModel, distill: DistillConfig) -> None:
         super().__init__()
         self.lm = lm
-        self.lm.lm_head = LossHead(lm.lm_head)
+        self.lm.set_output_embeddings(LossHead(lm.get_output_embeddings()))
         self.distill = distill
+
+    @property
+    def head(self) -> LossHead:
+        return cast(LossHead, self.lm.get_output_embeddings())
 
     def forward(
         self,
         token_ids: Tensor,
         teacher_hidden: Tensor | None = None,
         teacher_head: Tensor | None = None,
+        teacher_states: Sequence[Tensor] | None = None,
         *,
         last_logits: bool = False,
     ) -> tuple[Tensor, DistillMetrics] | Tensor:
@@ -57,11 +76,14 @@ class Student(nn.Module):
         result is logits [B,V] after the last one.
         teacher_hidden [B,T,Dt] and teacher_head [V,Dt]: the teacher's final hidden states and output matrix. Without
         them the loss is the plain cross-entropy on labels, whatever the weights in the config (used for evaluation).
+        teacher_states: what each of the teacher's blocks returned [B,T,Dt], where distill.hidden_weight is not 0.
         """
         inputs = token_ids if last_logits else token_ids[:, :-1]
-        hidden = self.lm.model(input_ids=inputs, use_cache=False).last_hidden_state
+        compare = teacher_states is not None
+        output = self.lm.base_model(input_ids=inputs, use_cache=False, output_hidden_states=compare)
+        hidden = output.last_hidden_state
         if last_logits:
-            logits: Tensor = self.lm.lm_head(hidden[:, -1])
+            logits: Tensor = self.head(hidden[:, -1])
             return logits
         labels_M = token_ids[:, 1:].reshape(-1)
 
@@ -79,8 +101,12 @@ class Student(nn.Module):
                 chunk_tokens=self.distill.chunk_tokens,
             )
 
-        result: tuple[Tensor, DistillMetrics] = self.lm.lm_head(hidden, loss)
-        return result
+        total, metrics = self.head(hidden, loss)
+        if teacher_states is None:
+            return total, metrics
+        distance = hidden_distance(output.hidden_states[1:], teacher_states)
+        metrics = replace(metrics, hidden_mse=distance.detach() * metrics.tokens)
+        return total + self.distill.hidden_weight * distance, metrics
 
     @torch.no_grad()
     def greedy(self, token_ids: Tensor, n_new: int, forward: Callable[..., Tensor]) -> Tensor:
@@ -91,6 +117,6 @@ class Student(nn.Module):
         this serves a few short samples per evaluation.
         """
         for _ in range(n_new):
-            window = token_ids[:, -self.lm.config.max_position_embeddings :]
+            window = token_ids[:, -getattr(self.lm.config, "max_position_embeddings", token_ids.shape[1]) :]
             token_ids = torch.cat([token_ids, forward(window, last_logits=True).argmax(-1, keepdim=True)], dim=1)
         return token_ids

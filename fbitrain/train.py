@@ -26,8 +26,9 @@ from fbitrain.engine import Engine, init_distributed, lr_at
 from fbitrain.errors import UserError
 from fbitrain.evaluate import bits_per_byte, perplexity_of
 from fbitrain.files import write_json
-from fbitrain.metrics import gather_scales, memory_scalars, peak_tflops
-from fbitrain.ranks import StopSignal, StreamError, on_all_ranks, say
+from fbitrain.fine_tune import needs_calibration, with_known_sizes
+from fbitrain.metrics import gather_scales, memory_scalars, peak_tflops, router_scalars
+from fbitrain.ranks import StopSignal, StreamError, agreed, from_rank_0, on_all_ranks, say
 
 
 def train(config: Config) -> None:
@@ -36,6 +37,7 @@ def train(config: Config) -> None:
     Raises UserError for what the user can mend; one that is raised on all ranks has `on_all_ranks` set.
     """
     rank, world_size = init_distributed(config)
+    config = agreed(lambda: with_known_sizes(config, world_size))
     if done := finished(config):
         say(done)
         dist.destroy_process_group()
@@ -51,8 +53,11 @@ def train(config: Config) -> None:
 def run_steps(parts: Parts, state: TrainerState, stop: StopSignal) -> None:
     """All steps that are left, with what happens between them."""
     config, rank = parts.config, parts.rank
-    if state.step == 0 and config.eval.every:
-        evaluate(parts, state)
+    if state.step == 0:
+        parts.writer.scalars(0, 0, {"model/bits_per_weight": parts.bits_per_weight})
+        save_start(parts, state)
+        if config.eval.every:
+            evaluate(parts, state)
     bar = tqdm(total=config.train.total_steps, initial=state.step, unit="step", disable=None if rank == 0 else True)
     saved_step = state.step
     data_state: Mapping[str, Any] = {}
@@ -98,7 +103,7 @@ def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[s
         if parts.batch_log:
             parts.batch_log.add(state.step + 1, batch)
         batch = batch.to(engine.device, non_blocking=True)
-        hints = () if teacher is None else (teacher.hidden(batch[:, :-1]), teacher.head_weight)
+        hints = () if teacher is None else teacher.hints(batch[:, :-1], with_states=config.distill.hidden_weight > 0)
         loss, metrics = engine(batch, *hints)
         engine.backward(loss)
         parts.interval.add_micro_batch(loss, metrics)
@@ -151,16 +156,15 @@ def require_finite_gradients(parts: Parts, state: TrainerState) -> None:
 def log(parts: Parts, state: TrainerState, bar: tqdm[Any]) -> None:
     """One line of scalars to metrics.jsonl, TensorBoard and the console."""
     require_finite_gradients(parts, state)
-    scalars = parts.interval.close(distilling=parts.teacher is not None)
+    scalars = parts.interval.close(parts.config.distill)
     parts.interval.pause()
     scalars["optim/lr"] = lr_at(parts.config, state.step)
     achieved = scalars["speed/tokens_per_s"] * parts.flops_per_token / parts.engine.world_size / 1e12
     scalars["speed/tflops_per_rank"] = achieved
     if peak := peak_tflops(parts.config, parts.engine.device):
         scalars["speed/mfu"] = achieved / peak
-    scalars |= (
-        parts.signs.look() | memory_scalars(parts.engine.device) | data_scalars(parts.loader.stats(), parts.engine)
-    )
+    scalars |= parts.signs.look() | router_scalars(parts.engine)
+    scalars |= memory_scalars(parts.engine.device) | data_scalars(parts.loader.stats(), parts.engine)
     parts.writer.scalars(state.step, state.tokens, scalars)
     line = (
         f"step {state.step}/{parts.config.train.total_steps} | loss {scalars['train/loss']:.4f} | "
@@ -250,6 +254,16 @@ def save(parts: Parts, state: TrainerState, data_state: Mapping[str, Any]) -> in
     say(f"saved {folder} in {time.perf_counter() - started:.1f} s")
     parts.interval.run()
     return state.step
+
+
+def save_start(parts: Parts, state: TrainerState) -> None:
+    """The checkpoint of step 0, where there is something to keep: what calibration found, or all that a run of no steps
+    gives."""
+    config = parts.config
+    if config.train.total_steps and not needs_calibration(config):
+        return
+    if from_rank_0(lambda: checkpoint.find_latest(config.run_dir)) is None:
+        save(parts, state, parts.loader.state())
 
 
 def leave_marker(parts: Parts, state: TrainerState, stop: StopSignal) -> None:

@@ -6,18 +6,33 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
-from fbitrain.config import ConfigError, load_config
+from fbitrain.config import Config, ConfigError, load_config
 from fbitrain.errors import UserError
 from fbitrain.launch.cli import run
 
 
 def main(arguments: argparse.Namespace) -> int:
+    return start(arguments, refusal)
+
+
+def refusal(config: Config) -> str:
+    """Why this command does not run `config`; empty if it does."""
+    if config.model.pretrained:
+        return "model.pretrained is set, and pretraining starts from random weights; start it with launch/finetune.py"
+    return ""
+
+
+def start(arguments: argparse.Namespace, refusal: Callable[[Config], str]) -> int:
+    """Reads the configuration and trains, on this rank; ConfigError with what `refusal` says of it, if anything."""
     rank = int(os.environ.get("RANK", "0"))
     try:
         # Before torch is imported: a mistyped key is reported in well under a second.
         config = load_config(arguments.config, arguments.overrides, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        if problem := refusal(config):
+            raise ConfigError(arguments.config, [problem])
         from fbitrain.train import train
 
         train(config)
@@ -40,8 +55,8 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def parser() -> argparse.ArgumentParser:
-    commands = argparse.ArgumentParser(prog="pretrain.py", description=__doc__)
+def parser(prog: str = "pretrain.py", description: str | None = __doc__) -> argparse.ArgumentParser:
+    commands = argparse.ArgumentParser(prog=prog, description=description)
     commands.add_argument("config", help="a YAML file; the shipped ones are in launch/configs")
     commands.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
     commands.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the DeepSpeed launcher

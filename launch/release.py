@@ -16,7 +16,7 @@ def main(arguments: argparse.Namespace) -> None:
     checkpoint = release(arguments.run, arguments.out, formats, arguments.dtype)
     print(f"released {checkpoint}")
     for name in formats:
-        weights = (arguments.out / name).glob("*.safetensors")
+        weights = [path for path in (arguments.out / name).iterdir() if path.suffix in (".safetensors", ".gguf")]
         print(f"  {arguments.out / name}: {sum(path.stat().st_size for path in weights) / 1e6:,.1f} MB of weights")
     print(f"  {arguments.out / 'README.md'}: the model card")
 
@@ -25,7 +25,9 @@ def parser() -> argparse.ArgumentParser:
     commands = argparse.ArgumentParser(prog="release.py", description=__doc__)
     commands.add_argument("run", type=Path, help="a run folder, whose newest checkpoint is taken, or one checkpoint")
     commands.add_argument("--out", type=Path, required=True, help="the release folder; an older release is replaced")
-    commands.add_argument("--format", default="dense,packed", help="dense, packed, or both with a comma (default)")
+    commands.add_argument(
+        "--format", default="dense,packed", help="dense, packed, gguf, or several with commas (default: dense,packed)"
+    )
     commands.add_argument("--dtype", default="float16", help="float16 (default), bfloat16 or float32, for all but bits")
     return commands
 

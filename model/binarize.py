@@ -5,13 +5,16 @@ The effective weight is ŵ = α·sign(W) + β. Letters: N out_features, K in_fea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fbitrain.kernels.layout import scale_shape
 from fbitrain.kernels.reference import sign
 
-__all__ = ["init_scales", "scale_shape", "sign", "sign_ste", "ste_gradient"]
+__all__ = ["init_scales", "scale_shape", "sign", "sign_ste", "ste_gradient", "wide", "with_slope"]
 
 
 def ste_gradient(grad: Tensor, w: Tensor, ste: str) -> Tensor:
@@ -31,6 +34,20 @@ def sign_ste(w: Tensor, ste: str) -> Tensor:
     """sign(w) with the gradient of `ste_gradient`; same shape and dtype as w."""
     signs: Tensor = _SignSTE.apply(w, ste)  # type: ignore[no-untyped-call]
     return signs
+
+
+def with_slope(value: Tensor, w: Tensor, slope: Callable[[], Tensor] | None = None) -> Tensor:
+    """`value` in w's dtype and shape, whose gradient passes to w, times what `slope` gives (None: unchanged).
+
+    `slope` is called in backward only; what it gives is a constant.
+    """
+    result: Tensor = _WithSlope.apply(value, w, slope)  # type: ignore[no-untyped-call]
+    return result
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which statistics of tensors of `dtype` are computed: fp32 or wider."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 @torch.no_grad()
@@ -64,3 +81,18 @@ class _SignSTE(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         (w,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return ste_gradient(grad, w, ctx.ste), None  # type: ignore[attr-defined]
+
+
+class _WithSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, value: Tensor, w: Tensor, slope: Callable[[], Tensor] | None
+    ) -> Tensor:
+        ctx.slope = slope  # type: ignore[attr-defined]
+        return value.to(w.dtype, copy=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[None, Tensor, None]:
+        slope = ctx.slope  # type: ignore[attr-defined]
+        return None, grad if slope is None else (grad * slope()).to(grad.dtype), None

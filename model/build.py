@@ -1,19 +1,19 @@
-"""From a config to a binary Llama: Hugging Face's LlamaForCausalLM with its Linears swapped by name."""
+"""From a config to a binary Llama, and from any Hugging Face model to a binary one: Linears swapped by name."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from fbitrain.errors import UserError
-from fbitrain.kernels.layout import scale_shape
 from fbitrain.model.config import BinarizeConfig, ModelConfig
-from fbitrain.model.linear import BinaryLinear, PackedBinaryLinear
+from fbitrain.model.linear import BinaryLinear
+from fbitrain.model.methods import Source, make_layer
+from fbitrain.model.packed import PackedBinaryLinear
+from fbitrain.model.refusals import check_fused, check_masks, check_skip, check_sources, fused_modules
 from fbitrain.model.size import skip_entry
 
 
@@ -25,11 +25,18 @@ class BinarizeReport:
     kept: Mapping[str, str]  # name of each other Linear -> the rule that kept it
     n_binary_weights: int
     n_kept_weights: int
+    stored_bits: int  # of all binary weights in a release, scales and salient weights included
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per binary weight; 32 if there is none."""
+        return self.stored_bits / self.n_binary_weights if self.n_binary_weights else 32.0
 
     def __str__(self) -> str:
         n_linears = len(self.binarized) + len(self.kept)
         weights = _abbreviate(self.n_binary_weights)
-        line = f"binarized {len(self.binarized)}/{n_linears} Linear layers ({weights} weights)"
+        bits = f", {self.bits_per_weight:.3f} bits each" if self.binarized else ""
+        line = f"binarized {len(self.binarized)}/{n_linears} Linear layers ({weights} weights{bits})"
         for rule in dict.fromkeys(self.kept.values()):
             names = [name for name, kept_by in self.kept.items() if kept_by == rule]
             more = f" and {len(names) - 2} more" if len(names) > 2 else ""
@@ -70,28 +77,49 @@ def build_student(model: ModelConfig, binarize: BinarizeConfig, seed: int) -> tu
     return lm, report
 
 
-def binarize_(model: nn.Module, binarize: BinarizeConfig, *, init_std: float = 0.0) -> BinarizeReport:
-    """Swaps the Linears of `model` for BinaryLinears in place, but for those that `binarize.skip` names.
+def binarize_(
+    model: nn.Module,
+    binarize: BinarizeConfig,
+    *,
+    init_std: float = 0.0,
+    masks: Mapping[str, Tensor] | None = None,
+) -> BinarizeReport:
+    """Swaps the Linears of `model`, and GPT-2's Conv1Ds, for layers of binarize.method in place, but for binarize.skip.
 
-    A layer keeps its weight's values, dtype and device, and its α and β start from them. Weights that are not here (on
-    the meta device, or partitioned by ZeRO-3) are drawn anew with standard deviation `init_std`; 0 refuses them.
-    Nothing has been swapped when this raises.
+    A layer keeps its weight's values, dtype and device, and its bias; its scales start from them. Weights that are not
+    here (on the meta device, or partitioned by ZeRO-3) are drawn anew with standard deviation `init_std`; 0 refuses
+    them. Routers are drawn from torch's global generator. Nothing has been swapped when this raises.
+
+    Args:
+        masks: by layer name, bool [out_features, in_features], True for salient weights; for method partial and cherry.
 
     Raises:
-        UserError: a skip name matches nothing; a Linear has a bias, shares its weight with an embedding, is not a
-            multiple of the group size wide, or has no values and `init_std` is 0.
+        UserError: a skip name matches nothing; a Linear shares its weight with another module, is quantized, is not a
+            multiple of the group size wide, has no values and `init_std` is 0, or no fitting mask; a module holds
+            several Linears in one tensor.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    sources = _sources(model)
     if not binarize.enabled:
-        return _report({}, linears, dict.fromkeys(linears, "binarize.enabled=false"))
-    _check_skip(binarize.skip, list(linears))
-    rules = {name: f"skip=[{entry}]" for name in linears if (entry := skip_entry(name, binarize.skip)) is not None}
-    chosen = {name: linear for name, linear in linears.items() if name not in rules}
-    _check_linears(model, chosen, binarize, values_needed=init_std == 0)
-    report = _report(chosen, {name: linears[name] for name in rules}, rules)
-    for name, linear in chosen.items():
-        model.set_submodule(name, _binary(linear, binarize, init_std))
-    return report
+        return _report({}, sources, dict.fromkeys(sources, "binarize.enabled=false"))
+    chosen = chosen_sources(model, binarize, values_needed=init_std == 0)
+    check_masks(chosen, binarize, masks)
+    rules = {name: f"skip=[{skip_entry(name, binarize.skip)}]" for name in sources if name not in chosen}
+    stored = 0
+    for name, source in chosen.items():
+        layer = make_layer(source, binarize, masks[name] if masks and name in masks else None, init_std)
+        stored += sum(layer.storage_bits().values())
+        model.set_submodule(name, layer)
+    return _report(chosen, {name: sources[name] for name in rules}, rules, stored)
+
+
+def chosen_sources(model: nn.Module, binarize: BinarizeConfig, *, values_needed: bool = True) -> dict[str, Source]:
+    """The layers that `binarize_` would swap, by qualified name, refused as there but for their masks."""
+    sources, fused = _sources(model), fused_modules(model)
+    check_skip(binarize.skip, [*sources, *fused])
+    check_fused({name: part for name, part in fused.items() if skip_entry(name, binarize.skip) is None})
+    chosen = {name: source for name, source in sources.items() if skip_entry(name, binarize.skip) is None}
+    check_sources(model, chosen, binarize, values_needed=values_needed)
+    return chosen
 
 
 def pack_(model: nn.Module) -> None:
@@ -110,62 +138,18 @@ def _set_rotary_frequencies(lm: LlamaForCausalLM, model: ModelConfig) -> None:
     rotary.original_inv_freq = rotary.inv_freq.clone()
 
 
-def _binary(linear: nn.Linear, binarize: BinarizeConfig, init_std: float) -> BinaryLinear:
-    layer = BinaryLinear(
-        linear.in_features,
-        linear.out_features,
-        scale=binarize.scale,
-        beta=binarize.beta,
-        group_size=binarize.group_size,
-        ste=binarize.ste,
-        weight=linear.weight if _has_values(linear) else None,
-        init_std=init_std,
-        device=None if linear.weight.is_meta else linear.weight.device,
-        dtype=linear.weight.dtype,
-    )
-    layer.train(linear.training)
-    return layer
+def _sources(model: nn.Module) -> dict[str, Source]:
+    return {name: source for name, module in model.named_modules() if (source := Source.of(module)) is not None}
 
 
-def _has_values(linear: nn.Linear) -> bool:
-    # ZeRO-3 leaves an empty tensor in the place of a partitioned weight.
-    return not linear.weight.is_meta and linear.weight.shape == (linear.out_features, linear.in_features)
+def _report(
+    chosen: Mapping[str, Source], kept: Mapping[str, Source], rules: Mapping[str, str], stored_bits: int = 0
+) -> BinarizeReport:
+    return BinarizeReport(tuple(chosen), rules, _n_weights(chosen), _n_weights(kept), stored_bits)
 
 
-def _check_skip(skip: list[str], names: list[str]) -> None:
-    known = list(dict.fromkeys([*names, *(name.rpartition(".")[2] for name in names)]))
-    for entry in skip:
-        if entry not in known:
-            near = difflib.get_close_matches(entry, known, n=3) or known[-3:]
-            raise UserError(f"binarize.skip has {entry!r}, but no Linear is called that; near names: {', '.join(near)}")
-
-
-def _check_linears(
-    model: nn.Module, linears: Mapping[str, nn.Linear], binarize: BinarizeConfig, *, values_needed: bool
-) -> None:
-    embeddings = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    for name, linear in linears.items():
-        if "bias" in dict(linear.named_parameters(recurse=False)):
-            raise UserError(f"{name} has a bias, which binary layers have not; add it to binarize.skip")
-        for other, embedding in embeddings.items():
-            if linear.weight is embedding.weight:
-                raise UserError(f"{name} shares its weight with the embedding {other}; add it to binarize.skip")
-        if values_needed and not _has_values(linear):
-            raise UserError(f"the weight of {name} is not loaded (meta device, or partitioned); binarize a whole model")
-        try:
-            scale_shape(binarize.scale, linear.out_features, linear.in_features, binarize.group_size)
-        except ValueError as error:
-            raise UserError(
-                f"{name} cannot be binarized: {error}; change binarize.scale or binarize.group_size"
-            ) from None
-
-
-def _report(chosen: Mapping[str, nn.Linear], kept: Mapping[str, nn.Linear], rules: Mapping[str, str]) -> BinarizeReport:
-    return BinarizeReport(tuple(chosen), rules, _n_weights(chosen), _n_weights(kept))
-
-
-def _n_weights(linears: Mapping[str, nn.Linear]) -> int:
-    return sum(linear.out_features * linear.in_features for linear in linears.values())
+def _n_weights(sources: Mapping[str, Source]) -> int:
+    return sum(source.out_features * source.in_features for source in sources.values())
 
 
 def _abbreviate(count: int) -> str:

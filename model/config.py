@@ -8,6 +8,22 @@ from typing import Any
 
 SCALES = ("column", "row", "tensor", "group")
 STES = ("identity", "clip")
+BIBENCH_METHODS = ("bnn", "xnor", "bireal", "recu", "fda")
+SALIENT_METHODS = ("partial", "cherry")  # need a mask of salient weights
+METHODS = (
+    "binary",
+    *SALIENT_METHODS,
+    "mixture_of_scales",
+    "onebit",
+    *BIBENCH_METHODS,
+    "bitnet",
+    "ternary",
+)
+CRITERIA = ("magnitude", "hessian", "fisher")
+SCOPES = ("layer", "group")
+SALIENT_DTYPES = ("int8", "float16")
+MAX_EXPERTS = 64
+MAX_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -15,6 +31,9 @@ class ModelConfig:
     """A Llama-style decoder. Fields left out of the YAML come from `preset`, then from the defaults here."""
 
     preset: str = ""  # one of PRESETS; explicit fields win over it
+    # Fine-tuning starts from this model, and the sizes below are its own: a Hugging Face folder or hub id, a .gguf
+    # file, or a run or checkpoint of ours. Empty: a Llama of the sizes below is trained from scratch.
+    pretrained: str = ""
     vocab_size: int = 32000  # must equal the teacher's and the tokenizer's
     n_layers: int = 12
     n_heads: int = 12
@@ -29,16 +48,35 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class SalientConfig:
+    """Which weights of a layer stay in high precision, and how; read for method partial and cherry."""
+
+    fraction: float = 0.1  # share of a layer's weights
+    # magnitude |w|, hessian (error that binarizing would cause, PB-LLM) or fisher (squared gradient, CherryQ)
+    criterion: str = "magnitude"
+    scope: str = "layer"  # the share holds for the layer as a whole, or in each group of binarize.group_size columns
+    dtype: str = "int8"  # int8: per row, symmetric, frozen; float16: frozen for partial, trained for cherry
+
+
+@dataclass(frozen=True)
 class BinarizeConfig:
     """How Linears become binary: effective weight α·sign(W) + β (docs/design.md, Numbers)."""
 
     enabled: bool = True  # false trains the full-precision twin, the paper's baseline
-    scale: str = "column"  # pattern of α (and β): column [1,K], row [N,1], tensor [1,1], group [N,K/group_size]
+    # binary (FBI-LLM), partial (PB-LLM), cherry (CherryQ), mixture_of_scales (BinaryMoS), onebit (OneBit);
+    # bnn, xnor, bireal, recu, fda (BiBench's five); bitnet (BitNet), ternary (BitNet b1.58)
+    method: str = "binary"
+    # Pattern of α (and β): column [1,K], row [N,1], tensor [1,1], group [N,K/group_size]. Read for method binary, and
+    # partial and cherry, which have row or group and no β; every other method has scales of its own.
+    scale: str = "column"
     beta: bool = True  # learn the shift β; must be false for scale=group
-    group_size: int = 128  # weights per scale along K; only for scale=group
-    ste: str = "identity"  # straight-through estimator: identity (FBI-LLM) or clip (|w| <= 1)
+    group_size: int = 128  # weights per scale along K; only for scale=group and salient.scope=group
+    ste: str = "identity"  # straight-through estimator: identity (FBI-LLM) or clip (|w| <= 1); BiBench's have their own
     # Modules kept in full precision, by qualified name or its last component.
     skip: list[str] = field(default_factory=lambda: ["lm_head"])
+    salient: SalientConfig = field(default_factory=SalientConfig)
+    n_experts: int = 4  # scale experts per layer; only for method=mixture_of_scales
+    bits: int = 1  # of the weights that are not salient; only for method=cherry, 1 to 4
 
 
 # From arXiv 2407.07093 and the configurations released with it; `tiny` is ours, for the quickstart.
@@ -70,17 +108,57 @@ def model_problems(model: ModelConfig) -> Iterator[str]:
 
 def binarize_problems(binarize: BinarizeConfig, model: ModelConfig) -> Iterator[str]:
     """Yields one sentence per contradiction in `binarize`, given the widths of `model`."""
-    if binarize.scale not in SCALES:
-        yield f"binarize.scale={binarize.scale!r} is unknown; choose one of {', '.join(SCALES)}"
-    if binarize.ste not in STES:
-        yield f"binarize.ste={binarize.ste!r} is unknown; choose one of {', '.join(STES)}"
-    if binarize.scale == "group":
+    for name, choices in (("method", METHODS), ("scale", SCALES), ("ste", STES)):
+        value = getattr(binarize, name)
+        if value not in choices:
+            yield f"binarize.{name}={value!r} is unknown; choose one of {', '.join(choices)}"
+    if binarize.method in ("binary", *SALIENT_METHODS):
+        yield from _scale_problems(binarize)
+    if binarize.method in SALIENT_METHODS:
+        yield from _salient_problems(binarize)
+    if binarize.method == "mixture_of_scales" and not 1 <= binarize.n_experts <= MAX_EXPERTS:
+        yield f"binarize.n_experts={binarize.n_experts} must be from 1 to {MAX_EXPERTS}"
+    if binarize.method == "cherry" and not 1 <= binarize.bits <= MAX_BITS:
+        yield f"binarize.bits={binarize.bits} must be from 1 to {MAX_BITS}"
+    elif binarize.method != "cherry" and binarize.bits != 1:
+        yield f"binarize.bits={binarize.bits} is for binarize.method=cherry; {binarize.method} has a width of its own"
+    if uses_groups(binarize):
+        yield from _group_problems(binarize, model)
+
+
+def uses_groups(binarize: BinarizeConfig) -> bool:
+    """Whether group_size is read: for scales per group, or a share of salient weights per group."""
+    scales = binarize.method in ("binary", *SALIENT_METHODS) and binarize.scale == "group"
+    return scales or (binarize.method in SALIENT_METHODS and binarize.salient.scope == "group")
+
+
+def _scale_problems(binarize: BinarizeConfig) -> Iterator[str]:
+    if binarize.method in SALIENT_METHODS:
+        if binarize.scale not in ("row", "group"):
+            yield f"binarize.method={binarize.method} has its scales per row or group; set binarize.scale=row"
         if binarize.beta:
-            yield "binarize.scale=group has no shift (it is the layout of GGUF's Q1_0); set binarize.beta=false"
-        if binarize.group_size < 1:
-            yield f"binarize.group_size={binarize.group_size} must be at least 1"
-        else:
-            for name in ("d_model", "d_ff"):
-                width, size = getattr(model, name), binarize.group_size
-                if width % size:
-                    yield f"model.{name}={width} is not a multiple of binarize.group_size={size}"
+            yield f"binarize.method={binarize.method} has no shift; set binarize.beta=false"
+    elif binarize.scale == "group" and binarize.beta:
+        yield "binarize.scale=group has no shift (it is the layout of GGUF's Q1_0); set binarize.beta=false"
+
+
+def _salient_problems(binarize: BinarizeConfig) -> Iterator[str]:
+    salient = binarize.salient
+    if not 0 < salient.fraction < 1:
+        yield f"binarize.salient.fraction={salient.fraction} must lie between 0 and 1, both excluded"
+    for name, choices in (("criterion", CRITERIA), ("scope", SCOPES), ("dtype", SALIENT_DTYPES)):
+        value = getattr(salient, name)
+        if value not in choices:
+            yield f"binarize.salient.{name}={value!r} is unknown; choose one of {', '.join(choices)}"
+    if binarize.method == "cherry" and salient.dtype == "int8":
+        yield "binarize.method=cherry trains its salient weights, which int8 cannot; set binarize.salient.dtype=float16"
+
+
+def _group_problems(binarize: BinarizeConfig, model: ModelConfig) -> Iterator[str]:
+    size = binarize.group_size
+    if size < 1:
+        yield f"binarize.group_size={size} must be at least 1"
+        return
+    for name in ("d_model", "d_ff"):
+        if getattr(model, name) % size:
+            yield f"model.{name}={getattr(model, name)} is not a multiple of binarize.group_size={size}"

@@ -1,10 +1,10 @@
-"""A binary Llama on its way to and from Hugging Face folders.
+"""A binary model on its way to and from Hugging Face folders.
 
-Out: `dense_tensors` and `packed_tensors` turn trained weights into the tensors of a release folder; both start from the
-same rounded levels, so the two folders hold the same function. In: importing this module registers the packed folders'
-model_type, so that AutoModelForCausalLM loads them with fbitrain's kernels and no trust_remote_code.
+Out: `ReleasedModel` turns trained weights into the tensors of a release folder. In: importing this module registers the
+packed folders of Llamas, so that AutoModelForCausalLM loads them with fbitrain's kernels and no trust_remote_code;
+`register` does it for another architecture.
 
-N out_features, K in_features, G group size.
+N out_features, K in_features.
 """
 
 from __future__ import annotations
@@ -16,126 +16,167 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
 
-from fbitrain.kernels.ops import pack_signs
-from fbitrain.model import remote_code
-from fbitrain.model.config import BinarizeConfig
-from fbitrain.model.linear import PackedBinaryLinear
-from fbitrain.model.remote_code import BinaryLlamaConfig
+from fbitrain.model import remote_code, remote_layers
+from fbitrain.model.build import chosen_sources
+from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig
+from fbitrain.model.methods import Source
+from fbitrain.model.packed import LAYERS
+from fbitrain.model.packing import TRAINED, PackedLayer, pack_layer
+from fbitrain.model.remote_code import MODEL_TYPE, PREFIX
 
-REMOTE_CODE = Path(remote_code.__file__)
-AUTO_MAP = {
-    "AutoConfig": f"{REMOTE_CODE.stem}.BinaryLlamaConfig",
-    "AutoModelForCausalLM": f"{REMOTE_CODE.stem}.BinaryLlamaForCausalLM",
-}
+REMOTE_CODE = Path(remote_code.__file__), Path(remote_layers.__file__)
 
 
 @dataclass(frozen=True)
-class Levels:
-    """The two values that a binary layer's weights take, one pair per scale entry, rounded once for all formats.
+class ReleasedModel:
+    """A trained model in the form that all formats of its release share.
 
-    high and low have α's shape and the release dtype: high = β + α stands for sign +1, low = β - α for sign -1. A
-    learned α may be negative; then high is the smaller one, which changes nothing.
+    config: transformers' own, of the model as it is without binary layers. sources: by name, the Linears in the places
+    of the binary layers, without values. layers: what a release stores of each. biases: theirs, in `dtype`. rest: all
+    other tensors; those in floating point are in `dtype`.
     """
 
-    high: Tensor
-    low: Tensor
+    config: PretrainedConfig
+    binarize: BinarizeConfig
+    dtype: torch.dtype
+    sources: Mapping[str, Source]
+    layers: Mapping[str, PackedLayer]
+    biases: Mapping[str, Tensor]
+    rest: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, alpha: Tensor, beta: Tensor | None, dtype: torch.dtype) -> Levels:
-        if beta is None:
-            rounded = alpha.to(dtype)
-            return cls(rounded, -rounded)
-        exact_alpha, exact_beta = alpha.double(), beta.double()
-        return cls((exact_beta + exact_alpha).to(dtype), (exact_beta - exact_alpha).to(dtype))
+    def of(
+        cls, config: PretrainedConfig, binarize: BinarizeConfig, weights: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> ReleasedModel:
+        """From what a checkpoint holds (checkpoint_files.load_weights). A tied head is left out, if it is there."""
+        lm = empty_model(config)
+        sources = chosen_sources(lm, binarize, values_needed=False) if binarize.enabled else {}
+        tied = lm.all_tied_weights_keys
+        rest, biases, trained = {}, {}, {name: {} for name in sources}  # type: ignore[var-annotated]
+        for name, tensor in weights.items():
+            module, _, leaf = name.rpartition(".")
+            if module in sources and leaf in TRAINED:
+                trained[module][leaf] = tensor
+            elif name not in tied or tied[name] not in weights:
+                kind = biases if module in sources else rest
+                kind[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        layers = {name: pack_layer(binarize, tensors, dtype) for name, tensors in trained.items()}
+        return cls(config, binarize, dtype, sources, layers, biases, rest)
+
+    def dense_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the plain model with every ŵ written out, in the layout of its own modules."""
+        tensors = {**self.rest, **self.biases}
+        for name, source in self.sources.items():
+            weight_NK = self.layers[name].weight(source.in_features, source.out_features).to(self.dtype)
+            transposed = isinstance(source.module, Conv1D)
+            tensors[f"{name}.weight"] = weight_NK.T.contiguous() if transposed else weight_NK
+        return tensors
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the packed model: of its binary layers bits, fp32 scales and biases; the rest in dtype."""
+        tensors = {**self.rest, **{name: bias.float() for name, bias in self.biases.items()}}
+        for name, layer in self.layers.items():
+            tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in layer.tensors.items()}
+        return tensors
 
     @property
-    def alpha(self) -> Tensor:
-        return ((self.high.double() - self.low.double()) / 2).float()
+    def binary_weights(self) -> int:
+        """How many weights the binary layers have, salient ones included."""
+        return sum(source.in_features * source.out_features for source in self.sources.values())
 
     @property
-    def beta(self) -> Tensor:
-        return ((self.high.double() + self.low.double()) / 2).float()
+    def binary_bits(self) -> int:
+        """What they take as packed: every tensor of theirs as it is stored, but for biases."""
+        return 8 * sum(tensor.nbytes for layer in self.layers.values() for tensor in layer.tensors.values())
 
-    def dense(self, weight: Tensor) -> Tensor:
-        """ŵ [N,K] in the levels' dtype, for latent weights [N,K]."""
-        high, low = self.high, self.low
-        if high.shape[1] not in (1, weight.shape[1]):  # group: one entry for G neighbours
-            group_size = weight.shape[1] // high.shape[1]
-            high, low = (level.repeat_interleave(group_size, dim=1) for level in (high, low))
-        return torch.where(weight >= 0, high, low)
-
-
-def binary_layers(weights: Mapping[str, Tensor]) -> list[str]:
-    """Names of the binary layers in a state dict: those that have an α."""
-    return [name.removesuffix(".alpha") for name in weights if name.endswith(".alpha")]
-
-
-def dense_tensors(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a plain LlamaForCausalLM that computes what the binary model with these `weights` computes.
-
-    weights: fp32 state dict of a LlamaForCausalLM with BinaryLinear. Everything comes out in `dtype`.
-    """
-    tensors = _full_precision_tensors(weights, dtype)
-    for name, levels in _levels(weights, dtype).items():
-        tensors[f"{name}.weight"] = levels.dense(weights[f"{name}.weight"])
-    return tensors
+    @property
+    def packed_config(self) -> PretrainedConfig:
+        """The packed folder's config: the model's own fields, and what remote_code.BinaryModel builds its layers by."""
+        config_class, model_class = binary_classes(self.config.model_type)
+        fields = {key: value for key, value in self.config.to_dict().items() if key != "model_type"}
+        layer = next(iter(self.layers.values()))
+        how = {
+            "method": self.binarize.method,
+            "layer": layer.kind,
+            "options": layer.options,
+            "own_options": {name: layer.own_options for name, layer in self.layers.items() if layer.own_options},
+            "skip": list(self.binarize.skip),
+        }
+        if self.binarize.method in SALIENT_METHODS:
+            how["salient"] = asdict(self.binarize.salient)
+        config = config_class(**fields, binarize=how, bits_per_weight=self.binary_bits / self.binary_weights)
+        config.architectures = [model_class.__name__]
+        config.auto_map = auto_map(config_class, model_class)
+        return config
 
 
-def packed_tensors(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a BinaryLlamaForCausalLM: bits int32 [N,ceil(K/32)], α and β fp32; the rest in `dtype`."""
-    tensors = _full_precision_tensors(weights, dtype)
-    for name, levels in _levels(weights, dtype).items():
-        tensors[f"{name}.weight_bits"] = pack_signs(weights[f"{name}.weight"])
-        tensors[f"{name}.alpha"] = levels.alpha
-        if f"{name}.beta" in weights:
-            tensors[f"{name}.beta"] = levels.beta
-    return tensors
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The causal language model of `config` on the meta device: its modules without values."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
-def _levels(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Levels]:
+def auto_map(config_class: type, model_class: type) -> dict[str, str]:
+    """What tells transformers which classes of the folder's remote_code.py to use."""
     return {
-        name: Levels.of(weights[f"{name}.alpha"], weights.get(f"{name}.beta"), dtype) for name in binary_layers(weights)
+        "AutoConfig": f"{REMOTE_CODE[0].stem}.{config_class.__name__}",
+        "AutoModelForCausalLM": f"{REMOTE_CODE[0].stem}.{model_class.__name__}",
     }
 
 
-def _full_precision_tensors(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    parts = {f"{name}.{part}" for name in binary_layers(weights) for part in ("weight", "alpha", "beta")}
-    return {name: tensor.to(dtype) for name, tensor in weights.items() if name not in parts}
+def copy_remote_code(folder: Path) -> None:
+    """Puts into a packed folder the code that loads it where fbitrain is not installed."""
+    for file in REMOTE_CODE:
+        shutil.copy(file, folder)
 
 
-def packed_config(config: LlamaConfig, binarize: BinarizeConfig, bits_per_weight: float) -> BinaryLlamaConfig:
-    """The packed folder's config for a model that `config` (shape) and `binarize` describe."""
-    shape = {key: value for key, value in config.to_dict().items() if key != "model_type"}
-    how = {key: value for key, value in asdict(binarize).items() if key in ("scale", "beta", "group_size", "skip")}
-    packed = BinaryLlamaConfig(**shape, binarize=how, bits_per_weight=bits_per_weight)
-    packed.architectures = ["BinaryLlamaForCausalLM"]
-    packed.auto_map = AUTO_MAP
-    return packed
+class BinaryModel(remote_code.BinaryModel):
+    """A packed model on fbitrain's kernels: same folders, same tensors as the self-contained one."""
 
-
-class BinaryLlamaForCausalLM(remote_code.BinaryLlamaForCausalLM):
-    """The packed binary Llama on fbitrain's kernels: same folders, same tensors as the self-contained one."""
-
-    @staticmethod
-    def packed_linear(in_features: int, out_features: int, binarize: dict[str, Any]) -> nn.Module:
-        """fbitrain's layer with the tensors of `remote_code.PackedLinear`."""
-        return PackedBinaryLinear(
-            in_features,
-            out_features,
-            scale=binarize["scale"],
-            beta=binarize["beta"],
-            group_size=binarize["group_size"],
-        )
+    layers = LAYERS
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the folder again loads where fbitrain is not installed."""
-        self.config.auto_map = AUTO_MAP
-        super().save_pretrained(save_directory, *args, **kwargs)
-        shutil.copy(REMOTE_CODE, save_directory)
+        assert isinstance(self, PreTrainedModel)
+        self.config.auto_map = auto_map(type(self.config), type(self))
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        copy_remote_code(Path(save_directory))
 
 
-AutoConfig.register(BinaryLlamaConfig.model_type, BinaryLlamaConfig)
-AutoModelForCausalLM.register(BinaryLlamaConfig, BinaryLlamaForCausalLM)
+def binary_classes(model_type: str) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
+    """The packed config and model of transformers' architecture `model_type`, known to its Auto classes from now on."""
+    base_config = CONFIG_MAPPING[model_type]
+    base_model = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
+    config_class = getattr(remote_code, PREFIX + base_config.__name__)
+    if config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return config_class, MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    members = {"__module__": __name__, "config_class": config_class}
+    model_class = type(PREFIX + base_model.__name__, (BinaryModel, base_model), members)
+    AutoConfig.register(config_class.model_type, config_class)
+    AutoModelForCausalLM.register(config_class, model_class)
+    return config_class, model_class
+
+
+def register(model_type: str) -> None:
+    """Lets AutoModelForCausalLM load packed folders of an architecture: "fbitrain_gpt2", or "gpt2".
+
+    A type that is not transformers' own is left to whoever asks for it.
+    """
+    base = model_type.removeprefix(MODEL_TYPE)
+    if base in CONFIG_MAPPING and CONFIG_MAPPING[base] in MODEL_FOR_CAUSAL_LM_MAPPING:
+        binary_classes(base)
+
+
+BinaryLlamaConfig, BinaryLlamaForCausalLM = binary_classes("llama")

@@ -10,45 +10,56 @@ from dataclasses import dataclass
 
 from fbitrain.kernels.layout import scale_shape
 from fbitrain.model.config import BinarizeConfig, ModelConfig
-
-SCALE_BITS = 32  # packed releases keep α and β in fp32
+from fbitrain.model.storage import storage_bits
 
 
 @dataclass(frozen=True)
 class ParameterCount:
     """Parameters of a student, by kind."""
 
-    binary: int  # weights that are one bit each
-    scales: int  # α and β of the binary layers
+    binary: int  # latent weights of the binary layers, salient ones included
+    scales: int  # trained scales: α and β, and experts' scales. Others follow from the weights and are no parameters
     embeddings: int  # token embedding and, unless tied or binary, the output head
     dense: int  # weights of other Linears that binarize.skip keeps in full precision
     norms: int
+    routers: int = 0  # of a mixture of scales
+    stored_bits: int = 0  # of the binary weights in a release: signs, scales, salient weights, routers
 
     @property
     def total(self) -> int:
-        return self.binary + self.scales + self.embeddings + self.dense + self.norms
+        return self.binary + self.scales + self.embeddings + self.dense + self.norms + self.routers
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per binary weight, its share of the scales included; 32 for a model without binary weights."""
-        return 1 + SCALE_BITS * self.scales / self.binary if self.binary else 32.0
+        """Stored bits per binary weight, its share of everything else included; 32 for a model without binary ones."""
+        return self.stored_bits / self.binary if self.binary else 32.0
 
 
 def count_parameters(model: ModelConfig, binarize: BinarizeConfig) -> ParameterCount:
     """What `build_student(model, binarize, …)` would hold."""
-    binary = scales = dense = 0
+    binary = scales = routers = stored_bits = dense = 0
     embeddings = model.vocab_size * model.d_model
     for name, n, k in linear_shapes(model):
         if binarize.enabled and skip_entry(name, binarize.skip) is None:
-            rows, columns = scale_shape(binarize.scale, n, k, binarize.group_size)
             binary += n * k
-            scales += rows * columns * (2 if binarize.beta else 1)
+            scales += trained_scales(binarize, n, k)
+            routers += binarize.n_experts * k if binarize.method == "mixture_of_scales" else 0
+            stored_bits += sum(storage_bits(binarize, n, k).values())
         elif name == "lm_head":
             embeddings += n * k
         else:
             dense += n * k
     norms = (2 * model.n_layers + 1) * model.d_model
-    return ParameterCount(binary=binary, scales=scales, embeddings=embeddings, dense=dense, norms=norms)
+    return ParameterCount(binary, scales, embeddings, dense, norms, routers, stored_bits)
+
+
+def trained_scales(binarize: BinarizeConfig, n: int, k: int) -> int:
+    """Scales that a layer [n, k] has as parameters."""
+    if binarize.method == "binary":
+        rows, columns = scale_shape(binarize.scale, n, k, binarize.group_size)
+        return rows * columns * (2 if binarize.beta else 1)
+    experts = {"onebit": 1, "mixture_of_scales": binarize.n_experts}
+    return experts.get(binarize.method, 0) * (n + k)
 
 
 def linear_shapes(model: ModelConfig) -> Iterator[tuple[str, int, int]]:

@@ -127,6 +127,7 @@ class Launcher:
         launcher_options: tuple[str, ...] = (),
         runs: Path | None = None,
         port: int | None = None,
+        config: Path | None = None,
     ) -> Launched:
         """Starts a launch. Most tests spawn the ranks directly, which saves two imports of torch; with `deepspeed` the
         real launcher does it, on `ranks` local ranks or as `launcher_options` say."""
@@ -140,7 +141,7 @@ class Launcher:
             launcher = [sys.executable, str(ROOT / "tests" / "launch" / "spawn_ranks.py"), str(ranks), str(port)]
         pretrain = script or ROOT / "launch" / "pretrain.py"
         options = (f"run.dir={runs}", f"run.name={name}", *overrides)
-        command = [*launcher, str(pretrain), str(self._workspace.config), *options]
+        command = [*launcher, str(pretrain), str(config or self._workspace.config), *options]
         # The launcher looks for its own helpers on PATH.
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         with log.open("w") as out:

@@ -27,6 +27,8 @@ TORCH_FREE = (
     "fbitrain/config.py",
     "fbitrain/errors.py",
     "fbitrain/estimate.py",
+    "fbitrain/config_reading.py",
+    "fbitrain/pretrained_shape.py",
     "model/config.py",
     "model/size.py",
     "data/config.py",
@@ -89,6 +91,8 @@ def is_module_of(name: str, allowed: set[str]) -> bool:
 @pytest.mark.parametrize("path", ALL_MODULES, ids=name_of)
 def test_our_code_is_imported_by_its_full_name(path: Path) -> None:
     for module in imports(path):
+        if (path.name, module) == ("remote_code.py", ".remote_layers"):
+            continue  # the two are copied together to where fbitrain is not installed
         assert not module.startswith("."), f"relative import {module}"
         assert module.split(".")[0] not in {"model", "kernels", "data", "launch"}, (
             f"{module} without fbitrain. before it"

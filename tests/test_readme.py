@@ -27,7 +27,9 @@ from tests.conftest import Workspace
 from tests.data import faulty_http
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/training.md", "docs/data.md")]
+PAGES = [
+    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/training.md", "docs/finetuning.md", "docs/data.md")
+]
 README = PAGES[0].read_text(encoding="utf-8")
 QUICKSTART = (ROOT / "quickstart.sh").read_text(encoding="utf-8")
 ASSIGNMENT = re.compile(r"[A-Z_]+=")
@@ -104,6 +106,9 @@ def check_python(arguments: list[str]) -> None:
         for hint in ("optim.lr?", "train.total_steps?"):
             assert f"did you mean {hint}" in done.stderr
         return
+    if script.name == "finetune.py":
+        load_config(ROOT / arguments[1], arguments[2:])
+        return
     importlib.import_module(f"fbitrain.launch.{script.stem}").parser().parse_args(arguments[1:])
     assert f"python {script} " in QUICKSTART, f"quickstart.sh does not run {script}"
 
@@ -150,7 +155,7 @@ def check_module(module: str, arguments: list[str]) -> None:
 def check_launcher(arguments: list[str]) -> None:
     """DeepSpeed's own parser must take the options as meant, and the hostfile must be readable to it."""
     parsed = runner.parse_args(arguments)
-    assert parsed.user_script == "launch/pretrain.py"
+    assert parsed.user_script in ("launch/pretrain.py", "launch/finetune.py")
     check_config(parsed.user_args[0])
     if parsed.hostfile != runner.DLTS_HOSTFILE:
         nodes = runner.fetch_hostfile(str(ROOT / parsed.hostfile))
@@ -176,10 +181,12 @@ def test_the_file_map_names_every_module() -> None:
 
 def test_the_table_of_configurations_is_what_the_doctor_counts() -> None:
     rows = re.findall(r"^\| `(\S+\.yaml)` \|[^|]*\| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \|", README, re.MULTILINE)
-    assert {row[0] for row in rows} == {path.name for path in (ROOT / "launch" / "configs").glob("*.yaml")}
+    configs = {path.name: load_config(path) for path in (ROOT / "launch" / "configs").glob("*.yaml")}
+    assert {row[0] for row in rows} == {name for name, config in configs.items() if not config.model.pretrained}
+    described = set(re.findall(r"^\| `(\S+\.yaml)` \|[^|]*\|$", README, re.MULTILINE))
+    assert described == {name for name, config in configs.items() if config.model.pretrained}
     for name, total, binary, bits in rows:
-        config = load_config(ROOT / "launch" / "configs" / name)
-        count = count_parameters(config.model, config.binarize)
+        count = count_parameters(configs[name].model, configs[name].binarize)
         assert (f"{count.total:,}", f"{count.binary:,}") == (total, binary), name
         assert f"{count.bits_per_weight:.3f}" == bits, name
 

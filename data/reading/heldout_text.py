@@ -1,9 +1,9 @@
-"""Held-out text: what is measured and never trained on, joined and tokenized once."""
+"""Text read as it lies, not as a stream: held-out text, which is joined and tokenized once, and calibration text."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,25 +38,33 @@ def load_heldout(paths: Sequence[str], tokenizer: Tokenizer, text_key: str = "te
     """
     import torch
 
-    documents: list[str] = []
-    format = RecordFormat("text", text_key)
-    for shard in find_files(paths, "heldout"):
-        if is_url(shard.path):
-            raise DataError(f"data.heldout: {shard.path} is not here; download it, held-out text is read from files")
-        if shard.path.endswith(TEXT_SUFFIXES):
-            documents.append(_read_text(shard.path))
-            continue
-        for entry in read_entries(shard.path, format):
-            item = entry if isinstance(entry, BadRecord) else decode(entry, format, shard.path)
-            if isinstance(item, BadRecord):
-                logger.warning("held-out text: skipped %s", item)
-            else:
-                documents.append(item.text)
+    documents = list(read_documents(paths, "heldout", text_key))
     text = DOCUMENT_SEPARATOR.join(documents)
     if not text:
         raise DataError(f"the held-out shards {', '.join(paths)} hold no text; correct data.heldout")
     token_ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
     return Heldout(token_ids, n_bytes=len(text.encode()), n_documents=len(documents))
+
+
+def read_documents(paths: Sequence[str], what: str, text_key: str = "text") -> Iterator[str]:
+    """The documents of local shards, and of .txt and .raw files of which each is one, in the order of their names.
+
+    Bad records are logged and left out. `what` the files are is said there, and in the DataError for one that is not
+    here or cannot be read.
+    """
+    format = RecordFormat("text", text_key)
+    for shard in find_files(paths, what):
+        if is_url(shard.path):
+            raise DataError(f"{what}: {shard.path} is not here; download it, this text is read from files")
+        if shard.path.endswith(TEXT_SUFFIXES):
+            yield _read_text(shard.path)
+            continue
+        for entry in read_entries(shard.path, format):
+            item = entry if isinstance(entry, BadRecord) else decode(entry, format, shard.path)
+            if isinstance(item, BadRecord):
+                logger.warning("%s: skipped %s", what, item)
+            else:
+                yield item.text
 
 
 def _read_text(path: str) -> str:

@@ -19,9 +19,11 @@ from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.errors import UserError
 from fbitrain.launch import release as command
 from fbitrain.launch.cli import run
-from fbitrain.model.build import build_student
-from fbitrain.model_card import Storage, heldout_metrics
-from fbitrain.pretrained import load_lm
+from fbitrain.model.build import build_student, llama_config
+from fbitrain.model.config import BinarizeConfig
+from fbitrain.model.hf import ReleasedModel
+from fbitrain.model_card import PAPERS, Storage, Training, heldout_metrics, model_card
+from fbitrain.pretrained import load_lm, open_model
 from fbitrain.release import release, replacing_release
 from fbitrain.release_tokenizer import PROBES, write_tokenizer
 
@@ -145,9 +147,20 @@ def test_a_full_precision_run_has_no_packed_form(
     assert "full-precision" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_gguf_is_a_format_like_the_others(run_dir: Path, tmp_path: Path, config: Config) -> None:
+    out = tmp_path / "out"
+    release(run_dir, out, ["gguf"])
+    release(run_dir, out, ["dense", "gguf"])
+    assert sorted(path.name for path in (out / "gguf").iterdir()) == ["README.md", f"{config.run.name}-F16.gguf"]
+    with open_model(out / "gguf" / f"{config.run.name}-F16.gguf") as model:
+        torch.testing.assert_close(logits(model.lm), logits(load_lm(out / "dense", torch.float32)), atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match="float16, not float32"):
+        release(run_dir, out, ["gguf"], "float32")
+
+
 def test_requests_that_cannot_be_met(run_dir: Path, tmp_path: Path) -> None:
     for formats, dtype, words in (
-        (["gguf"], "float16", "dense, packed"),
+        (["onnx"], "float16", "dense, packed"),
         (["dense"], "int8", "float16"),
         ([], "float16", "dense"),
     ):
@@ -219,13 +232,14 @@ def test_storage_counts_the_bytes_that_are_stored(run_dir: Path, tmp_path: Path,
     release(run_dir, tmp_path / "out")
     stored = load_file(tmp_path / "out" / "packed" / "model.safetensors")
     weights = weights_of(config)
-    storage = Storage.of(weights, stored)
+    storage = Storage.of(ReleasedModel.of(llama_config(config.model), config.binarize, weights, torch.float16))
     assert storage.binary_bits + storage.other_bits == 8 * sum(tensor.nbytes for tensor in stored.values())
     # Four 60 × 60, two 92 × 60 and one 60 × 92 matrices per layer, two layers; 60 bits take 2 words, 92 take 3.
     assert storage.binary_weights == 2 * (4 * 3600 + 3 * 5520)
     words = 2 * (4 * 60 * 2 + 2 * 92 * 2 + 60 * 3)
     scales = 2 * 2 * (4 * 60 + 2 * 60 + 92)
     assert storage.binary_bits == 32 * (words + scales)
+    assert storage.parts == {"weight_bits": 32 * words, "alpha": 16 * scales, "beta": 16 * scales}
     listed = json.loads((tmp_path / "out" / "packed" / "config.json").read_text())["bits_per_weight"]
     assert listed == storage.bits_per_binary_weight
 
@@ -238,6 +252,29 @@ def test_the_model_card_tells_what_was_done(run_dir: Path, tmp_path: Path, works
         assert part in card, part
     assert "trust_remote_code=True" in card
     assert (tmp_path / "out" / "packed" / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize(
+    ("binarize", "words"),
+    [
+        (
+            BinarizeConfig(method="partial", scale="row"),
+            "0.1 of the weights, by magnitude per layer, in int8",
+        ),
+        (BinarizeConfig(method="cherry", bits=3, scale="group"), "the rest 8 levels, one scale per group of 128"),
+        (BinarizeConfig(method="mixture_of_scales"), "4 pairs of input and output scales"),
+        (BinarizeConfig(method="recu"), "per row"),
+        (BinarizeConfig(method="ternary"), "not the rounding of activations"),
+    ],
+    ids=lambda value: value.method if isinstance(value, BinarizeConfig) else "",
+)
+def test_the_card_describes_every_kind_of_method(config: Config, binarize: BinarizeConfig, words: str) -> None:
+    storage = Storage(100, 150, 50, 800, {"weight_bits": 100, "alpha": 50})
+    fine_tuned = replace(config, binarize=binarize, model=replace(config.model, pretrained="some/model"))
+    card = model_card(fine_tuned, Training(1, 2), storage, ["packed", "gguf"], "float16", "gpt2")
+    for part in (words, PAPERS[binarize.method], "fine-tuned from some/model", 'register("gpt2")', "llama.cpp"):
+        assert part in card, part
+    assert "1.500 bits each, scales included\n(weight_bits 1.000, alpha 0.500)" in card
 
 
 def test_heldout_figures_are_the_newest_up_to_the_step(run_dir: Path) -> None:

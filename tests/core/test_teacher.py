@@ -22,8 +22,9 @@ from fbitrain import teacher as teacher_module
 from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.errors import UserError
 from fbitrain.files import sha256_of
+from fbitrain.language_model import vocab_size_of
 from fbitrain.launch import fetch_teacher
-from fbitrain.teacher import EXPORT_MARKER, export_gguf, is_export_of, load_teacher, teacher_vocab_size
+from fbitrain.teacher import EXPORT_MARKER, export_gguf, is_export_of, load_teacher
 
 V, D, LAYERS, HEADS, KV_HEADS, FF = 300, 32, 2, 4, 2, 48
 
@@ -74,7 +75,7 @@ def test_a_folder_gives_the_models_own_logits(source: tuple[LlamaForCausalLM, Pa
         assert torch.allclose(teacher.logits(ids), model(ids).logits, rtol=1e-5, atol=1e-5)
     assert teacher.hidden(ids).shape == (2, 9, D)
     assert torch.equal(teacher.head_weight, model.lm_head.weight)
-    assert teacher.vocab_size == teacher_vocab_size(path) == V
+    assert teacher.vocab_size == vocab_size_of(path) == V
     assert teacher.n_parameters == sum(p.numel() for p in model.parameters())
 
 
@@ -119,12 +120,12 @@ def test_sharding_takes_the_body_and_leaves_a_whole_head(source: tuple[LlamaForC
 
 
 def test_partitioned_parameters_are_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def partitioned(*args: object) -> LlamaForCausalLM:
+    def partitioned(*args: object, **options: object) -> LlamaForCausalLM:
         model = tiny_llama(tied=False)
         model.lm_head.weight.ds_id = 0  # what ZeRO-3 leaves on a parameter
         return model
 
-    monkeypatch.setattr(teacher_module, "_load_model", partitioned)
+    monkeypatch.setattr(teacher_module, "load_language_model", partitioned)
     with pytest.raises(RuntimeError, match="inside a ZeRO-3 context"):
         load(folder)
 
@@ -155,7 +156,7 @@ def write_config(folder: Path, **values: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("read", [load, teacher_vocab_size], ids=["load", "vocab_size"])
+@pytest.mark.parametrize("read", [load, vocab_size_of], ids=["load", "vocab_size"])
 def test_wrong_paths_are_one_sentence(read: Any, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     (tmp_path / "broken.gguf").write_bytes(b"not a model")
@@ -176,10 +177,10 @@ def test_wrong_paths_are_one_sentence(read: Any, tmp_path: Path) -> None:
 
 def test_the_vocabulary_is_read_without_running_a_models_code(tmp_path: Path) -> None:
     remote = write_config(tmp_path / "remote", model_type="own", auto_map={"AutoConfig": "own.Own"}, vocab_size=77)
-    assert teacher_vocab_size(remote) == 77
-    assert teacher_vocab_size(write_config(tmp_path / "nested", text_config={"vocab_size": 78})) == 78
+    assert vocab_size_of(remote) == 77
+    assert vocab_size_of(write_config(tmp_path / "nested", text_config={"vocab_size": 78})) == 78
     with pytest.raises(UserError, match="has no vocab_size in its config"):
-        teacher_vocab_size(write_config(tmp_path / "nameless", model_type="llama"))
+        vocab_size_of(write_config(tmp_path / "nameless", model_type="llama"))
 
 
 def test_unsuitable_folders_are_one_sentence(folder: Path, tmp_path: Path) -> None:
@@ -267,7 +268,7 @@ def test_a_gguf_file_gives_the_models_own_logits(gguf_source: tuple[LlamaForCaus
     teacher = load(path)
     with torch.no_grad():
         assert torch.allclose(teacher.logits(token_ids()), model(token_ids()).logits, rtol=1e-4, atol=1e-4)
-    assert teacher.vocab_size == teacher_vocab_size(path) == V
+    assert teacher.vocab_size == vocab_size_of(path) == V
     assert isinstance(teacher.body, nn.Module)
     assert {p.dtype for p in teacher.body.parameters()} == {torch.float32}
     assert teacher.n_parameters == sum(p.numel() for p in model.parameters())

@@ -1,12 +1,13 @@
-"""launch/pretrain.py with one fault built in, named by $FAULT; started by the launcher like the real one."""
+"""launch/pretrain.py, or launch/$COMMAND.py, with one fault built in, named by $FAULT; started like the real one."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 from typing import Any
 
-from fbitrain import checkpoint, train
+from fbitrain import build, checkpoint, train
 from fbitrain.launch import pretrain
 from fbitrain.launch.cli import run
 
@@ -37,7 +38,7 @@ def kill_in_second_save() -> None:
             die()
         finish(folder, final, *rest)
 
-    checkpoint._finish = dying
+    checkpoint._finish = dying  # type: ignore[assignment]
 
 
 def nan_on_rank_1_at_step_3() -> None:
@@ -51,5 +52,18 @@ def nan_on_rank_1_at_step_3() -> None:
     train.agree_to_go_on = poisoned
 
 
+def freeze_embeddings() -> None:
+    """Not a fault, but what no configuration asks for: parameters that are not trained."""
+    model = build.build_model
+
+    def frozen(*arguments: Any) -> Any:
+        lm, report = model(*arguments)
+        lm.get_input_embeddings().weight.requires_grad_(False)
+        return lm, report
+
+    build.build_model = frozen  # type: ignore[assignment]
+
+
 globals()[os.environ["FAULT"]]()
-pretrain.leave(run(pretrain.main, pretrain.parser()))
+command = importlib.import_module(f"fbitrain.launch.{os.environ.get('COMMAND', 'pretrain')}")
+pretrain.leave(run(command.main, command.parser()))

@@ -70,6 +70,23 @@ def test_without_a_config_it_describes_the_machine(capsys: pytest.CaptureFixture
         assert any(line.startswith(label) for line in out.splitlines()), label
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_fine_tuning_is_added_up_from_the_pretrained_model(
+    folder: Path, known: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "max_position_embeddings": 64}
+    teacher_config = json.loads((folder / "teacher" / "config.json").read_text())
+    (folder / "teacher" / "config.json").write_text(json.dumps(teacher_config | (sizes if known else {})))
+    text = (folder / "tiny.yaml").read_text().splitlines()
+    text = [f"model: {{pretrained: {folder}/teacher}}" if line.startswith("model:") else line for line in text]
+    (folder / "tiny.yaml").write_text("\n".join(text))
+    assert examine(folder, "binarize.method=onebit", "distill.kd_weight=0", "distill.ce_weight=1") == 0
+    out = capsys.readouterr().out
+    assert f"{folder}/teacher, binarize.method=onebit" in out
+    assert "64 parameters" in out
+    assert ("per rank" in out) == known
+
+
 def test_a_run_that_fits_is_added_up(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert examine(folder, "--world-size", "4", "engine.precision=fp32") == 0
     captured = capsys.readouterr()

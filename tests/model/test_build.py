@@ -14,8 +14,10 @@ from transformers import LlamaForCausalLM
 from fbitrain.errors import UserError
 from fbitrain.model.binarize import init_scales
 from fbitrain.model.build import binarize_, build_student, llama_config, pack_
-from fbitrain.model.config import PRESETS, BinarizeConfig, ModelConfig
-from fbitrain.model.linear import BinaryLinear, PackedBinaryLinear
+from fbitrain.model.config import METHODS, PRESETS, SALIENT_METHODS, BinarizeConfig, ModelConfig
+from fbitrain.model.latent import LatentLinear
+from fbitrain.model.linear import BinaryLinear
+from fbitrain.model.packed import PackedBinaryLinear
 from fbitrain.model.size import ParameterCount, count_parameters
 
 SMALL = ModelConfig(vocab_size=67, n_layers=2, n_heads=4, n_kv_heads=2, d_model=24, d_ff=40, max_seq_len=32)
@@ -61,10 +63,12 @@ def test_build_student() -> None:
 def test_report_is_one_line() -> None:
     twelve_layers = ModelConfig(vocab_size=50, n_layers=12, n_heads=2, d_model=16, d_ff=32)
     _, report = build_student(twelve_layers, KEEP_HEAD, seed=0)
-    assert str(report) == "binarized 84/85 Linear layers (30.7k weights); kept lm_head (rule: skip=[lm_head])"
+    assert str(report) == (
+        "binarized 84/85 Linear layers (30.7k weights, 5.000 bits each); kept lm_head (rule: skip=[lm_head])"
+    )
     _, report = build_student(SMALL, BinarizeConfig(skip=["v_proj", "lm_head"]), seed=0)
     assert str(report) == (
-        "binarized 12/15 Linear layers (8.6k weights); kept model.layers.0.self_attn.v_proj, "
+        "binarized 12/15 Linear layers (8.6k weights, 3.763 bits each); kept model.layers.0.self_attn.v_proj, "
         "model.layers.1.self_attn.v_proj (rule: skip=[v_proj]); kept lm_head (rule: skip=[lm_head])"
     )
     _, report = build_student(SMALL, FULL_PRECISION, seed=0)
@@ -131,10 +135,6 @@ def test_skip_by_full_name() -> None:
     }
 
 
-def with_bias(lm: LlamaForCausalLM) -> None:
-    lm.set_submodule("model.layers.1.mlp.up_proj", nn.Linear(24, 40, bias=True))
-
-
 def tied(lm: LlamaForCausalLM) -> None:
     lm.lm_head.weight = lm.model.embed_tokens.weight
 
@@ -152,7 +152,6 @@ def unchanged(lm: LlamaForCausalLM) -> None:
     [
         (unchanged, BinarizeConfig(skip=["lm_hed"]), "binarize.skip has 'lm_hed', but .* near names: lm_head"),
         (unchanged, BinarizeConfig(skip=["proj"]), "near names: .*_proj"),
-        (with_bias, KEEP_HEAD, r"model\.layers\.1\.mlp\.up_proj has a bias.* add it to binarize\.skip"),
         (tied, BinarizeConfig(skip=[]), "lm_head shares its weight with the embedding model.embed_tokens; add it"),
         (unchanged, BinarizeConfig(scale="group", beta=False, group_size=16), "in_features=24 is not a multiple"),
         (on_meta, KEEP_HEAD, r"weight of model\.layers\.0\.self_attn\.q_proj is not loaded"),
@@ -194,11 +193,14 @@ def test_packed_model_gives_the_same_logits(scale: str, beta: bool) -> None:
 
 
 def count_built(lm: LlamaForCausalLM) -> ParameterCount:
-    by_kind = {"binary": 0, "scales": 0, "embeddings": 0, "dense": 0, "norms": 0}
+    by_kind = dict.fromkeys(("binary", "scales", "embeddings", "dense", "norms", "routers", "stored_bits"), 0)
+    for module in lm.modules():
+        if isinstance(module, LatentLinear):
+            by_kind["stored_bits"] += sum(module.storage_bits().values())
     for name, parameter in lm.named_parameters():
         owner = lm.get_submodule(name.rpartition(".")[0])
-        if isinstance(owner, BinaryLinear):
-            kind = "binary" if name.endswith("weight") else "scales"
+        if isinstance(owner, LatentLinear):
+            kind = {"weight": "binary", "router": "routers"}.get(name.rpartition(".")[2], "scales")
         elif isinstance(owner, nn.Embedding) or owner is lm.lm_head:
             kind = "embeddings"
         else:
@@ -223,6 +225,7 @@ def count_built(lm: LlamaForCausalLM) -> ParameterCount:
         BinarizeConfig(scale="row", beta=False),
         BinarizeConfig(scale="tensor", skip=["lm_head", "down_proj"]),
         BinarizeConfig(scale="group", beta=False, group_size=4, skip=["lm_head", "model.layers.0.self_attn.k_proj"]),
+        *(BinarizeConfig(method=method, n_experts=3) for method in METHODS if method not in SALIENT_METHODS),
     ],
 )
 def test_count_parameters_equals_the_built_model(model: ModelConfig, binarize: BinarizeConfig) -> None:

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fbitrain.kernels import reference
-from fbitrain.model import linear
-from fbitrain.model.linear import BinaryLinear, PackedBinaryLinear
+from fbitrain.model import scaled_product
+from fbitrain.model.linear import BinaryLinear
+from fbitrain.model.packed import PackedBinaryLinear
 
 N, K, G = 7, 33, 11
 PATTERNS = [*product(("column", "row", "tensor"), (True, False)), ("group", False)]
@@ -58,7 +59,7 @@ def gradients(layer: BinaryLinear, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 def test_forward_and_gradients(
     scale: str, beta: bool, ste: str, block_weights: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "BLOCK_WEIGHTS", block_weights)
+    monkeypatch.setattr(scaled_product, "BLOCK_WEIGHTS", block_weights)
     layer, x = make_layer(scale, beta, ste), make_input(2, 3)
     y, wanted = layer(x), plain_forward(layer, x)
     torch.testing.assert_close(y, wanted)
@@ -134,7 +135,7 @@ class FloatMatrices(TorchDispatchMode):
 @pytest.mark.parametrize(("scale", "beta"), PATTERNS)
 def test_the_scaled_weight_never_exists(scale: str, beta: bool, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Among the [N, K] floats of a forward and backward pass there is W and ±1 on its way there, never α·S + β."""
-    monkeypatch.setattr(linear, "BLOCK_WEIGHTS", 2 * N * G)
+    monkeypatch.setattr(scaled_product, "BLOCK_WEIGHTS", 2 * N * G)
     monkeypatch.setattr(reference, "BLOCK_WEIGHTS", 2 * K)
     layer, x = make_layer(scale, beta), make_input(4)
     run = PackedBinaryLinear.from_linear(layer) if packed else layer

@@ -1,0 +1,185 @@
+"""What fine-tuning starts from: a pretrained model with its Linears made binary, or a checkpoint of that.
+
+Salient weights are chosen, and PTQ solves its layers, once: right before the first step. A checkpoint holds the result,
+and a run that resumes takes it from there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from fbitrain.blocks import weight_NK
+from fbitrain.calibrate import quantize_, select_masks
+from fbitrain.calibration_data import read_calibration
+from fbitrain.checkpoint import find_latest
+from fbitrain.checkpoint_files import LM_CONFIG, fixed_tensors, load_weights
+from fbitrain.config import Config, ConfigError, load_config
+from fbitrain.config_checks import semantic_problems
+from fbitrain.data.loader import TokenLoader
+from fbitrain.data.tokenizer import load_tokenizer
+from fbitrain.errors import UserError
+from fbitrain.language_model import checked_head, load_language_model, read_hf_config
+from fbitrain.model.build import BinarizeReport, binarize_, llama_config
+from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig
+from fbitrain.model.partial import PartialBinaryLinear, unpack_mask
+from fbitrain.pretrained_shape import SIZES, run_config, shape_of
+
+ROLE = "model.pretrained"  # what messages call the model
+
+
+def with_known_sizes(config: Config, world_size: int) -> Config:
+    """`config` with the sizes of a model on the hub, which only its config.json knows, filled in and checked.
+
+    Raises ConfigError if they contradict other settings.
+    """
+    pretrained = config.model.pretrained
+    if not pretrained or all(getattr(config.model, name) for name in SIZES if name != "n_kv_heads"):
+        return config
+    values = {} if run_config(Path(pretrained)) or Path(pretrained).is_file() else read_hf_config(pretrained, ROLE)
+    sizes: dict[str, Any] = dict(shape_of(values))
+    config = replace(config, model=replace(config.model, **sizes))
+    if problems := list(semantic_problems(config, world_size)):
+        raise ConfigError(pretrained, problems)
+    return config
+
+
+def needs_calibration(config: Config) -> bool:
+    """Whether work is done before the first step that must not be lost: choosing salient weights, or PTQ."""
+    return bool(config.model.pretrained) and config.binarize.enabled and config.binarize.method in SALIENT_METHODS
+
+
+def fine_tuned_student(
+    config: Config, resume_from: Path | None, tokenizer_path: str, device: torch.device
+) -> tuple[PreTrainedModel, BinarizeReport]:
+    """The fp32 model to train, binary layers in place: from `resume_from` (its trained weights are filled in later),
+    or from model.pretrained.
+
+    Raises UserError if the model cannot be had, has other logits than hidden · headᵀ, or is binary in another way.
+    """
+    if resume_from is not None:
+        return _from_checkpoint(resume_from, config, fixed_tensors(resume_from))
+    origin = own_checkpoint(config.model.pretrained)
+    if origin is None:
+        lm = load_language_model(config.model.pretrained, torch.float32, role=ROLE)
+    else:
+        saved = load_config(origin / "config.yaml").binarize
+        if saved.enabled:
+            _require_same_method(origin, saved, config.binarize)
+            return _from_checkpoint(origin, config, load_weights(origin))
+        lm = _bare_model(origin)
+        lm.load_state_dict(load_weights(origin), strict=False)  # a tied head is there once
+    checked_head(lm, config.model.pretrained, ROLE)
+    return _binarized(lm.to(device).eval(), config, tokenizer_path)
+
+
+def lm_config_of(checkpoint: Path, config: Config) -> PretrainedConfig:
+    """The transformers configuration of the model in a checkpoint of ours, whose own configuration is `config`."""
+    if not (checkpoint / LM_CONFIG).is_file():
+        return llama_config(config.model)
+    values = json.loads((checkpoint / LM_CONFIG).read_text(encoding="utf-8"))
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def own_checkpoint(pretrained: str) -> Path | None:
+    """The checkpoint that `pretrained` names, itself or as its run's newest; None if it is no run of ours."""
+    folder = Path(pretrained).expanduser()
+    if run_config(folder) is None or (folder / "COMPLETE.json").is_file():
+        return folder if run_config(folder) else None
+    latest = find_latest(folder)
+    if latest is None:
+        raise UserError(f"{ROLE}={pretrained} is a run without a complete checkpoint; train it first")
+    return latest
+
+
+def calibration_ids(config: Config, tokenizer_path: str) -> Tensor:
+    """int64 [n_sequences, seq_len] of calibration.path, or the first sequences of the training stream.
+
+    Raises UserError with what there is if that is less, DataError if the stream fails.
+    """
+    calibration = config.calibration
+    n, seq_len = calibration.n_sequences, calibration.seq_len or config.data.seq_len
+    if calibration.path:
+        return read_calibration([calibration.path], load_tokenizer(tokenizer_path), n, seq_len)
+    # One lane reads every source once before it begins anew: on more lanes a short one would repeat itself early.
+    data = replace(config.data, seq_len=seq_len, n_lanes=1, n_workers=0, phases=[])
+    if calibration.sources:
+        data = replace(data, sources=calibration.sources, pretokenized="", duplicates="")
+    sequences = []
+    with TokenLoader(data, tokenizer_path, 0, 1, 1) as loader:
+        for _ in range(n):
+            sequences.append(next(loader)[:, :-1])
+            if repeated := [name for name, epochs in loader.stats()["epochs"].items() if epochs]:
+                raise UserError(
+                    f"calibration asks for {n} sequences of {seq_len} tokens, but source {repeated[0]!r} ends in "
+                    f"sequence {len(sequences)}; lower calibration.n_sequences or give more text"
+                )
+    return torch.cat(sequences)
+
+
+def _binarized(lm: PreTrainedModel, config: Config, tokenizer_path: str) -> tuple[PreTrainedModel, BinarizeReport]:
+    binarize, calibration = config.binarize, config.calibration
+    masks, solved = None, {}
+    if needs_calibration(config):
+        looks = calibration.ptq or binarize.salient.criterion != "magnitude"
+        token_ids = calibration_ids(config, tokenizer_path) if looks else None
+        if calibration.ptq:
+            solved = quantize_(lm, binarize, calibration, token_ids)
+            masks = {name: part.mask for name, part in solved.items()}
+        else:
+            masks = select_masks(lm, binarize, token_ids, damping=calibration.damping)
+    report = _binarize(lm, config, masks)
+    for name, part in solved.items():
+        if part.codes is not None and part.scale is not None:
+            layer = lm.get_submodule(name)
+            assert isinstance(layer, PartialBinaryLinear)
+            layer.load_salient(part.codes, part.scale)
+    return lm.train(), report
+
+
+def _from_checkpoint(
+    folder: Path, config: Config, tensors: Mapping[str, Tensor]
+) -> tuple[PreTrainedModel, BinarizeReport]:
+    """The checkpoint's model with its masks and with `tensors`, which may be a part of its state."""
+    lm = _bare_model(folder)
+    masks = None
+    if needs_calibration(config):
+        masks = {  # before the layers are there: what a mask marks is known from the Linear in its place
+            name: unpack_mask(tensors[f"{name}.salient_bits"], weight_NK(module).shape[1])
+            for name, module in lm.named_modules()
+            if f"{name}.salient_bits" in tensors
+        }
+    report = _binarize(lm, config, masks)
+    if foreign := lm.load_state_dict(tensors, strict=False).unexpected_keys:
+        raise UserError(f"{folder} holds {foreign[0]}, which its model has not; it is not of this version of fbitrain")
+    return lm.train(), report
+
+
+def _binarize(lm: PreTrainedModel, config: Config, masks: Mapping[str, Tensor] | None) -> BinarizeReport:
+    """binarize_ with routers drawn by train.seed, whatever was drawn before; torch's own state is left alone."""
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        torch.manual_seed(config.train.seed)
+        return binarize_(lm, config.binarize, masks=masks)
+
+
+def _bare_model(folder: Path) -> PreTrainedModel:
+    """A model of a checkpoint's architecture, with any weights."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        lm_config_of(folder, load_config(folder / "config.yaml")), dtype=torch.float32, attn_implementation="sdpa"
+    )
+    return model
+
+
+def _require_same_method(origin: Path, saved: BinarizeConfig, wanted: BinarizeConfig) -> None:
+    if saved != wanted:
+        raise UserError(
+            f"{origin} is binary already (binarize.method={saved.method}) and is continued as it is; give the same "
+            "binarize section as its config.yaml, or start from its dense release"
+        )

@@ -1,0 +1,196 @@
+"""A study: one configuration in many variants and seeds, run one after another, and what came of each.
+
+    base: launch/studies/smollm2.yaml       the configuration that every variant starts from
+    seeds: [0, 1]
+    variants:
+      - name: PB-LLM, 10 %, Hessian
+        set: [binarize.method=partial, binarize.salient.criterion=hessian]
+        seeds: [0]                          where the seed changes nothing
+    expect:                                 orderings of the held-out perplexity that the papers claim
+      - [PB-LLM 10 % Hessian, PB-LLM 10 % magnitude]
+
+A variant whose run is finished is not run again, so a study that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fbitrain.errors import UserError
+
+PERPLEXITY = "heldout/perplexity"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is changed of the base configuration, and with which seeds it runs."""
+
+    name: str
+    overrides: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study file says. `expected` holds pairs of names: the first is to have the lower perplexity."""
+
+    base: str
+    variants: tuple[Variant, ...]
+    expected: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant with one seed, and the folder it lives in."""
+
+    variant: Variant
+    seed: int
+    folder: Path
+
+    def arguments(self, base: str) -> list[str]:
+        """Of launch/finetune.py."""
+        place = [f"run.dir={self.folder.parent}", f"run.name={self.folder.name}", f"train.seed={self.seed}"]
+        return [base, *self.variant.overrides, *place]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A variant's results: per seed where there are several."""
+
+    name: str
+    perplexities: tuple[float, ...]
+    bits_per_weight: float
+    tokens: int
+    seconds: float = field(compare=False)  # the median over seeds, start to end
+
+    @property
+    def perplexity(self) -> float:
+        return statistics.median(self.perplexities)
+
+
+def load_study(path: Path) -> Study:
+    """Reads a study file; raises UserError with every problem in it."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"the study {path} cannot be read: {' '.join(str(error).split())}") from None
+    problems = list(_problems(raw))
+    if problems:
+        raise UserError(f"the study {path} has mistakes: {'; '.join(problems)}")
+    variants = tuple(
+        Variant(item["name"], tuple(item.get("set", ())), tuple(item.get("seeds", raw["seeds"])))
+        for item in raw["variants"]
+    )
+    return Study(raw["base"], variants, tuple((low, high) for low, high in raw.get("expect", ())))
+
+
+def runs(study: Study, folder: Path) -> list[Run]:
+    """Every run of a study, its first seeds first, so that a study cut short has something of everything."""
+    each = [
+        Run(variant, seed, folder / f"{slug(variant.name)}-seed{seed}")
+        for variant in study.variants
+        for seed in variant.seeds
+    ]
+    return sorted(each, key=lambda run: run.variant.seeds.index(run.seed))
+
+
+def slug(name: str) -> str:
+    """A name as a folder may have it."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def is_finished(run: Run) -> bool:
+    return (run.folder / "FINISHED.json").is_file()
+
+
+def outcomes(study: Study, folder: Path) -> list[Outcome]:
+    """The results of the variants of which all runs are finished, in the order of the study."""
+    by_name: dict[str, list[Run]] = {}
+    for run in runs(study, folder):
+        by_name.setdefault(run.variant.name, []).append(run)
+    return [_outcome(variant.name, by_name[variant.name]) for variant in study.variants if _all(by_name[variant.name])]
+
+
+def verdicts(study: Study, results: Sequence[Outcome]) -> Iterator[tuple[str, str, str]]:
+    """(lower, higher, verdict) of each expected ordering.
+
+    It holds if every seed of the one is below every seed of the other, and fails if every seed is above; else the two
+    cannot be told apart.
+    """
+    by_name = {outcome.name: outcome.perplexities for outcome in results}
+    for low, high in study.expected:
+        if low not in by_name or high not in by_name:
+            yield low, high, "not run"
+        elif max(by_name[low]) < min(by_name[high]):
+            yield low, high, "holds"
+        elif min(by_name[low]) > max(by_name[high]):
+            yield low, high, "does not hold"
+        else:
+            yield low, high, "within seed noise"
+
+
+def _all(some: Sequence[Run]) -> bool:
+    return all(is_finished(run) for run in some)
+
+
+def _outcome(name: str, some: Sequence[Run]) -> Outcome:
+    lines = [_read(run) for run in some]
+    return Outcome(
+        name,
+        tuple(_last(run, line, PERPLEXITY) for run, line in zip(some, lines, strict=True)),
+        _last(some[0], lines[0], "model/bits_per_weight"),
+        max(int(line[-1]["tokens"]) for line in lines),
+        statistics.median(json.loads((run.folder / "study.json").read_text())["seconds"] for run in some),
+    )
+
+
+def _read(run: Run) -> list[dict[str, Any]]:
+    text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _last(run: Run, lines: Sequence[Mapping[str, Any]], key: str) -> float:
+    found = [line[key] for line in lines if key in line]
+    if not found:
+        raise UserError(
+            f"{run.folder} has no {key} in its metrics; set data.heldout and eval.every in the study's base"
+        )
+    return float(found[-1])
+
+
+def _problems(raw: Any) -> Iterator[str]:
+    if not isinstance(raw, dict) or not isinstance(raw.get("base"), str) or not isinstance(raw.get("variants"), list):
+        yield "it must have base: (a configuration file), seeds: and variants:"
+        return
+    if unknown := sorted(set(raw) - {"base", "seeds", "variants", "expect"}):
+        yield f"unknown keys {', '.join(map(str, unknown))}"
+    names: list[str] = []
+    for i, item in enumerate(raw["variants"]):
+        if not isinstance(item, dict) or not isinstance(item.get("name"), str) or not slug(item["name"]):
+            yield f"variants[{i}] has no name"
+            continue
+        yield from _variant_problems(item, raw.get("seeds"), names)
+        names.append(item["name"])
+    for pair in raw.get("expect", ()):
+        if not isinstance(pair, list) or len(pair) != 2:
+            yield f"expect: {pair!r} is not a pair of names"
+            continue
+        yield from (f"expect: no variant is called {name!r}" for name in pair if name not in names)
+
+
+def _variant_problems(item: Mapping[str, Any], seeds: Any, earlier: Sequence[str]) -> Iterator[str]:
+    name = item["name"]
+    if slug(name) in map(slug, earlier):
+        yield f"two variants are called {name!r}"
+    if not item.get("seeds", seeds):
+        yield f"variant {name!r} has no seeds"
+    if unknown := sorted(set(item) - {"name", "set", "seeds"}):
+        yield f"variant {name!r} has unknown keys {', '.join(unknown)}"

@@ -1,0 +1,81 @@
+"""BitNet's layers: binary (arXiv 2310.11453) and ternary, "b1.58" (arXiv 2402.17764), both with int8 activations.
+
+The normalisation that both papers put in front of each product (SubLN) is a module of its own and not part of a
+Linear: it is left out.
+
+Letters: N out_features, K in_features, M tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fbitrain.model.binarize import sign, wide, with_slope
+from fbitrain.model.rebuilt import Rebuild, RebuiltLinear, rebuilt_linear
+from fbitrain.model.storage import bitnet_storage
+
+INT8_MAX = 127
+
+
+class BitNetLinear(RebuiltLinear):
+    """y = q(x) ŵᵀ + bias; q rounds each token to int8, ŵ has two values ("bitnet") or three ("ternary").
+
+    Both roundings pass their gradient unchanged. One scale serves the whole matrix.
+
+    Args, beyond those of LatentLinear: `method`, "bitnet" or "ternary".
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, method: str, **latent: Any) -> None:
+        if method not in QUANTIZERS:
+            raise ValueError(f"method={method!r} is unknown; choose {' or '.join(QUANTIZERS)}")
+        super().__init__(in_features, out_features, **latent)
+        self.method = method
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in x's dtype."""
+        codes, step = quantize_tokens(x)
+        y = rebuilt_linear(codes, QUANTIZERS[self.method], self.weight) * step.to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def recipe(self) -> tuple[Rebuild, tuple[Tensor | None, ...]]:
+        """ŵ as a function of the weight."""
+        return QUANTIZERS[self.method], (self.weight,)
+
+    def storage_bits(self) -> dict[str, int]:
+        """Bits of signs (bitnet) or two-bit codes (ternary), and of the scale."""
+        return bitnet_storage(self.method, self.out_features, self.in_features)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, method={self.method}"
+
+
+def mean_centred_sign(w: Tensor) -> Tensor:
+    """β·sign(w - mean w), β = mean |w|, both over the matrix; the gradient passes unchanged."""
+    values = w.detach().to(wide(w.dtype))
+    return with_slope(values.abs().mean() * sign(values - values.mean()), w)
+
+
+def ternary(w: Tensor) -> Tensor:
+    """γ·clip(round(w / γ), -1, 1), γ = mean |w| over the matrix; the gradient passes unchanged."""
+    values = w.detach().to(wide(w.dtype))
+    gamma = values.abs().mean().clamp_min(torch.finfo(values.dtype).tiny)
+    return with_slope(gamma * (values / gamma).round().clamp(-1, 1), w)
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes [..., K], step [..., 1]) with x ≈ codes·step: each token on its int8 grid, max |x| / 127 apart.
+
+    Codes are whole numbers in x's dtype, which holds them exactly, and the same as those of kernels' `quantize_int8`.
+    The gradient of codes·step passes to x unchanged.
+    """
+    values = x.detach().to(wide(x.dtype))
+    step = values.abs().amax(-1, keepdim=True) / INT8_MAX
+    step = step.where(step >= torch.finfo(torch.float32).tiny, 1)  # too small for its inverse: such a token becomes 0
+    inverse = 1 / step
+    return with_slope((values * inverse).round(), x, lambda: inverse), step
+
+
+QUANTIZERS = {"bitnet": mean_centred_sign, "ternary": ternary}

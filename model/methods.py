@@ -1,0 +1,124 @@
+"""Which layer a Linear becomes under each binarize.method.
+
+Letters: N out_features, K in_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fbitrain.model.bibench import BiBenchLinear
+from fbitrain.model.bitnet import BitNetLinear
+from fbitrain.model.config import BIBENCH_METHODS, BinarizeConfig
+from fbitrain.model.latent import LatentLinear
+from fbitrain.model.linear import BinaryLinear
+from fbitrain.model.mixture import MixtureOfScalesLinear, OneBitLinear
+from fbitrain.model.partial import PartialBinaryLinear
+
+
+@dataclass(frozen=True)
+class Source:
+    """A torch.nn.Linear or a transformers Conv1D (GPT-2's Linear, whose weight is [K, N]), as a Linear is described."""
+
+    module: nn.Module
+    in_features: int
+    out_features: int
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Source | None:
+        """The source that `module` is, or None if it is neither."""
+        if isinstance(module, nn.Linear):
+            return cls(module, module.in_features, module.out_features)
+        if isinstance(module, Conv1D):
+            return cls(module, module.nx, module.nf)
+        return None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight as the module holds it."""
+        return self.module.get_parameter("weight")
+
+    @property
+    def has_values(self) -> bool:
+        """False on the meta device, and where ZeRO-3 has partitioned the weight and left an empty tensor."""
+        return not self.parameter.is_meta and self.parameter.numel() == self.in_features * self.out_features
+
+    def latent(self, init_std: float) -> dict[str, Any]:
+        """LatentLinear's arguments for a layer in this one's place, with its values, if it has any."""
+        weight, bias = self.parameter, self.module.get_parameter("bias") if self._has_bias else None
+        device = None if weight.is_meta else weight.device
+        if bias is not None and (bias.is_meta or bias.numel() != self.out_features):
+            bias = nn.Parameter(torch.zeros(self.out_features, device=device))
+        values = (weight.T if isinstance(self.module, Conv1D) else weight) if self.has_values else None
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "weight": values,
+            "bias": bias,
+            "init_std": init_std,
+            "device": device,
+            "dtype": weight.dtype,
+        }
+
+    @property
+    def _has_bias(self) -> bool:
+        return "bias" in dict(self.module.named_parameters(recurse=False))
+
+
+def make_layer(source: Source, binarize: BinarizeConfig, mask: Tensor | None, init_std: float) -> LatentLinear:
+    """The layer that `source` becomes, in its training mode; mask bool [N, K] for methods with salient weights."""
+    layer = MAKERS[binarize.method](binarize, mask, source.latent(init_std))
+    return layer.train(source.module.training)
+
+
+def _binary(binarize: BinarizeConfig, mask: Tensor | None, latent: dict[str, Any]) -> LatentLinear:
+    size = binarize.group_size
+    return BinaryLinear(scale=binarize.scale, beta=binarize.beta, group_size=size, ste=binarize.ste, **latent)
+
+
+def _partial(binarize: BinarizeConfig, mask: Tensor | None, latent: dict[str, Any]) -> LatentLinear:
+    assert mask is not None
+    return PartialBinaryLinear(
+        mask=mask,
+        salient_dtype=binarize.salient.dtype,
+        trained=binarize.method == "cherry",
+        bits=binarize.bits,
+        scale=binarize.scale,
+        group_size=binarize.group_size,
+        ste=binarize.ste,
+        **latent,
+    )
+
+
+def _mixture(binarize: BinarizeConfig, mask: Tensor | None, latent: dict[str, Any]) -> LatentLinear:
+    return MixtureOfScalesLinear(n_experts=binarize.n_experts, ste=binarize.ste, **latent)
+
+
+def _onebit(binarize: BinarizeConfig, mask: Tensor | None, latent: dict[str, Any]) -> LatentLinear:
+    return OneBitLinear(ste=binarize.ste, **latent)
+
+
+def _bibench(binarize: BinarizeConfig, mask: Tensor | None, latent: dict[str, Any]) -> LatentLinear:
+    return BiBenchLinear(method=binarize.method, **latent)
+
+
+def _bitnet(binarize: BinarizeConfig, mask: Tensor | None, latent: dict[str, Any]) -> LatentLinear:
+    return BitNetLinear(method=binarize.method, **latent)
+
+
+MAKERS: dict[str, Callable[[BinarizeConfig, Tensor | None, dict[str, Any]], LatentLinear]] = {
+    "binary": _binary,
+    "partial": _partial,
+    "cherry": _partial,
+    "mixture_of_scales": _mixture,
+    "onebit": _onebit,
+    **dict.fromkeys(BIBENCH_METHODS, _bibench),
+    "bitnet": _bitnet,
+    "ternary": _bitnet,
+}

@@ -1,0 +1,163 @@
+"""The packed layers of a release on fbitrain's kernels: computed from the bits, no weight is ever unpacked.
+
+Tensors and constructors are those of `fbitrain.model.remote_layers`, whose layers compute the same in plain torch.
+
+Letters: N out_features, K in_features, Kw = ceil(K / 32) words, E experts, P sign planes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fbitrain.kernels import ops
+from fbitrain.kernels.layout import NARROW_COLUMNS, scale_shape
+from fbitrain.model import remote_layers
+from fbitrain.model.linear import BinaryLinear
+
+
+class PackedBinaryLinear(remote_layers.PackedLinear):
+    """y = x ŵᵀ + bias with ŵ = α·sign + β: BinaryLinear, and every method with one sign and one pattern of scales."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        scale: str = "column",
+        beta: bool = True,
+        group_size: int = 128,
+        **options: Any,
+    ) -> None:
+        if scale == "group" and beta:
+            raise ValueError("scale='group' has no shift; beta must be False")
+        scale_shape(scale, out_features, in_features, group_size)  # refuses what is no pattern
+        super().__init__(in_features, out_features, scale=scale, beta=beta, group_size=group_size, **options)
+
+    @classmethod
+    def from_linear(cls, linear: BinaryLinear) -> PackedBinaryLinear:
+        """The packed form of `linear`, on its device. Its parameters must be whole, not partitioned."""
+        packed = cls(
+            linear.in_features,
+            linear.out_features,
+            scale=linear.scale,
+            beta=linear.beta is not None,
+            group_size=linear.group_size,
+            bias=linear.bias is not None,
+        )
+        packed.weight_bits = ops.pack_signs(linear.weight.detach())
+        packed.alpha = linear.alpha.detach().to(torch.float32, copy=True)
+        if linear.beta is not None:
+            packed.beta = linear.beta.detach().to(torch.float32, copy=True)
+        if linear.bias is not None:
+            packed.bias = linear.bias.detach().to(torch.float32, copy=True)
+        return packed.train(linear.training)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x ŵᵀ."""
+        mode = "int8" if self.int8 else "float"
+        sizes = self.in_features, self.group_size
+        return ops.binary_linear(x, self.weight_bits, self.alpha, self.beta, self.scale, *sizes, mode)
+
+
+class PackedTernaryLinear(remote_layers.PackedTernaryLinear):
+    """y = x ŵᵀ + bias with ŵ = α·(sign + sign) / 2, x rounded to int8 per token: both signs' products in one call."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """x ŵᵀ."""
+        words, k = self.weight_bits.flatten(0, 1), self.in_features
+        return _add_planes(ops.binary_linear(x, words, self.alpha / 2, None, "tensor", k, k, "int8"), 2)
+
+
+class PackedPartialLinear(remote_layers.PackedPartialLinear):
+    """y = x ŵᵀ + bias; ŵ is salient weights in their places, elsewhere α·Σ_p 2^p·sign_p.
+
+    The P planes are one weight of P·N rows, of which the first N have the salient weights as they are and the others
+    zeros in the same places.
+    """
+
+    def __init__(self, *sizes: int, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self._arguments: tuple[Tensor, ...] | None = None
+        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
+
+    def product(self, x: Tensor) -> Tensor:
+        """x ŵᵀ."""
+        if self._arguments is None:
+            self._arguments = self._kernel_arguments()
+        n_planes = len(self.weight_bits)
+        alpha, row_starts, columns, values, *value_scale = self._arguments
+        y = ops.partial_linear(
+            x,
+            self.weight_bits.flatten(0, 1),
+            alpha,
+            self.scale,
+            row_starts,
+            columns,
+            values,
+            value_scale[0] if value_scale else None,
+            self.in_features,
+            self.group_size,
+        )
+        return _add_planes(y, n_planes)
+
+    def _kernel_arguments(self) -> tuple[Tensor, ...]:
+        """(alpha, row_starts, columns, values, value_scale if there is one) of all planes."""
+        n_planes, count = len(self.weight_bits), len(self.salient_values)
+        rows, columns = torch.cat([self.mask(rows) for rows in self.row_blocks()]).nonzero(as_tuple=True)
+        counts = torch.bincount(rows, minlength=self.out_features).repeat(n_planes)
+        row_starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+        narrow = torch.uint16 if self.in_features <= NARROW_COLUMNS else torch.int32
+        columns = columns.repeat(n_planes).to(narrow)
+        if n_planes == 1:
+            scale = () if self.salient_scale is None else (self.salient_scale,)
+            return self.alpha, row_starts, columns, self.salient_values, *scale
+        values = torch.cat([self.salient_values, self.salient_values.new_zeros((n_planes - 1) * count)])
+        alpha = torch.cat([self.alpha * 2**plane for plane in range(n_planes)])
+        scale = () if self.salient_scale is None else (self.salient_scale.repeat(n_planes, 1),)
+        return alpha, row_starts, columns, values, *scale
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedPartialLinear:
+        self._arguments = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def _forget(layer: PackedPartialLinear, _: Any) -> None:
+    layer._arguments = None
+
+
+class PackedOneBitLinear(remote_layers.PackedOneBitLinear):
+    """y = ((x·scale_in) Sᵀ)·scale_out + bias."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """x ŵᵀ."""
+        k = self.in_features
+        y = ops.binary_linear(x, self.weight_bits, self.scale_in, None, "column", k, k)
+        return y * self.scale_out[0].to(x.dtype)
+
+
+class PackedMixtureLinear(remote_layers.PackedMixtureLinear):
+    """y = ((x·(g scale_in)) Sᵀ)·(g scale_out) + bias, g = softmax(x routerᵀ) in fp32."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """The product with the scales of each token."""
+        scales = self.scale_in, self.scale_out
+        return ops.mixture_linear(x, self.weight_bits, self.gates(x), *scales, self.in_features)
+
+
+def _add_planes(y: Tensor, n_planes: int) -> Tensor:
+    """[..., P·N] -> [..., N]."""
+    return y if n_planes == 1 else torch.unflatten(y, -1, (n_planes, -1)).sum(-2)
+
+
+LAYERS: dict[str, type[remote_layers.PackedWeight]] = {
+    "binary": PackedBinaryLinear,
+    "ternary": PackedTernaryLinear,
+    "partial": PackedPartialLinear,
+    "onebit": PackedOneBitLinear,
+    "mixture": PackedMixtureLinear,
+}

@@ -1,0 +1,97 @@
+"""What binarize_ refuses: one sentence that names the module and what to do about it.
+
+Letters: N out_features, K in_features.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from fbitrain.errors import UserError
+from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig, uses_groups
+from fbitrain.model.methods import Source
+
+
+def check_skip(skip: Sequence[str], names: Sequence[str]) -> None:
+    """Raises UserError for an entry of binarize.skip that is none of the modules `names` nor the end of one."""
+    known = list(dict.fromkeys([*names, *(name.rpartition(".")[2] for name in names)]))
+    for entry in skip:
+        if entry not in known:
+            near = difflib.get_close_matches(entry, known, n=3) or known[-3:]
+            raise UserError(f"binarize.skip has {entry!r}, but no Linear is called that; near names: {', '.join(near)}")
+
+
+def fused_modules(model: nn.Module) -> dict[str, str]:
+    """Name -> parameter of each module that keeps several Linears in one tensor of three dimensions (MoE experts)."""
+    found = {}
+    for name, module in model.named_modules():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and not isinstance(module, _ConvNd):
+                found[name] = parameter_name
+    return found
+
+
+def check_fused(fused: Mapping[str, str]) -> None:
+    """Raises UserError for the first of `fused_modules` that binarize.skip has not taken out."""
+    for name, parameter in fused.items():
+        raise UserError(
+            f"{name}.{parameter} holds the weights of several Linears in one tensor, which cannot be binarized; "
+            f"add {name} to binarize.skip to keep it in full precision"
+        )
+
+
+def check_sources(
+    model: nn.Module, sources: Mapping[str, Source], binarize: BinarizeConfig, *, values_needed: bool
+) -> None:
+    """Raises UserError if one of `sources`, by qualified name, cannot become a layer of binarize.method."""
+    holders: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    for name, source in sources.items():
+        _check_sharing(model, name, holders[id(source.parameter)])
+        if values_needed and not source.has_values:
+            raise UserError(f"the weight of {name} is not loaded (meta device, or partitioned); binarize a whole model")
+        if not source.parameter.is_floating_point():
+            dtype = str(source.parameter.dtype).removeprefix("torch.")
+            raise UserError(f"the weight of {name} is {dtype}, already quantized; load the model in floating point")
+        if uses_groups(binarize) and source.in_features % binarize.group_size:
+            raise UserError(
+                f"{name} cannot be binarized: in_features={source.in_features} is not a multiple of "
+                f"group_size={binarize.group_size}; change binarize.group_size, or what is per group"
+            )
+
+
+def check_masks(sources: Mapping[str, Source], binarize: BinarizeConfig, masks: Mapping[str, Tensor] | None) -> None:
+    """Raises UserError unless a method with salient weights has a fitting mask for each of `sources`."""
+    if binarize.method not in SALIENT_METHODS:
+        return
+    if masks is None:
+        raise UserError(
+            f"binarize.method={binarize.method} needs a trained model, of whose weights some are salient; "
+            "set model.pretrained"
+        )
+    for name, source in sources.items():
+        _check_mask(name, source, masks.get(name))
+
+
+def _check_sharing(model: nn.Module, name: str, holders: Sequence[str]) -> None:
+    for other in holders:
+        if other != name:
+            kind = "the embedding " if isinstance(model.get_submodule(other), nn.Embedding) else ""
+            raise UserError(f"{name} shares its weight with {kind}{other}; add it to binarize.skip")
+
+
+def _check_mask(name: str, source: Source, mask: Tensor | None) -> None:
+    shape = (source.out_features, source.in_features)
+    if mask is None:
+        raise UserError(f"there is no mask of salient weights for {name}; select them for this model and binarize.skip")
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise UserError(
+            f"the mask of {name} is {str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}, not bool "
+            f"{list(shape)}; select the salient weights of this model"
+        )

@@ -1,0 +1,242 @@
+"""What fine-tuning starts from and what its checkpoints become: architectures, own runs, calibration, releases."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fbitrain.checkpoint import _write_tensors
+from fbitrain.checkpoint_files import FIXED, LM_CONFIG
+from fbitrain.config import (
+    CalibrationConfig,
+    Config,
+    ConfigError,
+    DistillConfig,
+    OptimConfig,
+    TrainConfig,
+    load_config,
+    to_yaml,
+)
+from fbitrain.data.config import DataConfig, SourceConfig
+from fbitrain.errors import UserError
+from fbitrain.fine_tune import calibration_ids, fine_tuned_student, with_known_sizes
+from fbitrain.language_model import load_language_model
+from fbitrain.model.config import BinarizeConfig, ModelConfig, SalientConfig
+from fbitrain.model.mixture import MixtureOfScalesLinear
+from fbitrain.pretrained import load_lm
+from fbitrain.pretrained_shape import read_shape
+from fbitrain.release import release
+from tests.core.test_student import V, batch, gpt2, llama, neox, opt
+from tests.core.test_teacher import tiny_llama, write_gguf
+
+CPU = torch.device("cpu")
+PARTIAL = BinarizeConfig(method="partial", scale="row", beta=False, salient=SalientConfig(fraction=0.2))
+
+BASE = Config(
+    data=DataConfig(sources=[SourceConfig(name="a", paths=["a.jsonl"])], seq_len=8),
+    distill=DistillConfig(teacher="a/teacher"),
+    optim=OptimConfig(warmup_steps=0),
+    train=TrainConfig(micro_batch_size=1, global_batch_tokens=8),
+)
+
+
+@pytest.fixture
+def llama_folder(tmp_path: Path) -> Path:
+    return saved(llama, tmp_path / "llama")
+
+
+def saved(make: Any, folder: Path) -> Path:
+    torch.manual_seed(4)
+    make().save_pretrained(folder)
+    return folder
+
+
+def config_for(pretrained: Path, binarize: BinarizeConfig | None = None) -> Config:
+    model = ModelConfig(pretrained=str(pretrained))
+    return replace(BASE, model=model, binarize=binarize or BinarizeConfig())
+
+
+def start(config: Config) -> PreTrainedModel:
+    return fine_tuned_student(config, None, "", CPU)[0].eval()
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    result: Tensor = model.eval()(input_ids=batch(2)).logits
+    return result
+
+
+def write_checkpoint(run: Path, lm: PreTrainedModel, config: Config) -> Path:
+    """The folder that one rank writes, by the format's description and not by the engine."""
+    folder = run / "checkpoints" / "step_00000003"
+    folder.mkdir(parents=True)
+    parameters = {name: parameter.detach() for name, parameter in lm.named_parameters()}
+    persistent = lm.state_dict().keys()
+    buffers = {name: buffer for name, buffer in lm.named_buffers() if name in persistent}
+    _write_tensors(
+        folder / "shard_rank00000.safetensors", {f"weight|{n}|0": p.reshape(-1) for n, p in parameters.items()}
+    )
+    if buffers:
+        _write_tensors(folder / FIXED, buffers)
+    shapes = {name: list(p.shape) for name, p in parameters.items()}
+    trainer = {"step": 3, "tokens": 9, "world_size": 1, "shapes": shapes}
+    (folder / "trainer.json").write_text(json.dumps(trainer))
+    (folder / LM_CONFIG).write_text(lm.config.to_json_string(use_diff=False))
+    for place in (folder, run):
+        (place / "config.yaml").write_text(to_yaml(config))
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    (folder / "COMPLETE.json").write_text(json.dumps({"files": sizes}))
+    return folder
+
+
+# What it starts from
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, neox, opt])
+def test_any_architecture_of_linears_becomes_binary(make: Any, tmp_path: Path) -> None:
+    lm, report = fine_tuned_student(config_for(saved(make, tmp_path / "model")), None, "", CPU)
+    assert lm.training
+    assert "lm_head" not in report.binarized
+    assert len(report.binarized) >= 8
+    assert not torch.equal(logits(lm), logits(make()))
+    assert not any(module.p for module in lm.modules() if isinstance(module, torch.nn.Dropout))
+    if lm.config.tie_word_embeddings:
+        assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+
+
+def test_routers_are_drawn_by_the_seed_and_nothing_else(llama_folder: Path) -> None:
+    config = config_for(llama_folder, BinarizeConfig(method="mixture_of_scales", n_experts=2))
+    first, state = start(config), torch.get_rng_state()
+    torch.manual_seed(99)
+    again = start(config)
+    routers = [[m.router for m in lm.modules() if isinstance(m, MixtureOfScalesLinear)] for lm in (first, again)]
+    assert all(torch.equal(a, b) for a, b in zip(*routers, strict=True))
+    torch.set_rng_state(state)
+
+
+def test_a_binary_run_of_ours_goes_on_as_it_was(llama_folder: Path, tmp_path: Path) -> None:
+    for how in (BinarizeConfig(), PARTIAL):
+        config = config_for(llama_folder, how)
+        lm = start(config)
+        with torch.no_grad():
+            lm.model.layers[0].mlp.up_proj.weight.neg_()
+        run = tmp_path / how.method
+        write_checkpoint(run, lm, config)
+        wanted = logits(lm)
+        for name in (run, run / "checkpoints" / "step_00000003"):
+            assert torch.equal(logits(start(config_for(name, how))), wanted)
+        with pytest.raises(UserError, match=f"is binary already .binarize.method={how.method}. and is continued"):
+            start(config_for(run, BinarizeConfig(method="onebit")))
+
+
+def test_a_full_precision_run_of_ours_is_binarized(llama_folder: Path, tmp_path: Path) -> None:
+    twin = config_for(llama_folder, BinarizeConfig(enabled=False))
+    lm = start(twin)
+    write_checkpoint(tmp_path / "twin", lm, twin)
+    assert torch.equal(logits(start(config_for(tmp_path / "twin"))), logits(start(config_for(llama_folder))))
+
+
+def test_what_cannot_be_started_from_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "config.json").write_text('{"model_type": "fbitrain_llama"}')
+    (tmp_path / "several" / "dense").mkdir(parents=True)
+    (tmp_path / "several" / "dense" / "config.json").write_text("{}")
+    (tmp_path / "untrained" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "untrained" / "config.yaml").write_text("model: {}")
+    (tmp_path / "broken.gguf").write_bytes(b"nothing")
+    for name, sentence in (
+        ("empty", "holds no model: it has neither a config.json nor checkpoints"),
+        ("packed", "is a packed release, which holds signs and no latent weights"),
+        ("several", "holds several forms of a model; name .*several/dense"),
+        ("broken.gguf", "is damaged, or not a GGUF file"),
+        ("nowhere", "does not exist"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            read_shape(str(tmp_path / name))
+    with pytest.raises(UserError, match="is a run without a complete checkpoint"):
+        start(config_for(tmp_path / "untrained"))
+
+
+def test_sizes_are_read_before_a_model_is_loaded(tmp_path: Path, llama_folder: Path, workspace: Any) -> None:
+    sizes = {"vocab_size": V, "n_heads": 2, "d_model": 24}
+    assert read_shape(str(llama_folder)).items() >= {**sizes, "n_layers": 3, "d_ff": 20}.items()
+    assert read_shape(str(saved(gpt2, tmp_path / "gpt2"))).items() >= {**sizes, "max_seq_len": 16, "d_ff": 96}.items()
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(tied=True))
+    shape = {"vocab_size": 300, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_model": 32, "d_ff": 48}
+    assert read_shape(str(tmp_path / "tiny.gguf")) == {**shape, "max_seq_len": 64}
+    assert read_shape("somebody/some-model") == {}
+    text = workspace.config.read_text().replace("model: {", f"model: {{pretrained: {tmp_path / 'gpt2'}, ")
+    (tmp_path / "contradiction.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"model.d_model=60 contradicts model.pretrained=.*, whose d_model is 24"):
+        load_config(tmp_path / "contradiction.yaml")
+
+
+def test_sizes_that_were_unknown_are_filled_in_and_checked(llama_folder: Path) -> None:
+    unknown = ModelConfig(pretrained=str(llama_folder), vocab_size=0, n_layers=0, d_model=0, max_seq_len=0)
+    config = with_known_sizes(replace(config_for(llama_folder), model=unknown), 1)
+    assert (config.model.vocab_size, config.model.n_layers) == (V, 3)
+    with pytest.raises(ConfigError, match=r"data.seq_len=4096 is longer than model.max_seq_len=2048"):
+        with_known_sizes(replace(config, model=unknown, data=replace(config.data, seq_len=4096)), 1)
+
+
+# Calibration
+
+
+def test_calibration_is_the_streams_first_sequences_or_a_file(workspace: Any, tmp_path: Path) -> None:
+    config = load_config(workspace.config)
+    config = replace(config, calibration=CalibrationConfig(n_sequences=3, seq_len=8))
+    ids = calibration_ids(config, str(workspace.teacher))
+    assert (ids.shape, ids.dtype) == ((3, 8), torch.int64)
+    assert torch.equal(ids, calibration_ids(config, str(workspace.teacher)))
+    (tmp_path / "text.txt").write_text("the model learns one bit per weight " * 9)
+    from_file = replace(config, calibration=replace(config.calibration, path=str(tmp_path / "text.txt")))
+    assert calibration_ids(from_file, str(workspace.teacher)).shape == (3, 8)
+    long = replace(config, calibration=CalibrationConfig(n_sequences=10_000, seq_len=60))
+    with pytest.raises(UserError, match=r"asks for 10000 sequences of 60 tokens, but source '.*' ends in sequence"):
+        calibration_ids(long, str(workspace.teacher))
+
+
+# Releases
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, opt])
+def test_a_fine_tuned_run_is_released_in_its_own_architecture(make: Any, tmp_path: Path, workspace: Any) -> None:
+    config = config_for(saved(make, tmp_path / "model"), PARTIAL)
+    config = replace(config, distill=DistillConfig(teacher=str(workspace.teacher)))
+    lm = start(config)
+    write_checkpoint(tmp_path / "run", lm, config)
+    release(tmp_path / "run", tmp_path / "out", dtype="float32")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "dense")
+    assert type(dense) is type(lm)
+    packed = load_lm(tmp_path / "out" / "packed", torch.float32)
+    for model in (dense, packed):
+        torch.testing.assert_close(logits(model), logits(lm), rtol=1e-4, atol=1e-5)
+    assert "PB-LLM" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_mixture_of_scales_is_released_packed_only(workspace: Any, tmp_path: Path) -> None:
+    config = config_for(workspace.teacher, BinarizeConfig(method="mixture_of_scales"))
+    config = replace(config, distill=DistillConfig(teacher=str(workspace.teacher)))
+    lm = start(config)
+    write_checkpoint(tmp_path / "run", lm, config)
+    with pytest.raises(UserError, match=r"mixes its scales anew for every token .* release it as packed only"):
+        release(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    release(tmp_path / "run", tmp_path / "out", ["packed"], dtype="float32")
+    torch.testing.assert_close(
+        logits(load_lm(tmp_path / "out" / "packed", torch.float32)), logits(lm), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_loaded_model_has_no_dropout(tmp_path: Path) -> None:
+    loaded = load_language_model(saved(gpt2, tmp_path / "gpt2"), torch.float32).train()
+    ids = batch(2)
+    assert torch.equal(loaded(ids).logits, loaded(ids).logits)
