@@ -35,6 +35,8 @@ _ARGUMENTS = {
     "xnor_gemm": [_INT] * 2 + [_POINTER] * 3 + [_SIZE] * 3,
     "pack_signs": [_INT] * 3 + [_POINTER] * 2 + [_SIZE] * 2,
     "unpack_signs": [_INT] * 3 + [_POINTER] * 2 + [_SIZE] * 2,
+    "decoder_hidden": [_INT] * 3 + [_POINTER] * 3 + [_SIZE] * 2 + [_POINTER],
+    "decoder_logits": [_INT] * 2 + [_POINTER] * 2 + [_SIZE] + [_POINTER],
 }
 
 
@@ -63,6 +65,8 @@ class Library:
     xnor_gemm: Callable[..., int]
     pack_signs: Callable[..., int]
     unpack_signs: Callable[..., int]
+    decoder_hidden: Callable[..., int]
+    decoder_logits: Callable[..., int]
 
 
 @functools.cache
@@ -81,6 +85,16 @@ def levels() -> Mapping[str, str]:
     return MappingProxyType({level: library.why_not(level) for level in LEVELS})
 
 
+def library() -> Library:
+    """The compiled library, for callers that know a level runs (see `levels`)."""
+    return _library()
+
+
+def number(level: str) -> int:
+    """What the C functions call `level`."""
+    return _NUMBER[level]
+
+
 def kernel(op: str, level: str) -> Callable[..., Tensor]:
     """The function that runs `op` (the arguments are those of its reference) with the instructions of `level`."""
     return functools.partial(_RUN[op], _NUMBER[level])
@@ -94,7 +108,7 @@ def _pack_signs(level: int, w: Tensor) -> Tensor:
     status = _library().pack_signs(
         level, torch.get_num_threads(), _FORMAT[w.dtype], w.data_ptr(), words.data_ptr(), rows, k
     )
-    _require(status, "pack_signs")
+    require_ok(status, "pack_signs")
     return words
 
 
@@ -105,7 +119,7 @@ def _unpack_signs(level: int, words: Tensor, k: int, dtype: torch.dtype) -> Tens
     status = _library().unpack_signs(
         level, torch.get_num_threads(), _FORMAT[dtype], words.data_ptr(), signs.data_ptr(), rows, k
     )
-    _require(status, "unpack_signs")
+    require_ok(status, "unpack_signs")
     return signs
 
 
@@ -114,7 +128,7 @@ def _xnor_gemm(level: int, a: Tensor, b: Tensor, k: int) -> Tensor:
     product = torch.empty((m, n), dtype=torch.int32)
     threads = torch.get_num_threads()
     status = _library().xnor_gemm(level, threads, a.data_ptr(), b.data_ptr(), product.data_ptr(), m, n, k)
-    _require(status, "xnor_gemm")
+    require_ok(status, "xnor_gemm")
     return product
 
 
@@ -153,11 +167,12 @@ def _binary_linear(
         raise ValueError(
             f"mode='int8' needs finite activations: row {status - 1} of {list(x.shape)} holds NaN or infinity"
         )
-    _require(status, "binary_linear")
+    require_ok(status, "binary_linear")
     return y
 
 
-def _require(status: int, op: str) -> None:
+def require_ok(status: int, op: str) -> None:
+    """Raises unless `status`, which the C function of `op` returned, is kOk (csrc/kernels.h)."""
     if status == -3:
         raise MemoryError(f"{op}: not enough memory for its working buffers")
     assert status == 0, f"{op} was called with arguments that it refuses: status {status}"

@@ -24,11 +24,16 @@ COMPILERS = ("g++", "clang++", "c++")
 # No -march anywhere: a file gets the instructions that its name says, and is entered only where the CPU has them.
 # Contraction is off because a fused multiply-add rounds differently from the reference.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread")
-BASELINE = ("binary_linear.cpp", "xnor_gemm.cpp", "kernel_sets.cpp", "cpu_features.cpp", "threads.cpp", "portable.cpp")
+BASELINE = (
+    *("binary_linear.cpp", "xnor_gemm.cpp", "kernel_sets.cpp", "cpu_features.cpp", "threads.cpp", "portable.cpp"),
+    *("decoder.cpp", "attention.cpp", "dense_math.cpp"),
+)
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "avx2": ("-mavx2", "-mfma"),
     "avx512": tuple(f"-mavx512{part}" for part in ("f", "dq", "bw", "vl", "vnni", "vpopcntdq")),
     "amx": ("-mavx512f", "-mavx512bw", "-mamx-tile", "-mamx-int8"),
+    # Sums of products of floats, which no reference has to be matched bit for bit in.
+    "dense_math_avx2": ("-mavx2", "-mfma", "-mf16c", "-ffp-contract=fast"),
 }
 
 
