@@ -27,6 +27,10 @@ _CACHE_DTYPE = {"float": torch.float32, "int8": torch.float16}
 MAX_TOKENS = 480  # tokens per call, as many as csrc/binary_linear.cpp makes ready at a time; more only take more memory
 
 
+class NotFiniteError(ValueError):
+    """int8 activations were asked for, and some are NaN or infinite."""
+
+
 @dataclass(frozen=True)
 class DecoderShape:
     """Sizes of the decoder, and the pattern of its scales."""
@@ -151,7 +155,7 @@ class Decoder:
         """ids int [M], the tokens after those in `cache`, which it adds -> what the head is given, fp32 [M,D].
 
         The result for a token does not depend on how a text is cut into calls. Raises ValueError for ids that are not
-        in the vocabulary, too many tokens for the cache, and, with int8 activations, activations that are not finite.
+        in the vocabulary and too many tokens for the cache, NotFiniteError with int8 activations.
         """
         if ids.numel() > cache.capacity - cache.length:
             raise ValueError(
@@ -198,7 +202,8 @@ class Decoder:
             hidden.data_ptr(),
         )
         if status > 0:
-            raise ValueError(f"activations='int8' needs finite values: position {cache.length + status - 1} has others")
+            position = cache.length + status - 1
+            raise NotFiniteError(f"int8 activations must be finite, and those of position {position} are not")
         cpu.require_ok(status, "decoder_hidden")
         cache.length += ids.numel()
 

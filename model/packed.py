@@ -8,7 +8,8 @@ B sequences, T tokens, M tokens in one list, D width, V vocabulary, N out_featur
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from fbitrain.kernels.decoder import (
     DecoderShape,
     DecoderTensors,
     LayerTensors,
+    NotFiniteError,
     compiled_level,
 )
 from fbitrain.model.remote_code import BinaryLlamaConfig
@@ -92,17 +94,28 @@ class PackedLlama:
         cache = self.decoder.new_cache(n_tokens)
 
         def next_logits(ids: list[int]) -> Tensor:
-            return self.decoder.logits(self.decoder.hidden(torch.tensor(ids), cache)[-1:])[0]
+            with _refusing_non_finite():
+                return self.decoder.logits(self.decoder.hidden(torch.tensor(ids), cache)[-1:])[0]
 
         return next_logits
 
     def hidden(self, ids: Tensor) -> Tensor:
         """ids [B,T] -> what the head is given, fp32 [B,T,D]; sequences one by one."""
-        return torch.stack([self.decoder.hidden(row, self.decoder.new_cache(len(row))) for row in ids])
+        with _refusing_non_finite():
+            return torch.stack([self.decoder.hidden(row, self.decoder.new_cache(len(row))) for row in ids])
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden fp32 [M,D] -> logits fp32 [M,V]."""
         return self.decoder.logits(hidden)
+
+
+@contextmanager
+def _refusing_non_finite() -> Iterator[None]:
+    """Says in the user's words what the decoder finds in a diverged model."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise UserError(f"{error}; run the model with --activations float to see what it makes of that") from error
 
 
 def mapped_tensors(folder: Path) -> dict[str, Tensor]:
