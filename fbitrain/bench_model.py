@@ -121,7 +121,8 @@ def in_turns(contenders: dict[str, Contender], rounds: int) -> dict[str, Times]:
     order, generator = list(contenders.items()), random.Random(0)
     prompt = [generator.randrange(3, 1000) for _ in range(PROMPT)]
     for _, contender in order:
-        _seconds(contender, prompt[:FEW], clock)
+        contender.start()
+        contender.feed(prompt[:FEW])
     for _ in range(rounds):
         generator.shuffle(order)
         for name, contender in order:

@@ -13,12 +13,11 @@ namespace {
 constexpr int64_t kQueries = 24;  // tokens of one head that share a pass over its keys: four tiles of `product`
 constexpr int64_t kWorth = 8;     // binary weights that take as long as one multiply-add of floats here
 
-// The rotation of Hugging Face's Llama: element i turns with element i + head_size / 2.
-void rotate(const DecoderModel& model, int64_t position, float* head) {
-    const int64_t half = model.head_size / 2;
+// The rotation of Hugging Face's Llama: element i turns with element i + head_size / 2. `turn` holds the cosines of all i,
+// then the sines.
+void rotate(int64_t half, const float* turn, float* head) {
     for (int64_t i = 0; i < half; ++i) {
-        const float angle = static_cast<float>(position) * model.frequencies[i];
-        const float cosine = std::cos(angle), sine = std::sin(angle), a = head[i], b = head[i + half];
+        const float cosine = turn[i], sine = turn[half + i], a = head[i], b = head[i + half];
         head[i] = a * cosine - b * sine;
         head[i + half] = b * cosine + a * sine;
     }
@@ -101,18 +100,29 @@ LayerCache::LayerCache(const DecoderModel& model, const DecoderCache& cache, int
     values = static_cast<char*>(cache.values) + rows * padded_head;
 }
 
-void rotate_and_store(const Pass& pass, const DecoderModel& model, const LayerCache& cache, float* query, float* key,
-                      const float* value) {
-    const int64_t heads = model.n_heads + model.n_kv_heads;
+void find_turns(const Pass& pass, const DecoderModel& model, float* turns) {
+    const int64_t half = model.head_size / 2;
+    for (int64_t t = 0; t < pass.tokens; ++t)
+        for (int64_t i = 0; i < half; ++i) {
+            const float angle = static_cast<float>(pass.first + t) * model.frequencies[i];
+            turns[t * model.head_size + i] = std::cos(angle);
+            turns[t * model.head_size + half + i] = std::sin(angle);
+        }
+}
+
+void rotate_and_store(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* turns,
+                      float* query, float* key, const float* value) {
+    const int64_t heads = model.n_heads + model.n_kv_heads, half = model.head_size / 2;
     const int64_t work = kWorth * kWorth * pass.tokens * heads * model.head_size;
     // Heads, not tokens, are the tasks: neighbouring positions share cache lines of the keys.
     parallel_for(useful_threads(pass.threads, work), heads, [&](int64_t task, int) {
         for (int64_t t = 0; t < pass.tokens; ++t) {
+            const float* turn = turns + t * model.head_size;
             if (task < model.n_heads) {
-                rotate(model, pass.first + t, query + t * model.width() + task * model.head_size);
+                rotate(half, turn, query + t * model.width() + task * model.head_size);
             } else {
                 const int64_t head = task - model.n_heads, at = t * model.kv_width() + head * model.head_size;
-                rotate(model, pass.first + t, key + at);
+                rotate(half, turn, key + at);
                 store(pass, cache, head, pass.first + t, key + at, value + at);
             }
         }

@@ -17,13 +17,14 @@ constexpr int64_t kWorth = 16;         // binary weights that take as long to re
 
 // What a pass needs beside the model, each [tokens][width].
 struct Activations {
-    Buffer<float> residual, normed, query, key, value, mixed, gate, up;
+    Buffer<float> residual, normed, query, key, value, mixed, gate, up, turns;
 
     Activations(const DecoderModel& m, int64_t tokens)
         : residual(allocate<float>(tokens * m.d_model)), normed(allocate<float>(tokens * m.d_model)),
           query(allocate<float>(tokens * m.width())), key(allocate<float>(tokens * m.kv_width())),
           value(allocate<float>(tokens * m.kv_width())), mixed(allocate<float>(tokens * m.width())),
-          gate(allocate<float>(tokens * m.d_ff)), up(allocate<float>(tokens * m.d_ff)) {}
+          gate(allocate<float>(tokens * m.d_ff)), up(allocate<float>(tokens * m.d_ff)),
+          turns(allocate<float>(tokens * m.head_size)) {}
 };
 
 class Decoder {
@@ -37,6 +38,7 @@ public:
         for (int64_t t = 0; t < pass_.tokens; ++t)
             pass_.math.to_float(model_.format, static_cast<const char*>(model_.embedding) + ids[t] * row,
                                 model_.d_model, a_.residual.get() + t * model_.d_model);
+        find_turns(pass_, model_, a_.turns.get());
         for (int64_t layer = 0; layer < model_.n_layers; ++layer) {
             const LayerWeights& weights = model_.layers[layer];
             if (const int64_t status = attention(weights, LayerCache(model_, cache, layer))) return status;
@@ -54,7 +56,7 @@ private:
                                  linear(w.key, x, model_.d_model, a_.key.get(), model_.kv_width()),
                                  linear(w.value, x, model_.d_model, a_.value.get(), model_.kv_width())};
         if (const int64_t status = multiply(inputs, 3)) return status;
-        rotate_and_store(pass_, model_, cache, a_.query.get(), a_.key.get(), a_.value.get());
+        rotate_and_store(pass_, model_, cache, a_.turns.get(), a_.query.get(), a_.key.get(), a_.value.get());
         attend(pass_, model_, cache, a_.query.get(), a_.mixed.get());
         return add(w.output, a_.mixed.get(), model_.width());
     }

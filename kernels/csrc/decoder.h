@@ -64,10 +64,13 @@ struct Pass {
     int64_t first, tokens;  // the first token's position, and how many there are
 };
 
-// Turns query [tokens][n_heads * head_size] and key [tokens][n_kv_heads * head_size] by their positions, then puts key and
-// value of the same shape into the cache.
-void rotate_and_store(const Pass& pass, const DecoderModel& model, const LayerCache& cache, float* query, float* key,
-                      const float* value);
+// turns [tokens][head_size]: cosines, then sines, of the angles by which rotary embedding turns each position.
+void find_turns(const Pass& pass, const DecoderModel& model, float* turns);
+
+// Turns query [tokens][n_heads * head_size] and key [tokens][n_kv_heads * head_size], then puts key and value of the same
+// shape into the cache.
+void rotate_and_store(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* turns,
+                      float* query, float* key, const float* value);
 
 // mixed [tokens][n_heads * head_size] = causal softmax attention of query over the cache. Throws std::bad_alloc.
 void attend(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* query, float* mixed);
