@@ -1,8 +1,9 @@
 """How fast whole models run on this CPU: the packed release beside the dense one and llama.cpp, in the same run.
 
 Contenders take turns, so that a busy machine slows them alike; figures are medians over the rounds. In each round a
-contender reads a prompt of PROMPT tokens into an empty cache, then, from a cache of FEW tokens, makes its share of DECODED
-tokens one by one. With one thread times are CPU time, which does not count what other programs take of the core.
+contender reads a prompt of PROMPT tokens into an empty cache, then, from a cache of FEW tokens, makes its share of
+DECODED tokens one by one. With one thread times are CPU time, which does not count what other programs take of the
+core.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def bench(folder: Path | None, preset: str, *, peers: bool, threads: int, rounds
                 for _ in range(DECODED):
                     contender.feed([0])
             embedding = config.vocab_size * config.hidden_size * 2 / MIB
-            print(f"packed, {activations}: peak memory +{peak():.0f} MiB over the interpreter's (embedding {embedding:.0f})")
+            memory = f"peak memory +{peak():.0f} MiB over the interpreter's (embedding: {embedding:.0f})"
+            print(f"packed, {activations}: {memory}")
         contenders["dense fp32 (transformers)"] = Dense(LlamaForCausalLM(_plain(config)).eval())
         if peers:
             contenders |= _llama_cpp(Path(scratch), _dimensions(config), threads)
@@ -147,7 +149,8 @@ def print_rates(times: dict[str, Times]) -> None:
     peers = [rate for name, rate in rates.items() if name.startswith("llama.cpp")]
     best = [max(column) for column in zip(*peers, strict=True)] if peers else None
     width = max(map(len, rates))
-    print(f"{'tokens/s':<{width}} {f'prefill {PROMPT}':>12} {f'decode {DECODED}':>12}{'  of the fastest llama.cpp' if best else ''}")
+    against = "  of the fastest llama.cpp" if best else ""
+    print(f"{'tokens/s':<{width}} {f'prefill {PROMPT}':>12} {f'decode {DECODED}':>12}{against}")
     for name, (prefill, decode) in rates.items():
         ratios = f" {prefill / best[0]:>10.2f}x {decode / best[1]:>10.2f}x" if best else ""
         print(f"{name:<{width}} {prefill:>12.1f} {decode:>12.1f}{ratios}")

@@ -1,6 +1,6 @@
-"""llama.cpp as a peer in whole-model benchmarks: GGUF files of a Llama's dimensions with random weights, and their speed.
+"""llama.cpp as a peer in whole-model benchmarks: GGUF files of a Llama's dimensions with random weights, run by it.
 
-Needs `llama-cpp-python` (pip install 'fbitrain[bench]'). Embedding and head are F16 in every file, as in a packed release.
+Needs `llama-cpp-python` (pip install 'fbitrain[bench]'). Embedding and head are F16 in every file, as in a release.
 """
 
 from __future__ import annotations
@@ -87,9 +87,7 @@ def write_gguf(path: Path, model: ModelConfig, format_name: str) -> None:
     writer.close()
 
 
-def _add(
-    writer: gguf.GGUFWriter, name: str, shape: tuple[int, int], kind: Type, rng: np.random.Generator
-) -> None:
+def _add(writer: gguf.GGUFWriter, name: str, shape: tuple[int, int], kind: Type, rng: np.random.Generator) -> None:
     if kind is Type.F16:
         values = rng.standard_normal(shape, np.float32) * np.float32(0.02)
         writer.add_tensor(name, values.astype(np.float16))

@@ -60,9 +60,7 @@ def stream_text(
 
 
 @torch.inference_mode()
-def stream_tokens(
-    model: PreTrainedModel | PackedLlama, prompt_ids: list[int], sampling: Sampling
-) -> Iterator[int]:
+def stream_tokens(model: PreTrainedModel | PackedLlama, prompt_ids: list[int], sampling: Sampling) -> Iterator[int]:
     """Yields up to max_new_tokens token ids after `prompt_ids`, without the EOS that ends them.
 
     It also ends where the model has no positions left. Raises UserError if the prompt alone leaves none.
@@ -96,7 +94,8 @@ def _continuation(model: PreTrainedModel) -> Callable[[list[int]], Tensor]:
         inputs = torch.tensor([ids], device=model.device)
         output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
-        return output.logits[0, -1].float()
+        logits: Tensor = output.logits[0, -1].float()
+        return logits
 
     return next_logits
 

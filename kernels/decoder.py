@@ -1,4 +1,4 @@
-"""A whole Llama decoder with binary Linears in one call of compiled code: tokens to hidden states, hidden states to logits.
+"""A whole Llama decoder with binary Linears in one call of compiled code: tokens to hidden states, those to logits.
 
 It computes what transformers' Llama computes in fp32 from the same tensors, whose weights it reads where they lie, so
 they may be memory-mapped files. No torch op runs per layer. See csrc/decoder.cpp and docs/kernels.md, Whole models.
@@ -163,7 +163,8 @@ class Decoder:
             )
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.shape.vocab_size:
             raise ValueError(
-                f"token ids from {int(ids.min())} to {int(ids.max())} do not fit a vocabulary of {self.shape.vocab_size}"
+                f"token ids from {int(ids.min())} to {int(ids.max())} do not fit "
+                f"a vocabulary of {self.shape.vocab_size}"
             )
         hidden = torch.empty(ids.numel(), self.shape.d_model)
         for piece in _pieces(ids.numel()):

@@ -59,7 +59,7 @@ def why_not_compiled(config: LlamaConfig, device: str, dtype: torch.dtype, level
 
 
 def rope_type(config: LlamaConfig) -> str:
-    """"default" where positions are not rescaled."""
+    """ "default" where positions are not rescaled."""
     return str((config.rope_parameters or {}).get("rope_type", "default"))
 
 
@@ -158,8 +158,13 @@ def decoder_tensors(config: BinaryLlamaConfig, tensors: Mapping[str, Tensor]) ->
     layers = []
     for number in range(config.num_hidden_layers):
         layer = f"model.layers.{number}"
-        norms = [tensors[f"{layer}.{norm}.weight"] for norm in ("input_layernorm", "post_attention_layernorm")]
-        layers.append(LayerTensors(*(linear(f"{layer}.{name}") for name in LINEARS.values()), *norms))
+        norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+        layers.append(
+            LayerTensors(
+                **{part: linear(f"{layer}.{name}") for part, name in LINEARS.items()},
+                **{part: tensors[f"{layer}.{name}.weight"] for part, name in norms.items()},
+            )
+        )
     embedding = tensors["model.embed_tokens.weight"]
     return DecoderTensors(
         layers=layers,

@@ -216,7 +216,11 @@ def test_nan_is_passed_on_by_float_and_refused_by_int8() -> None:
         ("final_norm", lambda t: t[:1], r"final_norm is torch.float16 \[1\]"),
         ("frequencies", lambda t: t[1:], r"frequencies is torch.float32 \[7\]"),
         ("layers", lambda layers: layers[:1], "there are 1 layers; they must be 2"),
-        ("layers", lambda layers: [layers[0], layers[1]._replace(up=layers[1].down)], r"layer 1, up words is .* \[96, 5\]"),
+        (
+            "layers",
+            lambda layers: [layers[0], layers[1]._replace(up=layers[1].down)],
+            r"layer 1, up words is .* \[96, 5\]",
+        ),
         (
             "layers",
             lambda layers: [layers[0]._replace(key=layers[0].key._replace(alpha=torch.ones(1, 95))), layers[1]],
