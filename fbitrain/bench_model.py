@@ -113,15 +113,15 @@ def bench(folder: Path | None, preset: str, *, peers: bool, threads: int, rounds
         contenders["dense fp32 (transformers)"] = Dense(LlamaForCausalLM(_plain(config)).eval())
         if peers:
             contenders |= _llama_cpp(Path(scratch), _dimensions(config), threads)
-        print_rates(in_turns(contenders, rounds))
+        print_rates(in_turns(contenders, config.vocab_size, rounds))
 
 
-def in_turns(contenders: dict[str, Contender], rounds: int) -> dict[str, Times]:
+def in_turns(contenders: dict[str, Contender], vocab_size: int, rounds: int) -> dict[str, Times]:
     """Times every contender once per round, in ever another order, after a short warm-up."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times = {name: Times() for name in contenders}
     order, generator = list(contenders.items()), random.Random(0)
-    prompt = [generator.randrange(3, 1000) for _ in range(PROMPT)]
+    prompt = [generator.randrange(vocab_size) for _ in range(PROMPT)]
     for _, contender in order:
         contender.start()
         contender.feed(prompt[:FEW])

@@ -1,5 +1,7 @@
 """Compiles kernels/csrc into a shared library, once per machine, and finds it again.
 
+    python -m fbitrain.kernels.cpu_build      builds it now, as launch/setup_env.sh does, rather than on first use
+
 The library lies in $FBITRAIN_KERNEL_CACHE, or $XDG_CACHE_HOME/fbitrain/kernels, or ~/.cache/fbitrain/kernels, under a
 name made of the sources, the compiler and the flags: whatever changes, a new file is built. It is built under a lock
 and renamed into place, so that several processes may start at once and none ever sees half a file.
@@ -122,3 +124,10 @@ def _run(command: list[str]) -> str:
         )
         raise BuildError(f"the C++ compiler failed ({shlex.join(command[:1])}: {lines[0].strip()}); set CXX to another")
     return done.stdout
+
+
+if __name__ == "__main__":
+    try:
+        print(f"the kernels are in {build()}")
+    except BuildError as error:
+        print(f"the kernels are not built: {error}")

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -159,12 +160,9 @@ def decoder_tensors(config: BinaryLlamaConfig, tensors: Mapping[str, Tensor]) ->
     for number in range(config.num_hidden_layers):
         layer = f"model.layers.{number}"
         norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-        layers.append(
-            LayerTensors(
-                **{part: linear(f"{layer}.{name}") for part, name in LINEARS.items()},
-                **{part: tensors[f"{layer}.{name}.weight"] for part, name in norms.items()},
-            )
-        )
+        parts: dict[str, Any] = {part: linear(f"{layer}.{name}") for part, name in LINEARS.items()}
+        parts |= {part: tensors[f"{layer}.{name}.weight"] for part, name in norms.items()}
+        layers.append(LayerTensors(**parts))
     embedding = tensors["model.embed_tokens.weight"]
     return DecoderTensors(
         layers=layers,
