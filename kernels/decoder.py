@@ -166,9 +166,11 @@ class Decoder:
                 f"token ids from {int(ids.min())} to {int(ids.max())} do not fit "
                 f"a vocabulary of {self.shape.vocab_size}"
             )
+        ids = ids.to(torch.int32).contiguous()
         hidden = torch.empty(ids.numel(), self.shape.d_model)
-        for piece in _pieces(ids.numel()):
-            self._run(ids[piece].to(torch.int32).contiguous(), cache, hidden[piece])
+        for start, stop in _pieces(ids.numel()):
+            # Addresses, not slices: a slice costs as much time as a small layer.
+            self._run(ids.data_ptr() + 4 * start, stop - start, cache, hidden.data_ptr() + 4 * start * hidden.shape[1])
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -190,23 +192,24 @@ class Decoder:
         cpu.require_ok(status, "decoder_logits")
         return logits
 
-    def _run(self, ids: Tensor, cache: Cache, hidden: Tensor) -> None:
+    def _run(self, ids: int, n_tokens: int, cache: Cache, hidden: int) -> None:
+        """ids and hidden are addresses."""
         status = self._library.decoder_hidden(
             self._level,
             torch.get_num_threads(),
             self._mode,
             ctypes.addressof(self._described),
             ctypes.addressof(cache.described),
-            ids.data_ptr(),
+            ids,
             cache.length,
-            ids.numel(),
-            hidden.data_ptr(),
+            n_tokens,
+            hidden,
         )
         if status > 0:
             position = cache.length + status - 1
             raise NotFiniteError(f"int8 activations must be finite, and those of position {position} are not")
         cpu.require_ok(status, "decoder_hidden")
-        cache.length += ids.numel()
+        cache.length += n_tokens
 
     def _describe(self, tensors: DecoderTensors) -> _Model:
         layers = (_LayerWeights * self.shape.n_layers)()
@@ -276,11 +279,11 @@ def _require(tensor: Tensor, name: str, shape: tuple[int, ...], dtypes: tuple[to
         )
 
 
-def _pieces(n_tokens: int) -> Iterator[slice]:
-    """Equal pieces of at most MAX_TOKENS."""
+def _pieces(n_tokens: int) -> Iterator[tuple[int, int]]:
+    """Start and stop of equal pieces of at most MAX_TOKENS."""
     count = -(-n_tokens // MAX_TOKENS)
     for piece in range(count):
-        yield slice(piece * n_tokens // count, (piece + 1) * n_tokens // count)
+        yield piece * n_tokens // count, (piece + 1) * n_tokens // count
 
 
 def _round_up(value: int, step: int) -> int:
