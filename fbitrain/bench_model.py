@@ -28,7 +28,7 @@ from fbitrain.errors import UserError
 from fbitrain.model.build import llama_config
 from fbitrain.model.config import PRESETS, BinarizeConfig, ModelConfig
 from fbitrain.model.hf import BinaryLlamaForCausalLM, packed_config
-from fbitrain.model.packed import PackedLlama, level_for, why_not_compiled
+from fbitrain.model.compiled import PackedLlama, level_for, why_not_compiled
 
 PROMPT, DECODED, FEW = 512, 128, 8
 MIB = 2**20

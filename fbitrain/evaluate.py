@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from fbitrain.data.reading.heldout_text import Heldout, load_heldout
 from fbitrain.errors import UserError
-from fbitrain.model.packed import PackedLlama
+from fbitrain.model.compiled import PackedLlama
 
 if TYPE_CHECKING:
     from fbitrain.data.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fbitrain.data.tokenizer import Tokenizer
 from fbitrain.errors import UserError
-from fbitrain.model.packed import PackedLlama
+from fbitrain.model.compiled import PackedLlama
 
 
 @dataclass(frozen=True)

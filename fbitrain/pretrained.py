@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import fbitrain.model.hf  # noqa: F401 - registers the model_type of packed folders
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.errors import UserError
-from fbitrain.model.packed import PackedLlama, level_for, why_not_compiled
+from fbitrain.model.compiled import PackedLlama, level_for, why_not_compiled
 from fbitrain.teacher import export_gguf
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -23,7 +23,7 @@ from fbitrain.kernels import cpu
 from fbitrain.launch import generate as command
 from fbitrain.launch.cli import run
 from fbitrain.model.config import BinarizeConfig, ModelConfig
-from fbitrain.model.packed import PackedLlama, level_for
+from fbitrain.model.compiled import PackedLlama, level_for
 from fbitrain.pretrained import load_lm, open_model
 
 needs_kernels = pytest.mark.skipif(bool(cpu.levels()["portable"]), reason="the compiled kernels do not run here")

@@ -16,7 +16,7 @@ from fbitrain.bench_model import write_random_packed
 from fbitrain.errors import UserError
 from fbitrain.kernels import cpu
 from fbitrain.model.config import BinarizeConfig, ModelConfig
-from fbitrain.model.packed import PackedLlama, level_for, mapped_tensors, why_not_compiled
+from fbitrain.model.compiled import PackedLlama, level_for, mapped_tensors, why_not_compiled
 from fbitrain.pretrained import load_lm
 
 pytestmark = pytest.mark.skipif(bool(cpu.levels()["portable"]), reason="the compiled kernels do not run here")
@@ -145,7 +145,7 @@ from pathlib import Path
 from transformers import AutoConfig
 from fbitrain.bench_model import peak_memory
 from fbitrain.generate import Sampling, stream_tokens
-from fbitrain.model.packed import PackedLlama
+from fbitrain.model.compiled import PackedLlama
 from fbitrain.pretrained import load_lm
 folder = Path(sys.argv[1])
 config = AutoConfig.from_pretrained(folder)
