@@ -24,6 +24,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from fbitrain.data.reading.heldout_text import Heldout, load_heldout
 from fbitrain.errors import UserError
+from fbitrain.model.compiled import PackedLlama
 
 if TYPE_CHECKING:
     from fbitrain.data.tokenizer import Tokenizer
@@ -50,7 +51,12 @@ class PerplexityResult:
 
 
 def perplexity(
-    model: PreTrainedModel, text: Heldout, seq_len: int, *, max_tokens: int | None = None, batch_size: int = 1
+    model: PreTrainedModel | PackedLlama,
+    text: Heldout,
+    seq_len: int,
+    *,
+    max_tokens: int | None = None,
+    batch_size: int = 1,
 ) -> PerplexityResult:
     """Perplexity of `model` on the first `max_tokens` tokens (default: all) of `text`.
 
@@ -115,8 +121,10 @@ def nll_of_windows(
     return total.item(), n_tokens
 
 
-def hidden_and_head(model: PreTrainedModel) -> Callable[[Tensor], tuple[Tensor, Head]]:
-    """What `nll_of_windows` asks of a Hugging Face model."""
+def hidden_and_head(model: PreTrainedModel | PackedLlama) -> Callable[[Tensor], tuple[Tensor, Head]]:
+    """What `nll_of_windows` asks of a model."""
+    if isinstance(model, PackedLlama):
+        return lambda ids: (model.hidden(ids), model.head)
     if isinstance(model, LlamaForCausalLM):
         return lambda ids: (model.model(input_ids=ids, use_cache=False).last_hidden_state, model.lm_head)
     # Other architectures may scale or cap their logits after the head, so those are taken as the model gives them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from fbitrain.data.tokenizer import Tokenizer
 from fbitrain.errors import UserError
+from fbitrain.model.compiled import PackedLlama
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class Sampling:
             raise UserError(f"top_p={self.top_p} must be above 0 and at most 1")
 
 
-def stream_text(model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[str]:
+def stream_text(
+    model: PreTrainedModel | PackedLlama, tokenizer: Tokenizer, prompt: str, sampling: Sampling
+) -> Iterator[str]:
     """Yields a piece of text per new token, "" while a character's bytes are still coming; ends at the model's EOS.
 
     The prompt gets the model's BOS in front, where its generation config names one, as documents had in training.
@@ -57,7 +60,7 @@ def stream_text(model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, sampl
 
 
 @torch.inference_mode()
-def stream_tokens(model: PreTrainedModel, prompt_ids: list[int], sampling: Sampling) -> Iterator[int]:
+def stream_tokens(model: PreTrainedModel | PackedLlama, prompt_ids: list[int], sampling: Sampling) -> Iterator[int]:
     """Yields up to max_new_tokens token ids after `prompt_ids`, without the EOS that ends them.
 
     It also ends where the model has no positions left. Raises UserError if the prompt alone leaves none.
@@ -68,15 +71,33 @@ def stream_tokens(model: PreTrainedModel, prompt_ids: list[int], sampling: Sampl
         raise UserError(f"the prompt has {len(prompt_ids)} tokens and fills the model's {limit} positions; shorten it")
     stop = _stop_ids(model)
     generator = torch.Generator(device=model.device).manual_seed(sampling.seed)
-    inputs, cache = torch.tensor([prompt_ids], device=model.device), None
-    for _ in range(min(sampling.max_new_tokens, room)):
-        output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        token = choose(output.logits[0, -1].float(), sampling, generator)
+    n_new = min(sampling.max_new_tokens, room)
+    if isinstance(model, PackedLlama):
+        next_logits = model.continuation(len(prompt_ids) + n_new)
+    else:
+        next_logits = _continuation(model)
+    ids = prompt_ids
+    for _ in range(n_new):
+        token = choose(next_logits(ids), sampling, generator)
         if token in stop:
             return
         yield token
-        inputs = torch.tensor([[token]], device=model.device)
+        ids = [token]
+
+
+def _continuation(model: PreTrainedModel) -> Callable[[list[int]], Tensor]:
+    """A function for one text: given its next ids, it returns the fp32 logits [V] after them."""
+    cache = None
+
+    def next_logits(ids: list[int]) -> Tensor:
+        nonlocal cache
+        inputs = torch.tensor([ids], device=model.device)
+        output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        logits: Tensor = output.logits[0, -1].float()
+        return logits
+
+    return next_logits
 
 
 def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
@@ -92,6 +113,6 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     return int(ids[torch.multinomial(kept, 1, generator=generator)])
 
 
-def _stop_ids(model: PreTrainedModel) -> set[int]:
+def _stop_ids(model: PreTrainedModel | PackedLlama) -> set[int]:
     eos = model.generation_config.eos_token_id
     return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)

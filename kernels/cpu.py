@@ -40,6 +40,8 @@ _ARGUMENTS = {
     "pack_signs": [_INT] * 3 + [_POINTER] * 2 + [_SIZE] * 2,
     "unpack_signs": [_INT] * 3 + [_POINTER] * 2 + [_SIZE] * 2,
     "transpose_signs": [_INT] + [_POINTER] * 2 + [_SIZE] * 2,
+    "decoder_hidden": [_INT] * 3 + [_POINTER] * 3 + [_SIZE] * 2 + [_POINTER],
+    "decoder_logits": [_INT] * 2 + [_POINTER] * 2 + [_SIZE] + [_POINTER],
 }
 
 
@@ -71,6 +73,8 @@ class Library:
     pack_signs: Callable[..., int]
     unpack_signs: Callable[..., int]
     transpose_signs: Callable[..., int]
+    decoder_hidden: Callable[..., int]
+    decoder_logits: Callable[..., int]
 
 
 @functools.cache
@@ -89,6 +93,16 @@ def levels() -> Mapping[str, str]:
     return MappingProxyType({level: library.why_not(level) for level in LEVELS})
 
 
+def library() -> Library:
+    """The compiled library, for callers that know a level runs (see `levels`)."""
+    return _library()
+
+
+def number(level: str) -> int:
+    """What the C functions call `level`."""
+    return _NUMBER[level]
+
+
 def kernel(op: str, level: str) -> Callable[..., Tensor]:
     """The function that runs `op` (the arguments are those of its reference) with the instructions of `level`."""
     return functools.partial(_RUN[op], _NUMBER[level])
@@ -99,7 +113,7 @@ def transpose_signs(words: Tensor, k: int) -> Tensor:
     n = words.shape[0]
     transposed = torch.empty((k, n_words(n)), dtype=torch.int32)
     status = _library().transpose_signs(torch.get_num_threads(), words.data_ptr(), transposed.data_ptr(), n, k)
-    _require(status, "transpose_signs")
+    require_ok(status, "transpose_signs")
     return transposed
 
 
@@ -111,7 +125,7 @@ def _pack_signs(level: int, w: Tensor) -> Tensor:
     status = _library().pack_signs(
         level, torch.get_num_threads(), _FORMAT[w.dtype], w.data_ptr(), words.data_ptr(), rows, k
     )
-    _require(status, "pack_signs")
+    require_ok(status, "pack_signs")
     return words
 
 
@@ -122,7 +136,7 @@ def _unpack_signs(level: int, words: Tensor, k: int, dtype: torch.dtype) -> Tens
     status = _library().unpack_signs(
         level, torch.get_num_threads(), _FORMAT[dtype], words.data_ptr(), signs.data_ptr(), rows, k
     )
-    _require(status, "unpack_signs")
+    require_ok(status, "unpack_signs")
     return signs
 
 
@@ -131,7 +145,7 @@ def _xnor_gemm(level: int, a: Tensor, b: Tensor, k: int) -> Tensor:
     product = torch.empty((m, n), dtype=torch.int32)
     threads = torch.get_num_threads()
     status = _library().xnor_gemm(level, threads, a.data_ptr(), b.data_ptr(), product.data_ptr(), m, n, k)
-    _require(status, "xnor_gemm")
+    require_ok(status, "xnor_gemm")
     return product
 
 
@@ -254,10 +268,11 @@ def _require_product(status: int, op: str, x: Tensor) -> None:
         raise ValueError(
             f"mode='int8' needs finite activations: row {status - 1} of {list(x.shape)} holds NaN or infinity"
         )
-    _require(status, op)
+    require_ok(status, op)
 
 
-def _require(status: int, op: str) -> None:
+def require_ok(status: int, op: str) -> None:
+    """Raises unless `status`, which the C function of `op` returned, is kOk (csrc/kernels.h)."""
     if status == -3:
         raise MemoryError(f"{op}: not enough memory for its working buffers")
     assert status == 0, f"{op} was called with arguments that it refuses: status {status}"

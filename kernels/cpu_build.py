@@ -1,5 +1,7 @@
 """Compiles kernels/csrc into a shared library, once per machine, and finds it again.
 
+    python -m fbitrain.kernels.cpu_build      builds it now, as launch/setup_env.sh does, rather than on first use
+
 The library lies in $FBITRAIN_KERNEL_CACHE, or $XDG_CACHE_HOME/fbitrain/kernels, or ~/.cache/fbitrain/kernels, under a
 name made of the sources, the compiler and the flags: whatever changes, a new file is built. It is built under a lock
 and renamed into place, so that several processes may start at once and none ever sees half a file.
@@ -35,11 +37,16 @@ BASELINE = (
     "cpu_features.cpp",
     "threads.cpp",
     "portable.cpp",
+    "decoder.cpp",
+    "attention.cpp",
+    "dense_math.cpp",
 )
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "avx2": ("-mavx2", "-mfma"),
     "avx512": tuple(f"-mavx512{part}" for part in ("f", "dq", "bw", "vl", "vnni", "vpopcntdq")),
     "amx": ("-mavx512f", "-mavx512bw", "-mamx-tile", "-mamx-int8"),
+    # Sums of products of floats, which no reference has to be matched bit for bit in.
+    "dense_math_avx2": ("-mavx2", "-mfma", "-mf16c", "-ffp-contract=fast"),
 }
 
 
@@ -128,3 +135,10 @@ def _run(command: list[str]) -> str:
         )
         raise BuildError(f"the C++ compiler failed ({shlex.join(command[:1])}: {lines[0].strip()}); set CXX to another")
     return done.stdout
+
+
+if __name__ == "__main__":
+    try:
+        print(f"the kernels are in {build()}")
+    except BuildError as error:
+        print(f"the kernels are not built: {error}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fbitrain.errors import UserError
-from fbitrain.launch.cli import positive, run
+from fbitrain.launch.cli import add_activations, positive, run
 
 if TYPE_CHECKING:
     from fbitrain.pretrained import Pretrained
@@ -26,9 +26,13 @@ def main(arguments: argparse.Namespace) -> None:
     from fbitrain.files import write_json
     from fbitrain.pretrained import open_model
 
-    with open_model(arguments.model, arguments.dtype) as model:
+    # lm-eval knows transformers' models only.
+    how = {"activations": arguments.activations, "transformers_only": bool(tasks)}
+    with open_model(arguments.model, arguments.dtype, **how) as model:
+        print(f"running on {model.runs_on}", file=sys.stderr)
         seq_len = arguments.seq_len or min(DEFAULT_SEQ_LEN, model.lm.config.max_position_embeddings)
         results: dict[str, Any] = {"model": str(arguments.model), "dtype": arguments.dtype}
+        results["activations"] = arguments.activations
         if texts:
             results |= {"seq_len": seq_len, "ppl": measure_texts(model, texts, seq_len, arguments)}
             print_texts(results["ppl"])
@@ -125,6 +129,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands.add_argument("--max-tokens", type=positive, help="of each text, at most this many (default: all)")
     commands.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
+    add_activations(commands)
     commands.add_argument("--batch-size", type=positive, default=1, help="windows, or task requests, at a time")
     commands.add_argument("--limit", type=positive, help="documents per task, for a quick look")
     commands.add_argument("--out", type=Path, metavar="JSON", help="write the figures to this file")

@@ -104,5 +104,8 @@ make_venv() {
     # DeepSpeed comes as source, and its setup looks at torch: torch goes first, and the build sees this environment.
     pip_install "torch (the largest download)" torch numpy
     pip_install "deepspeed, transformers and the rest" --no-build-isolation -e '.[dev,eval]'
+    # Now, so that the first command need not wait for it; what fails here is tried again, and explained, on first use.
+    printf '  the CPU kernels\n'
+    run_logged "$VENV/bin/python" -m fbitrain.kernels.cpu_build || true
     wanted_stamp >"$STAMP"
 }

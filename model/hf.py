@@ -103,22 +103,36 @@ class ReleasedModel:
     @property
     def packed_config(self) -> PretrainedConfig:
         """The packed folder's config: the model's own fields, and what remote_code.BinaryModel builds its layers by."""
-        config_class, model_class = binary_classes(self.config.model_type)
-        fields = {key: value for key, value in self.config.to_dict().items() if key != "model_type"}
         layer = next(iter(self.layers.values()))
-        how = {
-            "method": self.binarize.method,
-            "layer": layer.kind,
-            "options": layer.options,
-            "own_options": {name: layer.own_options for name, layer in self.layers.items() if layer.own_options},
-            "skip": list(self.binarize.skip),
-        }
-        if self.binarize.method in SALIENT_METHODS:
-            how["salient"] = asdict(self.binarize.salient)
-        config = config_class(**fields, binarize=how, bits_per_weight=self.binary_bits / self.binary_weights)
-        config.architectures = [model_class.__name__]
-        config.auto_map = auto_map(config_class, model_class)
-        return config
+        own_options = {name: layer.own_options for name, layer in self.layers.items() if layer.own_options}
+        bits_per_weight = self.binary_bits / self.binary_weights
+        return packed_config(self.config, self.binarize, layer.kind, layer.options, own_options, bits_per_weight)
+
+
+def packed_config(
+    config: PretrainedConfig,
+    binarize: BinarizeConfig,
+    layer: str,
+    options: dict[str, Any],
+    own_options: dict[str, dict[str, Any]],
+    bits_per_weight: float,
+) -> PretrainedConfig:
+    """The config of the packed form of `config`'s model; see remote_code.BinaryModel for the other arguments."""
+    config_class, model_class = binary_classes(config.model_type)
+    fields = {key: value for key, value in config.to_dict().items() if key != "model_type"}
+    how = {
+        "method": binarize.method,
+        "layer": layer,
+        "options": options,
+        "own_options": own_options,
+        "skip": list(binarize.skip),
+    }
+    if binarize.method in SALIENT_METHODS:
+        how["salient"] = asdict(binarize.salient)
+    packed = config_class(**fields, binarize=how, bits_per_weight=bits_per_weight)
+    packed.architectures = [model_class.__name__]
+    packed.auto_map = auto_map(config_class, model_class)
+    return packed
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:

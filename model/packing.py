@@ -128,8 +128,13 @@ def _one_scale(method: str, weight: Tensor, dtype: torch.dtype) -> PackedLayer:
 
 
 def _signs(scale: str, tensors: dict[str, Tensor], group_size: int = 0, int8: bool = False) -> PackedLayer:
-    options = {"scale": scale, "beta": "beta" in tensors, "int8": int8}
-    return PackedLayer("binary", options | ({"group_size": group_size} if scale == "group" else {}), tensors)
+    return PackedLayer("binary", sign_options(scale, "beta" in tensors, group_size, int8), tensors)
+
+
+def sign_options(scale: str, beta: bool, group_size: int, int8: bool = False) -> dict[str, Any]:
+    """The options of a layer of kind "binary"."""
+    options = {"scale": scale, "beta": beta, "int8": int8}
+    return options | ({"group_size": group_size} if scale == "group" else {})
 
 
 def _ternary(weight: Tensor, dtype: torch.dtype) -> PackedLayer:

@@ -42,7 +42,7 @@ int detect() {
     unsigned eax, ebx1, ecx1, edx1, ebx7, ecx7, edx7;
     if (!__get_cpuid(1, &eax, &ebx1, &ecx1, &edx1) || !__get_cpuid_count(7, 0, &eax, &ebx7, &ecx7, &edx7))
         return kLevelPortable;
-    const bool avx2 = bit(ebx7, 5) && bit(ecx1, 12) && bit(ecx1, 28);  // AVX2, FMA, AVX
+    const bool avx2 = bit(ebx7, 5) && bit(ecx1, 12) && bit(ecx1, 28) && bit(ecx1, 29);  // AVX2, FMA, AVX, F16C
     if (!avx2 || (states & kYmm) != kYmm) return kLevelPortable;
     const bool foundation = bit(ebx7, 16) && bit(ebx7, 17) && bit(ebx7, 30) && bit(ebx7, 31);  // F, DQ, BW, VL
     const bool avx512 = foundation && bit(ecx7, 11) && bit(ecx7, 14);                          // VNNI, VPOPCNTDQ

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,21 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from fbitrain import generate
+from fbitrain import bench_model, generate
+from fbitrain.bench_model import write_random_packed
+from fbitrain.data.reading.heldout_text import Heldout
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.errors import UserError
+from fbitrain.evaluate import perplexity
 from fbitrain.generate import Sampling, choose, stream_text, stream_tokens
+from fbitrain.kernels import cpu
 from fbitrain.launch import generate as command
 from fbitrain.launch.cli import run
-from fbitrain.pretrained import load_lm
+from fbitrain.model.compiled import PackedLlama, level_for
+from fbitrain.model.config import BinarizeConfig, ModelConfig
+from fbitrain.pretrained import load_lm, open_model
 
+needs_kernels = pytest.mark.skipif(bool(cpu.levels()["portable"]), reason="the compiled kernels do not run here")
 PROMPT = [0, 40, 270, 3, 99]
 
 
@@ -130,6 +139,75 @@ def test_the_command_streams_and_times(workspace: Any, capsys: pytest.CaptureFix
     assert printed.out.startswith("the model")
     assert "5 tokens in " in printed.err
     assert "tokens/s" in printed.err
+
+
+@pytest.fixture
+def packed(workspace: Any, tmp_path: Path) -> Path:
+    """A packed folder of random weights with the teacher's tokenizer."""
+    folder = tmp_path / "packed"
+    vocab_size = json.loads((workspace.teacher / "config.json").read_text())["vocab_size"]
+    shape = ModelConfig(
+        vocab_size=vocab_size, n_layers=2, n_heads=4, n_kv_heads=2, d_model=64, d_ff=160, max_seq_len=64
+    )
+    write_random_packed(folder, shape, BinarizeConfig())
+    for file in workspace.teacher.glob("*token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@needs_kernels
+def test_a_packed_folder_generates_the_same_tokens_either_way(packed: Path) -> None:
+    settings = [Sampling(max_new_tokens=40), Sampling(max_new_tokens=40, temperature=1.0, top_k=20, seed=3)]
+    with open_model(packed) as compiled, open_model(packed, transformers_only=True) as transformers:
+        assert isinstance(compiled.lm, PackedLlama)
+        assert compiled.runs_on == f"compiled decoder ({level_for(compiled.lm.config)}, float activations)"
+        assert transformers.runs_on == "transformers (transformers is asked for)"
+        for sampling in settings:
+            found = list(stream_tokens(compiled.lm, PROMPT, sampling))
+            assert found == list(stream_tokens(transformers.lm, PROMPT, sampling))
+            assert len(found) == 40
+        eos = next(iter(stream_tokens(compiled.lm, PROMPT, settings[0])))
+        compiled.lm.generation_config.eos_token_id = eos
+        assert list(stream_tokens(compiled.lm, PROMPT, settings[0])) == []
+        assert len(list(stream_tokens(compiled.lm, [1] * 61, settings[1]))) == 3  # of 64 positions
+        with pytest.raises(UserError, match="64 tokens and fills the model's 64 positions"):
+            list(stream_tokens(compiled.lm, [1] * 64, settings[0]))
+
+
+@needs_kernels
+def test_perplexity_is_the_same_either_way(packed: Path) -> None:
+    text = Heldout(token_ids=torch.randint(3, 200, (200,)), n_bytes=500, n_documents=1)
+    with open_model(packed) as compiled, open_model(packed, transformers_only=True) as transformers:
+        expected = perplexity(transformers.lm, text, 48)
+        assert perplexity(compiled.lm, text, 48, batch_size=3).ppl == pytest.approx(expected.ppl, rel=1e-5)
+
+
+@needs_kernels
+def test_the_command_says_what_it_runs_on(packed: Path, workspace: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--prompt", "the", "--max-new-tokens", "2", "--activations", "int8"]
+    assert run(command.main, command.parser(), [str(packed), *arguments]) == 0
+    assert "int8 activations)" in capsys.readouterr().err
+    assert run(command.main, command.parser(), [str(workspace.teacher), *arguments]) == 1
+    assert "does not run" in (error := capsys.readouterr().err)
+    assert "the model is not packed" in error
+    assert run(command.main, command.parser(), []) == 1
+    assert "no model is named" in capsys.readouterr().err
+
+
+@needs_kernels
+def test_the_benchmark_of_a_folder(
+    packed: Path, workspace: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_model, "PROMPT", 12)
+    monkeypatch.setattr(bench_model, "DECODED", 4)
+    assert run(command.main, command.parser(), [str(packed), "--bench", "--rounds", "2", "--threads", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rates = {line[:25].strip(): [float(number) for number in line[25:].split()] for line in lines[-3:]}
+    assert set(rates) == {"packed, int8", "packed, float", "dense fp32 (transformers)"}
+    assert all(rate > 0 for pair in rates.values() for rate in pair)
+    assert sum("peak memory +" in line for line in lines) == 2
+    assert run(command.main, command.parser(), [str(workspace.teacher), "--bench"]) == 1
+    assert "the model is not packed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["nowhere", "checkpoints", "formats", "empty", "damaged"])

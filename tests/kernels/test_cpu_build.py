@@ -93,7 +93,18 @@ def test_no_file_but_its_own_gets_the_instructions_of_a_set(empty_cache: Path, c
     for line in compiler.read_text().splitlines():
         instructions = [word for word in line.split() if word.startswith("-m")]
         names = [name for name in cpu_build.INSTRUCTION_SETS if f"/{name}.cpp " in line]
-        assert instructions == [flag for name in names for flag in cpu_build.INSTRUCTION_SETS[name]]
+        flags = [flag for name in names for flag in cpu_build.INSTRUCTION_SETS[name]]
+        assert instructions == [flag for flag in flags if flag.startswith("-m")]
+
+
+def test_the_command_builds_or_says_why_not(empty_cache: Path, compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def say() -> str:
+        command = [sys.executable, "-m", "fbitrain.kernels.cpu_build"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+    assert say() == f"the kernels are in {next(empty_cache.glob('cpu-*.so'))}\n"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert say().startswith("the kernels are not built: the C++ compiler no-such-compiler cannot be run")
 
 
 def test_two_processes_build_once(empty_cache: Path, compiler: Path) -> None:

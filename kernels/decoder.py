@@ -1,0 +1,290 @@
+"""A whole Llama decoder with binary Linears in one call of compiled code: tokens to hidden states, those to logits.
+
+It computes what transformers' Llama computes in fp32 from the same tensors, whose weights it reads where they lie, so
+they may be memory-mapped files. No torch op runs per layer. See csrc/decoder.cpp and docs/kernels.md, Whole models.
+
+Letters: M tokens, D d_model, F d_ff, V vocabulary, N and K out_features and in_features, Kw = ceil(K / 32) words.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fbitrain.kernels import cpu
+from fbitrain.kernels.dispatch import Call, select_backend
+from fbitrain.kernels.layout import MODES, SCALES, n_words, scale_shape
+
+_WIDTH = 32  # kWidth of csrc/dense_math.h: positions per block of the cache
+_FORMAT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/dense_math.h
+# The cache is as exact as the products around it: fp16 rounds to 2^-11, int8 activations to 2^-8.
+_CACHE_DTYPE = {"float": torch.float32, "int8": torch.float16}
+MAX_TOKENS = 480  # tokens per call, as many as csrc/binary_linear.cpp makes ready at a time; more only take more memory
+
+
+class NotFiniteError(ValueError):
+    """int8 activations were asked for, and some are NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """Sizes of the decoder, and the pattern of its scales."""
+
+    n_layers: int
+    d_model: int
+    d_ff: int
+    n_heads: int
+    n_kv_heads: int
+    head_size: int
+    vocab_size: int
+    norm_eps: float
+    scale: str
+    group_size: int = 128  # of scale="group"
+
+
+class BinaryTensors(NamedTuple):
+    """One binary Linear: words int32 [N,Kw], alpha and beta (None: no shift) fp32 in the shape of the scale pattern."""
+
+    words: Tensor
+    alpha: Tensor
+    beta: Tensor | None
+
+
+class LayerTensors(NamedTuple):
+    """One layer; norms [D]."""
+
+    query: BinaryTensors
+    key: BinaryTensors
+    value: BinaryTensors
+    output: BinaryTensors
+    gate: BinaryTensors
+    up: BinaryTensors
+    down: BinaryTensors
+    attention_norm: Tensor
+    mlp_norm: Tensor
+
+
+class DecoderTensors(NamedTuple):
+    """embedding and head [V,D] in one dtype of float32, bfloat16 and float16 (the head may be the embedding itself);
+    frequencies [head_size / 2]: radians per position of the rotary embedding."""
+
+    layers: list[LayerTensors]
+    embedding: Tensor
+    head: Tensor
+    final_norm: Tensor
+    frequencies: Tensor
+
+
+class _BinaryWeight(ctypes.Structure):
+    _fields_ = [("words", ctypes.c_void_p), ("alpha", ctypes.c_void_p), ("beta", ctypes.c_void_p)]
+
+
+_LINEARS = ("query", "key", "value", "output", "gate", "up", "down")
+
+
+class _LayerWeights(ctypes.Structure):
+    _fields_ = [
+        *((name, _BinaryWeight) for name in _LINEARS),
+        ("attention_norm", ctypes.c_void_p),
+        ("mlp_norm", ctypes.c_void_p),
+    ]
+
+
+_SIZES = ("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_size", "vocab_size", "group_size")
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        ("layers", ctypes.POINTER(_LayerWeights)),
+        *((name, ctypes.c_void_p) for name in ("embedding", "head", "final_norm", "frequencies")),
+        *((name, ctypes.c_int64) for name in _SIZES),
+        *(("scale", ctypes.c_int32), ("format", ctypes.c_int32), ("epsilon", ctypes.c_float)),
+    ]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [
+        *(("keys", ctypes.c_void_p), ("values", ctypes.c_void_p)),
+        *(("capacity", ctypes.c_int64), ("format", ctypes.c_int32)),
+    ]
+
+
+class Cache:
+    """Keys and values of the tokens so far, room for `capacity` of them. Memory is taken as positions are filled."""
+
+    def __init__(self, shape: DecoderShape, capacity: int, dtype: torch.dtype) -> None:
+        self.capacity, self.length = capacity, 0
+        padded = _round_up(capacity, _WIDTH)
+        positions = shape.n_layers * shape.n_kv_heads * padded
+        # empty, not zeros: pages that nobody writes are never backed by memory.
+        self._keys = torch.empty(positions * shape.head_size, dtype=dtype)
+        self._values = torch.empty(positions * _round_up(shape.head_size, _WIDTH), dtype=dtype)
+        self.described = _Cache(self._keys.data_ptr(), self._values.data_ptr(), padded, _FORMAT[dtype])
+
+
+class Decoder:
+    """The decoder that `tensors` make up. `activations`: "float", or "int8" per token at every binary Linear.
+
+    It uses the level that FBITRAIN_BACKEND or the machine gives `binary_linear`, and torch.get_num_threads() threads.
+    Raises ValueError for tensors that do not fit `shape`, and where no compiled level runs (`compiled_level`).
+    """
+
+    def __init__(self, shape: DecoderShape, tensors: DecoderTensors, activations: str = "float") -> None:
+        if activations not in MODES:
+            raise ValueError(f"activations={activations!r} is unknown; choose {' or '.join(MODES)}")
+        level = compiled_level(shape.scale, shape.group_size)
+        if not level:
+            raise ValueError(f"no compiled kernel runs scale={shape.scale} with group_size={shape.group_size} here")
+        _check(shape, tensors)
+        self.shape, self._mode, self._level = shape, MODES.index(activations), cpu.number(level)
+        self._cache_dtype = _CACHE_DTYPE[activations]
+        self._library = cpu.library()
+        self._kept: list[Tensor] = []  # everything that the description below points to
+        self._described = self._describe(tensors)
+
+    def new_cache(self, capacity: int) -> Cache:
+        """An empty cache for `capacity` tokens, fp32 for float activations and fp16 for int8."""
+        return Cache(self.shape, capacity, self._cache_dtype)
+
+    def hidden(self, ids: Tensor, cache: Cache) -> Tensor:
+        """ids int [M], the tokens after those in `cache`, which it adds -> what the head is given, fp32 [M,D].
+
+        The result for a token does not depend on how a text is cut into calls. Raises ValueError for ids that are not
+        in the vocabulary and too many tokens for the cache, NotFiniteError with int8 activations.
+        """
+        if ids.numel() > cache.capacity - cache.length:
+            raise ValueError(
+                f"{ids.numel()} tokens do not fit a cache of {cache.capacity} that holds {cache.length} already"
+            )
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.shape.vocab_size:
+            raise ValueError(
+                f"token ids from {int(ids.min())} to {int(ids.max())} do not fit "
+                f"a vocabulary of {self.shape.vocab_size}"
+            )
+        ids = ids.to(torch.int32).contiguous()
+        hidden = torch.empty(ids.numel(), self.shape.d_model)
+        for start, stop in _pieces(ids.numel()):
+            # Addresses, not slices: a slice costs as much time as a small layer.
+            self._run(ids.data_ptr() + 4 * start, stop - start, cache, hidden.data_ptr() + 4 * start * hidden.shape[1])
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden fp32 [M,D] -> logits fp32 [M,V]."""
+        hidden = hidden.contiguous()
+        if hidden.dtype is not torch.float32 or hidden.ndim != 2 or hidden.shape[1] != self.shape.d_model:
+            raise ValueError(
+                f"hidden is {hidden.dtype} {list(hidden.shape)}; it must be float32 [M, {self.shape.d_model}]"
+            )
+        logits = torch.empty(len(hidden), self.shape.vocab_size)
+        status = self._library.decoder_logits(
+            self._level,
+            torch.get_num_threads(),
+            ctypes.addressof(self._described),
+            hidden.data_ptr(),
+            len(hidden),
+            logits.data_ptr(),
+        )
+        cpu.require_ok(status, "decoder_logits")
+        return logits
+
+    def _run(self, ids: int, n_tokens: int, cache: Cache, hidden: int) -> None:
+        """ids and hidden are addresses."""
+        status = self._library.decoder_hidden(
+            self._level,
+            torch.get_num_threads(),
+            self._mode,
+            ctypes.addressof(self._described),
+            ctypes.addressof(cache.described),
+            ids,
+            cache.length,
+            n_tokens,
+            hidden,
+        )
+        if status > 0:
+            position = cache.length + status - 1
+            raise NotFiniteError(f"int8 activations must be finite, and those of position {position} are not")
+        cpu.require_ok(status, "decoder_hidden")
+        cache.length += n_tokens
+
+    def _describe(self, tensors: DecoderTensors) -> _Model:
+        layers = (_LayerWeights * self.shape.n_layers)()
+        for described, layer in zip(layers, tensors.layers, strict=True):
+            for name in _LINEARS:
+                words, alpha, beta = getattr(layer, name)
+                beta_at = None if beta is None else self._pointer(beta)
+                setattr(described, name, _BinaryWeight(self._pointer(words), self._pointer(alpha), beta_at))
+            described.attention_norm = self._pointer(layer.attention_norm.float())
+            described.mlp_norm = self._pointer(layer.mlp_norm.float())
+        model = _Model(
+            layers=layers,
+            embedding=self._pointer(tensors.embedding),
+            head=self._pointer(tensors.head),
+            final_norm=self._pointer(tensors.final_norm.float()),
+            frequencies=self._pointer(tensors.frequencies.float()),
+            scale=SCALES.index(self.shape.scale),
+            format=_FORMAT[tensors.embedding.dtype],
+            epsilon=self.shape.norm_eps,
+        )
+        for name in _SIZES:
+            setattr(model, name, getattr(self.shape, name))
+        return model
+
+    def _pointer(self, tensor: Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def compiled_level(scale: str, group_size: int) -> str:
+    """The level that runs such Linears in a decoder here, "" where only the reference does. Builds the library."""
+    call = Call("binary_linear", "cpu", torch.float32, group_size if scale == "group" else 0)
+    backend = select_backend(call).backend
+    return backend if backend in cpu.LEVELS else ""
+
+
+def _check(shape: DecoderShape, tensors: DecoderTensors) -> None:
+    width, kv_width = shape.n_heads * shape.head_size, shape.n_kv_heads * shape.head_size
+    d_model, d_ff = shape.d_model, shape.d_ff
+    sizes = {  # N, K
+        **{"query": (width, d_model), "key": (kv_width, d_model), "value": (kv_width, d_model)},
+        **{"output": (d_model, width), "gate": (d_ff, d_model), "up": (d_ff, d_model), "down": (d_model, d_ff)},
+    }
+    if len(tensors.layers) != shape.n_layers:
+        raise ValueError(f"there are {len(tensors.layers)} layers; they must be {shape.n_layers}")
+    for number, layer in enumerate(tensors.layers):
+        for name, (n, k) in sizes.items():
+            words, alpha, beta = getattr(layer, name)
+            where, scales = f"layer {number}, {name}", scale_shape(shape.scale, n, k, shape.group_size)
+            _require(words, f"{where} words", (n, n_words(k)), (torch.int32,))
+            _require(alpha, f"{where} alpha", scales, (torch.float32,))
+            if beta is not None:
+                _require(beta, f"{where} beta", scales, (torch.float32,))
+        for name in ("attention_norm", "mlp_norm"):
+            _require(getattr(layer, name), f"layer {number}, {name}", (d_model,), tuple(_FORMAT))
+    _require(tensors.embedding, "embedding", (shape.vocab_size, d_model), tuple(_FORMAT))
+    _require(tensors.head, "head", (shape.vocab_size, d_model), (tensors.embedding.dtype,))
+    _require(tensors.final_norm, "final_norm", (d_model,), tuple(_FORMAT))
+    _require(tensors.frequencies, "frequencies", (shape.head_size // 2,), tuple(_FORMAT))
+
+
+def _require(tensor: Tensor, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    if tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_contiguous() or not tensor.is_cpu:
+        raise ValueError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
+            f"it must be {' or '.join(map(str, dtypes))} {list(shape)}, contiguous, on cpu"
+        )
+
+
+def _pieces(n_tokens: int) -> Iterator[tuple[int, int]]:
+    """Start and stop of equal pieces of at most MAX_TOKENS."""
+    count = -(-n_tokens // MAX_TOKENS)
+    for piece in range(count):
+        yield piece * n_tokens // count, (piece + 1) * n_tokens // count
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step

@@ -1,0 +1,250 @@
+"""The compiled decoder against transformers' Llama in fp64 with the binary weights written out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from fbitrain.kernels import cpu, reference
+from fbitrain.kernels.decoder import BinaryTensors, Decoder, DecoderShape, DecoderTensors, LayerTensors, NotFiniteError
+from fbitrain.kernels.layout import scale_shape
+
+LINEARS = {
+    **{"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj"},
+    **{"output": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"},
+}
+SHAPES = {
+    "grouped heads": {"d_model": 96, "d_ff": 160, "n_heads": 6, "n_kv_heads": 2, "head_size": 16},
+    "head of 10, odd widths": {"d_model": 70, "d_ff": 93, "n_heads": 7, "n_kv_heads": 7, "head_size": 10},
+    "head of 64": {"d_model": 128, "d_ff": 288, "n_heads": 2, "n_kv_heads": 1, "head_size": 64},
+}
+SCALES = [("column", True), ("column", False), ("row", True), ("tensor", True), ("tensor", False), ("group", False)]
+VOCABULARY = 101
+
+needs_kernels = pytest.mark.skipif(bool(cpu.levels()["portable"]), reason="the compiled kernels do not run here")
+pytestmark = needs_kernels
+
+
+def shape_of(name: str, scale: str) -> DecoderShape:
+    return DecoderShape(n_layers=2, vocab_size=VOCABULARY, norm_eps=1e-5, scale=scale, group_size=32, **SHAPES[name])
+
+
+def model_of(
+    shape: DecoderShape, beta: bool, tied: bool = False, dtype: torch.dtype = torch.float16
+) -> tuple[DecoderTensors, LlamaForCausalLM]:
+    """Random tensors, and the model in fp64 that has their values."""
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.n_heads,
+        num_key_value_heads=shape.n_kv_heads,
+        head_dim=shape.head_size,
+        hidden_size=shape.d_model,
+        intermediate_size=shape.d_ff,
+        rms_norm_eps=shape.norm_eps,
+        tie_word_embeddings=tied,
+    )
+    generator = torch.Generator().manual_seed(0)
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        drawn = torch.randn(parameter.shape, generator=generator)
+        parameter.data = (1 + 0.1 * drawn if "norm" in name else 0.2 * drawn).to(dtype)
+
+    def binarized(layer: int, name: str) -> BinaryTensors:
+        linear = model.get_submodule(f"model.layers.{layer}.{name}")
+        signs = torch.randn(linear.weight.shape, generator=generator).sign()
+        scales = scale_shape(shape.scale, *signs.shape, shape.group_size)
+        alpha = 0.2 * torch.rand(scales, generator=generator) + 0.02
+        shift = 0.02 * torch.randn(scales, generator=generator) if beta else None
+        written_out = alpha.repeat_interleave(shape.group_size, 1) if shape.scale == "group" else alpha
+        linear.weight.data = signs.double() * written_out + (0 if shift is None else shift)
+        return BinaryTensors(reference.pack_signs(signs), alpha, shift)
+
+    layers = []
+    for number in range(shape.n_layers):
+        norms = [model.model.layers[number].input_layernorm, model.model.layers[number].post_attention_layernorm]
+        linears = [binarized(number, name) for name in LINEARS.values()]
+        layers.append(LayerTensors(*linears, *(norm.weight.data for norm in norms)))
+    frequencies = LlamaRotaryEmbedding(config).inv_freq
+    embedding, head = model.model.embed_tokens.weight.data, model.lm_head.weight.data
+    tensors = DecoderTensors(layers, embedding, head, model.model.norm.weight.data, frequencies)
+    return tensors, model.double()
+
+
+class QuantizedLinear(nn.Module):
+    """A binary Linear with int8 activations, by the reference."""
+
+    def __init__(self, weight: BinaryTensors, shape: DecoderShape, k: int) -> None:
+        super().__init__()
+        self.weight_of, self.shape, self.k = weight, shape, k
+
+    def forward(self, x: Tensor) -> Tensor:
+        how = (self.shape.scale, self.k, self.shape.group_size, "int8")
+        return reference.binary_linear(x.float(), *self.weight_of, *how).double()
+
+
+def quantize_(model: LlamaForCausalLM, shape: DecoderShape, tensors: DecoderTensors) -> None:
+    """Puts the reference of int8 activations in the place of the written-out weights."""
+    for number, layer in enumerate(tensors.layers):
+        for part, name in LINEARS.items():
+            name = f"model.layers.{number}.{name}"
+            k = model.get_submodule(name).in_features
+            model.set_submodule(name, QuantizedLinear(getattr(layer, part), shape, k))
+
+
+def ids_of(count: int) -> Tensor:
+    return torch.randint(VOCABULARY, (count,), generator=torch.Generator().manual_seed(1))
+
+
+def logits_of(decoder: Decoder, ids: Tensor) -> Tensor:
+    return decoder.logits(decoder.hidden(ids, decoder.new_cache(len(ids))))
+
+
+def sqnr_db(found: Tensor, expected: Tensor) -> float:
+    noise = (found.double() - expected).square().sum()
+    return float(10 * torch.log10(expected.square().sum() / noise))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("scale", "beta"), SCALES)
+def test_it_computes_what_transformers_does(name: str, scale: str, beta: bool) -> None:
+    if scale == "group" and name.startswith("head of 10"):
+        pytest.skip("70 columns are no whole groups")
+    shape = shape_of(name, scale)
+    tensors, model = model_of(shape, beta)
+    ids = ids_of(75)
+    with torch.inference_mode():
+        expected = model(ids[None]).logits[0]
+    exact = logits_of(Decoder(shape, tensors), ids)
+    assert sqnr_db(exact, expected) > 110
+    assert torch.equal(exact.argmax(1), expected.argmax(1))
+    quantize_(model, shape, tensors)
+    with torch.inference_mode():
+        expected = model(ids[None]).logits[0]
+    # Differences of 2^-11 (the cache is fp16 here) tip roundings to int8, and one that tips moves a whole step.
+    assert sqnr_db(logits_of(Decoder(shape, tensors, "int8"), ids), expected) > 27
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head_in_every_dtype(dtype: torch.dtype, tied: bool) -> None:
+    shape = shape_of("grouped heads", "column")
+    tensors, model = model_of(shape, True, tied, dtype)
+    assert (tensors.head.data_ptr() == tensors.embedding.data_ptr()) == tied
+    ids = ids_of(9)
+    with torch.inference_mode():
+        expected = model(ids[None]).logits[0]
+    decoder = Decoder(shape, tensors)
+    hidden = decoder.hidden(ids, decoder.new_cache(9))
+    assert sqnr_db(decoder.logits(hidden), expected) > 110
+    one_by_one = torch.cat([decoder.logits(row[None]) for row in hidden])  # another way through the head
+    assert sqnr_db(one_by_one, expected) > 110
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_how_a_text_is_cut_changes_nothing(name: str, activations: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = shape_of(name, "column")
+    decoder = Decoder(shape, model_of(shape, True)[0], activations)
+    ids = ids_of(70)
+    whole = decoder.hidden(ids, decoder.new_cache(70))
+    for cuts in ([1] * 70, [33, 1, 36], [64, 6]):
+        cache = decoder.new_cache(70)
+        assert torch.equal(torch.cat([decoder.hidden(part, cache) for part in ids.split(cuts)]), whole)
+    monkeypatch.setattr("fbitrain.kernels.decoder.MAX_TOKENS", 32)
+    assert torch.equal(decoder.hidden(ids, decoder.new_cache(200)), whole)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(decoder.hidden(ids, decoder.new_cache(70)), whole)
+
+
+@pytest.mark.parametrize("backend", ["portable", "avx2"])
+def test_every_level(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cpu.levels()[backend]:
+        pytest.skip(f"{backend}: {cpu.levels()[backend]}")
+    monkeypatch.setenv("FBITRAIN_BACKEND", backend)
+    shape = shape_of("grouped heads", "row")
+    tensors, model = model_of(shape, True)
+    ids = ids_of(40)
+    with torch.inference_mode():
+        expected = model(ids[None]).logits[0]
+    assert sqnr_db(logits_of(Decoder(shape, tensors), ids), expected) > 110
+    quantize_(model, shape, tensors)
+    with torch.inference_mode():
+        expected = model(ids[None]).logits[0]
+    assert sqnr_db(logits_of(Decoder(shape, tensors, "int8"), ids), expected) > 27
+
+
+def test_a_full_cache_and_unknown_ids_are_refused() -> None:
+    shape = shape_of("grouped heads", "column")
+    decoder = Decoder(shape, model_of(shape, True)[0])
+    cache = decoder.new_cache(5)
+    decoder.hidden(ids_of(3), cache)
+    with pytest.raises(ValueError, match="3 tokens do not fit a cache of 5 that holds 3 already"):
+        decoder.hidden(ids_of(3), cache)
+    for ids in ([0, VOCABULARY], [-1, 0]):
+        with pytest.raises(ValueError, match=f"do not fit a vocabulary of {VOCABULARY}"):
+            decoder.hidden(torch.tensor(ids), cache)
+    assert cache.length == 3
+    assert decoder.hidden(torch.tensor([], dtype=torch.int64), cache).shape == (0, 96)
+    with pytest.raises(ValueError, match=r"hidden is torch.float32 \[2, 95\]"):
+        decoder.logits(torch.zeros(2, 95))
+
+
+def test_nan_is_passed_on_by_float_and_refused_by_int8() -> None:
+    shape = shape_of("grouped heads", "column")
+    tensors, _ = model_of(shape, True)
+    tensors.embedding[7, 3] = torch.nan
+    ids = torch.tensor([1, 2, 7, 3])
+    assert logits_of(Decoder(shape, tensors), ids)[2:].isnan().all()
+    decoder = Decoder(shape, tensors, "int8")
+    cache = decoder.new_cache(9)
+    decoder.hidden(ids[:1], cache)
+    with pytest.raises(NotFiniteError, match="position 2 are not"):
+        decoder.hidden(ids[1:3], cache)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("embedding", lambda t: t[:-1], r"embedding is torch.float16 \[100, 96\] on cpu; it must be .* \[101, 96\]"),
+        ("head", lambda t: t.float(), r"head is torch.float32"),
+        ("final_norm", lambda t: t[:1], r"final_norm is torch.float16 \[1\]"),
+        ("frequencies", lambda t: t[1:], r"frequencies is torch.float32 \[7\]"),
+        ("layers", lambda layers: layers[:1], "there are 1 layers; they must be 2"),
+        (
+            "layers",
+            lambda layers: [layers[0], layers[1]._replace(up=layers[1].down)],
+            r"layer 1, up words is .* \[96, 5\]",
+        ),
+        (
+            "layers",
+            lambda layers: [layers[0]._replace(key=layers[0].key._replace(alpha=torch.ones(1, 95))), layers[1]],
+            r"layer 0, key alpha is torch.float32 \[1, 95\]",
+        ),
+        (
+            "layers",
+            lambda layers: [layers[0], layers[1]._replace(mlp_norm=torch.ones(2, 96)[:, 0])],
+            r"layer 1, mlp_norm is torch.float32 \[2\]",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(part: str, change: Any, words: str) -> None:
+    shape = shape_of("grouped heads", "column")
+    tensors, _ = model_of(shape, True)
+    with pytest.raises(ValueError, match=words):
+        Decoder(shape, tensors._replace(**{part: change(getattr(tensors, part))}))
+
+
+def test_what_no_kernel_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = shape_of("grouped heads", "column")
+    tensors, _ = model_of(shape, True)
+    with pytest.raises(ValueError, match="activations='int4' is unknown; choose float or int8"):
+        Decoder(shape, tensors, "int4")
+    monkeypatch.setenv("FBITRAIN_BACKEND", "reference")
+    with pytest.raises(ValueError, match="no compiled kernel runs scale=column"):
+        Decoder(shape, tensors)
