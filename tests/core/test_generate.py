@@ -189,7 +189,7 @@ def test_the_command_says_what_it_runs_on(packed: Path, workspace: Any, capsys: 
     assert "int8 activations)" in capsys.readouterr().err
     assert run(command.main, command.parser(), [str(workspace.teacher), *arguments]) == 1
     assert "does not run" in (error := capsys.readouterr().err)
-    assert "the model is not packed" in error
+    assert "the model is not a packed Llama" in error
     assert run(command.main, command.parser(), []) == 1
     assert "no model is named" in capsys.readouterr().err
 
@@ -207,7 +207,7 @@ def test_the_benchmark_of_a_folder(
     assert all(rate > 0 for pair in rates.values() for rate in pair)
     assert sum("peak memory +" in line for line in lines) == 2
     assert run(command.main, command.parser(), [str(workspace.teacher), "--bench"]) == 1
-    assert "the model is not packed" in capsys.readouterr().err
+    assert "the model is not a packed Llama" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["nowhere", "checkpoints", "formats", "empty", "damaged"])
