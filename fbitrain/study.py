@@ -9,22 +9,26 @@
     expect:                                 orderings of the held-out perplexity that the papers claim
       - [PB-LLM 10 % Hessian, PB-LLM 10 % magnitude]
 
-A variant whose run is finished is not run again, so a study that was interrupted goes on where it was.
+A variant whose run is finished is not run again, so a study that was interrupted goes on where it was. Beside each run
+lies study.json: the configuration that it was started with, and the seconds it took, over all attempts.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from fbitrain.config import load_config, to_yaml
 from fbitrain.errors import UserError
+from fbitrain.files import write_json
 
 PERPLEXITY = "heldout/perplexity"
 
@@ -55,10 +59,14 @@ class Run:
     seed: int
     folder: Path
 
-    def arguments(self, base: str) -> list[str]:
-        """Of launch/finetune.py."""
+    @property
+    def overrides(self) -> list[str]:
         place = [f"run.dir={self.folder.parent}", f"run.name={self.folder.name}", f"train.seed={self.seed}"]
-        return [base, *self.variant.overrides, *place]
+        return [*self.variant.overrides, *place]
+
+    def config(self, base: str) -> str:
+        """The resolved configuration as YAML. Raises ConfigError."""
+        return to_yaml(load_config(base, self.overrides))
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ class Outcome:
     perplexities: tuple[float, ...]
     bits_per_weight: float
     tokens: int
-    seconds: float = field(compare=False)  # the median over seeds, start to end
+    seconds: float  # the median over seeds, start to end; NaN if a run was not timed
 
     @property
     def perplexity(self) -> float:
@@ -86,10 +94,10 @@ def load_study(path: Path) -> Study:
     if problems:
         raise UserError(f"the study {path} has mistakes: {'; '.join(problems)}")
     variants = tuple(
-        Variant(item["name"], tuple(item.get("set", ())), tuple(item.get("seeds", raw["seeds"])))
+        Variant(item["name"], tuple(item.get("set", ())), tuple(item.get("seeds") or raw["seeds"]))
         for item in raw["variants"]
     )
-    return Study(raw["base"], variants, tuple((low, high) for low, high in raw.get("expect", ())))
+    return Study(raw["base"], variants, tuple((low, high) for low, high in raw.get("expect") or ()))
 
 
 def runs(study: Study, folder: Path) -> list[Run]:
@@ -111,44 +119,73 @@ def is_finished(run: Run) -> bool:
     return (run.folder / "FINISHED.json").is_file()
 
 
+def begin(run: Run, base: str) -> None:
+    """Notes the configuration that `run` is started with. Raises UserError if it was begun with another."""
+    config, noted = run.config(base), _noted(run)
+    if noted.get("config", config) != config:
+        raise UserError(f"{run.folder} has other settings than the study now; remove it, or rename the variant")
+    untimed = math.nan if is_finished(run) else 0.0
+    write_json(run.folder / "study.json", {"config": config, "seconds": noted.get("seconds", untimed)})
+
+
+def add_seconds(run: Run, seconds: float) -> None:
+    """Adds to the time that `run` took."""
+    noted = _noted(run)
+    write_json(run.folder / "study.json", {**noted, "seconds": noted["seconds"] + seconds})
+
+
 def outcomes(study: Study, folder: Path) -> list[Outcome]:
-    """The results of the variants of which all runs are finished, in the order of the study."""
+    """The results of the variants of which all runs are finished, in the order of the study.
+
+    Raises UserError for a run with other settings than the study has now.
+    """
     by_name: dict[str, list[Run]] = {}
     for run in runs(study, folder):
         by_name.setdefault(run.variant.name, []).append(run)
-    return [_outcome(variant.name, by_name[variant.name]) for variant in study.variants if _all(by_name[variant.name])]
+    finished = [some for some in (by_name[variant.name] for variant in study.variants) if all(map(is_finished, some))]
+    for run in (run for some in finished for run in some):
+        begin(run, study.base)
+    return [_outcome(some) for some in finished]
 
 
 def verdicts(study: Study, results: Sequence[Outcome]) -> Iterator[tuple[str, str, str]]:
     """(lower, higher, verdict) of each expected ordering.
 
     It holds if every seed of the one is below every seed of the other, and fails if every seed is above; else the two
-    cannot be told apart.
+    cannot be told apart. A perplexity that is not finite is above all that are.
     """
-    by_name = {outcome.name: outcome.perplexities for outcome in results}
+    by_name = {outcome.name: [_or_infinite(value) for value in outcome.perplexities] for outcome in results}
     for low, high in study.expected:
         if low not in by_name or high not in by_name:
             yield low, high, "not run"
-        elif max(by_name[low]) < min(by_name[high]):
-            yield low, high, "holds"
-        elif min(by_name[low]) > max(by_name[high]):
-            yield low, high, "does not hold"
+            continue
+        lows, highs = by_name[low], by_name[high]
+        alone = " (one run each)" if len(lows) == len(highs) == 1 else ""
+        if max(lows) < min(highs):
+            yield low, high, "holds" + alone
+        elif min(lows) > max(highs):
+            yield low, high, "does not hold" + alone
         else:
-            yield low, high, "within seed noise"
+            yield low, high, "cannot be told apart"
 
 
-def _all(some: Sequence[Run]) -> bool:
-    return all(is_finished(run) for run in some)
+def _or_infinite(perplexity: float) -> float:
+    return perplexity if math.isfinite(perplexity) else math.inf
 
 
-def _outcome(name: str, some: Sequence[Run]) -> Outcome:
+def _noted(run: Run) -> dict[str, Any]:
+    path = run.folder / "study.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _outcome(some: Sequence[Run]) -> Outcome:
     lines = [_read(run) for run in some]
     return Outcome(
-        name,
+        some[0].variant.name,
         tuple(_last(run, line, PERPLEXITY) for run, line in zip(some, lines, strict=True)),
         _last(some[0], lines[0], "model/bits_per_weight"),
         max(int(line[-1]["tokens"]) for line in lines),
-        statistics.median(json.loads((run.folder / "study.json").read_text())["seconds"] for run in some),
+        statistics.median(_noted(run)["seconds"] for run in some),
     )
 
 
@@ -170,8 +207,8 @@ def _problems(raw: Any) -> Iterator[str]:
     if not isinstance(raw, dict) or not isinstance(raw.get("base"), str) or not isinstance(raw.get("variants"), list):
         yield "it must have base: (a configuration file), seeds: and variants:"
         return
-    if unknown := sorted(set(raw) - {"base", "seeds", "variants", "expect"}):
-        yield f"unknown keys {', '.join(map(str, unknown))}"
+    if unknown := sorted(set(map(str, raw)) - {"base", "seeds", "variants", "expect"}):
+        yield f"unknown keys {', '.join(unknown)}"
     names: list[str] = []
     for i, item in enumerate(raw["variants"]):
         if not isinstance(item, dict) or not isinstance(item.get("name"), str) or not slug(item["name"]):
@@ -179,7 +216,8 @@ def _problems(raw: Any) -> Iterator[str]:
             continue
         yield from _variant_problems(item, raw.get("seeds"), names)
         names.append(item["name"])
-    for pair in raw.get("expect", ()):
+    pairs = raw.get("expect") or []
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
         if not isinstance(pair, list) or len(pair) != 2:
             yield f"expect: {pair!r} is not a pair of names"
             continue
@@ -187,10 +225,13 @@ def _problems(raw: Any) -> Iterator[str]:
 
 
 def _variant_problems(item: Mapping[str, Any], seeds: Any, earlier: Sequence[str]) -> Iterator[str]:
-    name = item["name"]
+    name, own = item["name"], item.get("seeds", seeds)
     if slug(name) in map(slug, earlier):
         yield f"two variants are called {name!r}"
-    if not item.get("seeds", seeds):
-        yield f"variant {name!r} has no seeds"
-    if unknown := sorted(set(item) - {"name", "set", "seeds"}):
+    if not isinstance(own, list) or not own or not all(isinstance(seed, int) for seed in own):
+        yield f"variant {name!r} has no list of seeds"
+    overrides = item.get("set", [])
+    if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
+        yield f"set: of variant {name!r} is not a list of section.key=value"
+    if unknown := sorted(set(map(str, item)) - {"name", "set", "seeds"}):
         yield f"variant {name!r} has unknown keys {', '.join(unknown)}"

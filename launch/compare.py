@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fbitrain.errors import UserError
-from fbitrain.files import replacing, write_json, write_text
+from fbitrain.files import replacing, write_text
 from fbitrain.launch.cli import positive, run
-from fbitrain.study import Outcome, Run, Study, is_finished, load_study, outcomes, runs, verdicts
+from fbitrain.study import Outcome, Run, Study, add_seconds, begin, is_finished, load_study, outcomes, runs, verdicts
 
 LAUNCH = Path(__file__).parent
 
@@ -50,24 +50,26 @@ def main(arguments: argparse.Namespace) -> int:
 def train(study: Study, one: Run, jobs: int) -> str:
     """One run to its end, its output in its folder; returns a sentence if it failed, else an empty one."""
     one.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        begin(one, study.base)
+    except UserError as error:
+        return str(error)
     threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
     print(f"{one.folder.name} …", flush=True)
     log, started = one.folder / "log.txt", time.perf_counter()
     with log.open("a") as output:
-        command = [sys.executable, str(LAUNCH / "finetune.py"), *one.arguments(study.base)]
-        environment = {**os.environ, "OMP_NUM_THREADS": threads}
         # A world of one needs no launcher, and two launchers would want the same port.
         done = subprocess.run(
-            [*command, f"engine.threads_per_rank={threads}"],
+            [sys.executable, str(LAUNCH / "finetune.py"), study.base, *one.overrides],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={**os.environ, "OMP_NUM_THREADS": threads, "LOCAL_SIZE": str(jobs)},
             stdin=subprocess.DEVNULL,
             check=False,
         )
+    add_seconds(one, time.perf_counter() - started)
     if done.returncode or not is_finished(one):
         return f"{one.folder.name} failed with exit code {done.returncode}, see {log}"
-    write_json(one.folder / "study.json", {"seconds": time.perf_counter() - started, "threads": int(threads)})
     return ""
 
 
@@ -79,7 +81,8 @@ def table(study: Study, results: Sequence[Outcome]) -> str:
     ]
     for outcome in results:
         each = ", ".join(f"{value:,.2f}" for value in outcome.perplexities)
-        costs = f"{outcome.bits_per_weight:.2f} | {outcome.tokens:,} | {outcome.seconds / 60:.1f}"
+        minutes = f"{outcome.seconds / 60:.1f}" if math.isfinite(outcome.seconds) else "not timed"
+        costs = f"{outcome.bits_per_weight:.2f} | {outcome.tokens:,} | {minutes}"
         rows.append(f"| {outcome.name} | {each} | {costs} |")
     rows += ["", "| expected to be lower | than | |", "|---|---|---|"]
     rows += [f"| {low} | {high} | {verdict} |" for low, high, verdict in verdicts(study, results)]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fbitrain.config import load_config
 from fbitrain.errors import UserError
 from fbitrain.launch import compare
-from fbitrain.study import Study, load_study, outcomes, runs, slug, verdicts
+from fbitrain.study import Study, add_seconds, begin, load_study, outcomes, runs, slug, verdicts
 
 ROOT = Path(__file__).parents[2]
 TEXT = """
-base: base.yaml
+base: BASE
 seeds: [0, 1]
 variants:
   - name: OneBit
@@ -34,12 +35,17 @@ expect:
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
     path = tmp_path / "small.yaml"
-    path.write_text(TEXT)
+    base = tmp_path / "base.yaml"
+    base.write_text(
+        "model: {vocab_size: 300}\ndata: {sources: [{name: a, paths: [a.jsonl]}], tokenizer: tok}\n"
+        "distill: {kd_weight: 0, ce_weight: 1}\noptim: {warmup_steps: 0}\n"
+    )
+    path.write_text(TEXT.replace("BASE", str(base)))
     return load_study(path)
 
 
 def finish(study: Study, folder: Path, perplexities: Sequence[float]) -> None:
-    """Writes what the runs would have left, in the order of `runs`; NaN: not finished."""
+    """Writes what the runs would have left, in the order of `runs`; negative: not finished."""
     for run, value in zip(runs(study, folder), perplexities, strict=True):
         run.folder.mkdir(parents=True)
         lines = [
@@ -48,17 +54,19 @@ def finish(study: Study, folder: Path, perplexities: Sequence[float]) -> None:
             {"step": 2, "tokens": 512, "heldout/perplexity": value},
         ]
         (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (run.folder / "study.json").write_text('{"seconds": 90.0}')
-        if value == value:
+        begin(run, study.base)
+        add_seconds(run, 60.0)
+        add_seconds(run, 30.0)
+        if value >= 0:
             (run.folder / "FINISHED.json").write_text("{}")
 
 
 def test_runs_of_all_variants_come_with_their_first_seed_first(study: Study, tmp_path: Path) -> None:
     names = " ".join(run.folder.name for run in runs(study, tmp_path))
     assert names == "onebit-seed0 mos-4-experts-seed0 full-precision-seed0 onebit-seed1 mos-4-experts-seed1"
-    arguments = runs(study, tmp_path)[3].arguments(study.base)
-    assert arguments[:2] == ["base.yaml", "binarize.method=onebit"]
-    assert set(arguments[2:]) == {f"run.dir={tmp_path}", "run.name=onebit-seed1", "train.seed=1"}
+    run = runs(study, tmp_path)[3]
+    assert run.overrides[0] == "binarize.method=onebit"
+    assert set(run.overrides[1:]) == {f"run.dir={tmp_path}", "run.name=onebit-seed1", "train.seed=1"}
 
 
 def test_an_ordering_holds_only_beyond_the_seeds(study: Study, tmp_path: Path) -> None:
@@ -68,14 +76,37 @@ def test_an_ordering_holds_only_beyond_the_seeds(study: Study, tmp_path: Path) -
 
 
 def test_overlapping_seeds_are_noise_and_unfinished_variants_are_left_out(study: Study, tmp_path: Path) -> None:
-    finish(study, tmp_path, [30.0, 20.0, float("nan"), 21.0, 29.0])
+    finish(study, tmp_path, [30.0, 20.0, -1.0, 21.0, 29.0])
     results = outcomes(study, tmp_path)
     assert [outcome.name for outcome in results] == ["OneBit", "MoS, 4 experts"]
-    assert [verdict for *_, verdict in verdicts(study, results)] == ["within seed noise", "not run"]
+    assert [verdict for *_, verdict in verdicts(study, results)] == ["cannot be told apart", "not run"]
     text = compare.table(study, results)
     assert "| OneBit | 30.00, 21.00 | 1.50 | 512 | 1.5 |" in text
     compare.draw(results, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_diverged_is_above_all_others_and_one_run_is_said_to_be_one(study: Study, tmp_path: Path) -> None:
+    finish(study, tmp_path, [math.inf, 20.0, 15.0, math.inf, 22.0])
+    assert [verdict for *_, verdict in verdicts(study, outcomes(study, tmp_path))] == ["holds", "holds"]
+    single = replace(study, expected=(("full precision", "full precision"),))
+    assert [verdict for *_, verdict in verdicts(single, outcomes(single, tmp_path))] == ["cannot be told apart"]
+    few = replace(study, variants=tuple(replace(variant, seeds=(0,)) for variant in study.variants))
+    assert {verdict for *_, verdict in verdicts(few, outcomes(few, tmp_path))} == {"holds (one run each)"}
+
+
+def test_a_run_with_other_settings_than_the_study_has_now_is_refused(study: Study, tmp_path: Path) -> None:
+    finish(study, tmp_path, [1.0] * 5)
+    changed = replace(study, variants=(replace(study.variants[0], overrides=("binarize.method=xnor",)),))
+    with pytest.raises(UserError, match=r"onebit-seed0 has other settings than the study now"):
+        outcomes(changed, tmp_path)
+    assert "onebit-seed0 has other settings" in compare.train(changed, runs(changed, tmp_path)[0], 1)
+
+
+def test_a_run_finished_by_hand_is_not_timed(study: Study, tmp_path: Path) -> None:
+    finish(study, tmp_path, [1.0] * 5)
+    (runs(study, tmp_path)[2].folder / "study.json").unlink()
+    assert "| full precision | 1.00 | 1.50 | 512 | not timed |" in compare.table(study, outcomes(study, tmp_path))
 
 
 def test_a_run_without_heldout_figures_says_what_to_set(study: Study, tmp_path: Path) -> None:
@@ -89,14 +120,17 @@ def test_a_run_without_heldout_figures_says_what_to_set(study: Study, tmp_path: 
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
-        ("base: base.yaml", "basis: base.yaml", "must have base"),
+        ("base: BASE", "basis: BASE", "must have base"),
         ("name: OneBit", "title: OneBit", "variants.0. has no name"),
         ("name: OneBit", "name: mos 4 EXPERTS", "two variants are called 'MoS, 4 experts'"),
-        ("seeds: [0, 1]", "seeds: []", "'OneBit' has no seeds"),
+        ("seeds: [0, 1]", "seeds: []", "'OneBit' has no list of seeds"),
+        ("seeds: [0, 1]", "seeds: 3", "'OneBit' has no list of seeds"),
+        ("set: [binarize.method=onebit]", "set: binarize.method=onebit", "set: of variant 'OneBit' is not a list"),
+        ("expect:", "expect: 7\nexpected:", "7 is not a pair"),
         ('- ["MoS, 4 experts", OneBit]', "- [TwoBit, OneBit]", "no variant is called 'TwoBit'"),
         ("expect:", "expects:", "unknown keys expects"),
         ("set: [binarize.enabled=false]", "sets: []", "'full precision' has unknown keys sets"),
-        ("base: base.yaml", "base: [", "cannot be read"),
+        ("base: BASE", "base: [", "cannot be read"),
     ],
 )
 def test_a_wrong_study_is_refused_with_a_reason(tmp_path: Path, old: str, new: str, complaint: str) -> None:
@@ -117,4 +151,4 @@ def test_every_variant_of_a_shipped_study_is_a_configuration_that_runs(
     monkeypatch.chdir(ROOT)
     study = load_study(path)
     for run in runs(study, Path("runs")):
-        load_config(study.base, run.arguments(study.base)[1:])
+        run.config(study.base)
