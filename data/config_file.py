@@ -19,8 +19,8 @@ from fbitrain.data.errors import DataError
 def read_data_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DataConfig, str]:
     """The `data:` section of `path` under dotted `overrides`, and where its tokenizer is.
 
-    The tokenizer is data.tokenizer, or distill.teacher where that says "teacher" ("" if the file names no teacher: not
-    every command needs one). Other sections are not looked at. Raises DataError for an unreadable file, an unknown
+    The tokenizer is data.tokenizer, or where that says "teacher" distill.teacher, or model.pretrained, which is its own
+    teacher ("" if the file names neither: not every command needs one). Other sections are not looked at. Raises DataError for an unreadable file, an unknown
     key, a wrong type, an impossible value, and an override of anything else.
     """
     tree = _read_yaml(path)
@@ -29,7 +29,7 @@ def read_data_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[D
     try:
         section = tree.get("data", {})
         section = OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section
-        teacher = OmegaConf.select(tree, "distill.teacher")
+        teacher = OmegaConf.select(tree, "distill.teacher") or OmegaConf.select(tree, "model.pretrained")
     except OmegaConfBaseException as error:
         raise DataError(f"{path}: an interpolation cannot be resolved ({_first_line(error)}); correct it") from None
     data = _typed(path, section)

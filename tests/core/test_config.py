@@ -138,7 +138,7 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
 text = st.text(st.characters(codec="utf-8", exclude_characters="$"), max_size=12)  # `${…}` is OmegaConf's own
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     model=model_configs(),
     name=text,

@@ -51,7 +51,7 @@ def runs_avx2() -> bool:
     return not cpu.levels()["avx2"]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_nothing_outside_the_arrays_is_touched(fuzz: Path, seed: int) -> None:
     levels = ["0", *(["1"] if runs_avx2() else []), "2", "3"]
     done = subprocess.run([fuzz, str(seed), "25", *levels], capture_output=True, text=True, timeout=240)

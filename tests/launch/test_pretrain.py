@@ -59,7 +59,7 @@ def test_tensorboard_shows_what_metrics_jsonl_holds(reference: Any) -> None:
     assert any("sample/0" in tag for tag in board.Tags()["tensors"])
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2)), 3])
 def test_stages_agree(launch: Any, reference: Any, stage: int) -> None:
     run = launch(f"stage{stage}", f"engine.zero_stage={stage}")
     assert_same_losses(run.losses, reference.losses, 2e-4)
@@ -105,7 +105,9 @@ def half(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(3, 1), (2, 4), (0, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("stage", "ranks"), [(3, 1), (0, 1), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((2, 4), (3, 2)))]
+)
 def test_resumes_on_other_stages_and_ranks(launch: Any, reference: Any, half: Path, stage: int, ranks: int) -> None:
     name = f"moved-{stage}-{ranks}"
     shutil.copytree(half, launch._scratch / "runs" / name)
