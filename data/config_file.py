@@ -20,8 +20,9 @@ def read_data_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[D
     """The `data:` section of `path` under dotted `overrides`, and where its tokenizer is.
 
     The tokenizer is data.tokenizer, or where that says "teacher" distill.teacher, or model.pretrained, which is its own
-    teacher ("" if the file names neither: not every command needs one). Other sections are not looked at. Raises DataError for an unreadable file, an unknown
-    key, a wrong type, an impossible value, and an override of anything else.
+    teacher; "" if the file names neither: not every command needs one. Other sections are not looked at. Raises
+    DataError for an unreadable file, an unknown key, a wrong type, an impossible value, and an override of anything
+    else.
     """
     tree = _read_yaml(path)
     for override in overrides:
