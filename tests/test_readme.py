@@ -23,6 +23,7 @@ from fbitrain.config import load_config
 from fbitrain.launch import doctor
 from fbitrain.launch.cli import run
 from fbitrain.model.size import count_parameters
+from fbitrain.study import load_study
 from tests.conftest import Workspace
 from tests.data import faulty_http
 
@@ -109,7 +110,10 @@ def check_python(arguments: list[str]) -> None:
     if script.name == "finetune.py":
         load_config(ROOT / arguments[1], arguments[2:])
         return
-    importlib.import_module(f"fbitrain.launch.{script.stem}").parser().parse_args(arguments[1:])
+    parsed = importlib.import_module(f"fbitrain.launch.{script.stem}").parser().parse_args(arguments[1:])
+    if script.name == "compare.py":
+        assert load_study(ROOT / parsed.study).variants
+        return
     assert f"python {script} " in QUICKSTART, f"quickstart.sh does not run {script}"
 
 
