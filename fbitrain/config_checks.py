@@ -101,8 +101,9 @@ def _optim_problems(config: Config) -> Iterator[str]:
         yield f"optim.lr={optim.lr} must be positive"
     if not 0 <= optim.min_lr <= optim.lr:
         yield f"optim.min_lr={optim.min_lr} must lie between 0 and optim.lr={optim.lr}"
-    if not 0 <= optim.warmup_steps <= config.train.total_steps:
-        yield f"optim.warmup_steps={optim.warmup_steps} must lie in 0 to train.total_steps={config.train.total_steps}"
+    total = config.train.total_steps
+    if optim.warmup_steps < 0 or 0 < total < optim.warmup_steps:  # a run of no steps has no use for warm-up
+        yield f"optim.warmup_steps={optim.warmup_steps} must lie in 0 to train.total_steps={total}"
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         yield f"optim.betas={optim.betas} must be two numbers in [0, 1)"
     for name in ("weight_decay", "max_grad_norm"):

@@ -252,6 +252,15 @@ def test_a_wrong_value_says_what_and_how_to_mend_it(minimal: Path, override: str
         assert word in text
 
 
+def test_a_run_of_no_steps_needs_no_word_on_its_warm_up(minimal: Path, tmp_path: Path) -> None:
+    (tmp_path / "origin").mkdir()
+    (tmp_path / "origin" / "config.json").write_text("{}")
+    fine_tuned = (f"model.pretrained={tmp_path / 'origin'}", "model.preset=", "optim.warmup_steps=30")
+    assert load_config(minimal, [*fine_tuned, "train.total_steps=0"]).optim.warmup_steps == 30
+    (problem,) = problems_of(minimal, *fine_tuned, "train.total_steps=29")
+    assert "optim.warmup_steps=30 must lie in 0 to train.total_steps=29" in problem
+
+
 def test_the_world_size_is_part_of_the_check(minimal: Path) -> None:
     assert load_config(minimal, world_size=16).grad_accum_steps(16) == 1
     (problem,) = problems_of(minimal, world_size=3)

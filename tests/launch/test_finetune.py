@@ -143,7 +143,7 @@ def test_a_killed_mixture_of_scales_resumes_as_the_run_that_was_not(finetune: An
 
 
 def test_ptq_is_a_run_of_no_steps(finetune: Any) -> None:
-    run = finetune("ptq", *PARTIAL, "calibration.ptq=true", "train.total_steps=0", "optim.warmup_steps=0", ranks=1)
+    run = finetune("ptq", *PARTIAL, "calibration.ptq=true", "train.total_steps=0", ranks=1)
     assert [line["step"] for line in run.metrics if "heldout/perplexity" in line] == [0]
     assert (run.run_dir / "checkpoints" / "step_00000000" / "COMPLETE.json").is_file()
     assert (run.run_dir / "FINISHED.json").is_file()
