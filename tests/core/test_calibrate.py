@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -295,3 +296,15 @@ def test_no_more_text_is_read_than_needed() -> None:
         raise AssertionError("one token too many")
 
     assert cut_sequences(tokens(), 2, 3, "here").tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("criterion", ["hessian", "fisher"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_progress_is_shown_by_rank_0_alone(
+    criterion: str, rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    select_masks(build("llama"), setting(criterion=criterion), sequences(1))
+    assert bool(capsys.readouterr().err) == (rank == 0)
