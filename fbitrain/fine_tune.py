@@ -26,9 +26,10 @@ from fbitrain.config_checks import semantic_problems
 from fbitrain.data.loader import TokenLoader
 from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.errors import UserError
-from fbitrain.language_model import checked_head, load_language_model, read_hf_config
-from fbitrain.model.build import BinarizeReport, binarize_, llama_config
+from fbitrain.language_model import checked_head, load_language_model, read_hf_config, trial_tokens
+from fbitrain.model.build import BinarizeReport, binarize_, chosen_sources, llama_config
 from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig
+from fbitrain.model.direct_reads import check_direct_reads
 from fbitrain.model.partial import PartialBinaryLinear, unpack_mask
 from fbitrain.pretrained_shape import SIZES, run_config, shape_of
 
@@ -126,6 +127,8 @@ def calibration_ids(config: Config, tokenizer_path: str) -> Tensor:
 
 def _binarized(lm: PreTrainedModel, config: Config, tokenizer_path: str) -> tuple[PreTrainedModel, BinarizeReport]:
     binarize, calibration = config.binarize, config.calibration
+    if binarize.enabled:
+        _check_direct_reads(lm, binarize)
     masks, solved = None, {}
     if needs_calibration(config):
         looks = calibration.ptq or binarize.salient.criterion != "magnitude"
@@ -142,6 +145,16 @@ def _binarized(lm: PreTrainedModel, config: Config, tokenizer_path: str) -> tupl
             assert isinstance(layer, PartialBinaryLinear)
             layer.load_salient(part.codes, part.scale)
     return lm.train(), report
+
+
+@torch.no_grad()
+def _check_direct_reads(lm: PreTrainedModel, binarize: BinarizeConfig) -> None:
+    """Some architectures take another path in training than in evaluation; both are tried, the last is evaluation."""
+    token_ids = trial_tokens(lm.device)
+    sources = chosen_sources(lm, binarize)
+    for training in (True, False):
+        lm.train(training)
+        check_direct_reads(sources, lambda: lm(input_ids=token_ids, use_cache=False))
 
 
 def _from_checkpoint(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from fbitrain.checkpoint import _write_tensors
 from fbitrain.checkpoint_files import FIXED, LM_CONFIG
@@ -109,6 +109,21 @@ def test_any_architecture_of_linears_becomes_binary(make: Any, tmp_path: Path) -
     assert not any(module.p for module in lm.modules() if isinstance(module, torch.nn.Dropout))
     if lm.config.tie_word_embeddings:
         assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+
+
+def mamba() -> PreTrainedModel:
+    return MambaForCausalLM(MambaConfig(vocab_size=V, hidden_size=24, state_size=4, num_hidden_layers=2))
+
+
+def test_a_weight_that_its_surroundings_read_must_be_skipped(tmp_path: Path) -> None:
+    """Mamba multiplies with dt_proj.weight itself."""
+    folder = saved(mamba, tmp_path / "mamba")
+    said = r"the weight of backbone.layers.0.mixer.dt_proj is read by the module around it.*add 'dt_proj' to binarize"
+    with pytest.raises(UserError, match=said):
+        start(config_for(folder))
+    lm, report = fine_tuned_student(config_for(folder, BinarizeConfig(skip=["lm_head", "dt_proj"])), None, "", CPU)
+    assert {name.rpartition(".")[2] for name in report.binarized} == {"in_proj", "x_proj", "out_proj"}
+    assert lm.training
 
 
 def test_routers_are_drawn_by_the_seed_and_nothing_else(llama_folder: Path) -> None:
