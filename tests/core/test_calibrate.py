@@ -280,14 +280,16 @@ def test_calibration_text_is_the_first_tokens_of_the_documents(tmp_path: Path, w
     tokenizer = load_tokenizer(workspace.teacher)
     (tmp_path / "a.txt").write_text("the model learns one bit per weight")
     (tmp_path / "b.txt").write_text("from a teacher that knows more " * 9)
-    expected = [
-        id
-        for text in ("the model learns one bit per weight", "from a teacher that knows more " * 9)
-        for id in (0, *tokenizer.encode(text), 1)
-    ]
-    assert read_calibration([str(tmp_path)], tokenizer, 3, 5).flatten().tolist() == expected[:15]
-    with pytest.raises(UserError, match=rf"100 sequences of 5 tokens, but .* holds {len(expected)} tokens in all"):
-        read_calibration([str(tmp_path)], tokenizer, 100, 5)
+    for before, after in (([0], [1]), ([], [1])):
+        expected = [
+            id
+            for text in ("the model learns one bit per weight", "from a teacher that knows more " * 9)
+            for id in (*before, *tokenizer.encode(text), *after)
+        ]
+        ids = read_calibration([str(tmp_path)], tokenizer, 3, 5, borders=(before, after))
+        assert ids.flatten().tolist() == expected[:15]
+        with pytest.raises(UserError, match=rf"100 sequences of 5 tokens, but .* holds {len(expected)} tokens in all"):
+            read_calibration([str(tmp_path)], tokenizer, 100, 5, borders=(before, after))
 
 
 def test_no_more_text_is_read_than_needed() -> None:
