@@ -27,6 +27,7 @@ from fbitrain.fine_tune import fine_tuned_student
 from fbitrain.language_model import vocab_size_of
 from fbitrain.metrics import BatchLog, DocumentLog, Interval, SignTracker, Writer, flops_per_token
 from fbitrain.model.build import BinarizeReport, build_student
+from fbitrain.model.config import has_signs_of_weights
 from fbitrain.ranks import agreed, from_rank_0, say
 from fbitrain.release_tokenizer import tokenizer_source
 from fbitrain.student import Student
@@ -93,6 +94,7 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
     agreed(lambda: record_start(config, world_size, state) if rank == 0 else None)
     at = engine.device
     weights = engine.matrix_weights()
+    watched = report.binarized if has_signs_of_weights(config.binarize) else ()
     parts = Parts(
         config=config,
         engine=engine,
@@ -102,7 +104,7 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
         loader=loader,
         writer=Writer(config.run_dir, state.step),
         interval=Interval(at),
-        signs=SignTracker(engine, [f"{name}.weight" for name in report.binarized], config.metrics.near_zero, at),
+        signs=SignTracker(engine, watched, config.metrics.near_zero, at),
         flops_per_token=flops_per_token(config, weights, teacher.n_parameters if teacher else 0),
         bits_per_weight=report.bits_per_weight,
         blank_batch=torch.zeros(config.train.micro_batch_size, config.data.seq_len + 1, dtype=torch.int64),

@@ -132,6 +132,11 @@ def uses_groups(binarize: BinarizeConfig) -> bool:
     return scales or (binarize.method in SALIENT_METHODS and binarize.salient.scope == "group")
 
 
+def has_signs_of_weights(binarize: BinarizeConfig) -> bool:
+    """Whether the bits of an ordinary weight are sign(W): not sign(W - mean), three values or more than one bit."""
+    return binarize.method not in ("recu", "bitnet", "ternary") and binarize.bits == 1
+
+
 def settings_read(binarize: BinarizeConfig) -> dict[str, Any]:
     """Dotted key -> value of the section's settings that its method reads, whatever the others are; skip is sorted."""
     method = binarize.method
