@@ -137,12 +137,14 @@ def test_a_weight_that_its_surroundings_read_must_be_skipped(tmp_path: Path) -> 
 
 def test_routers_are_drawn_by_the_seed_and_nothing_else(llama_folder: Path) -> None:
     config = config_for(llama_folder, BinarizeConfig(method="mixture_of_scales", n_experts=2))
-    first, state = start(config), torch.get_rng_state()
+    first = start(config)
     torch.manual_seed(99)
+    state = torch.get_rng_state()
     again = start(config)
+    assert torch.equal(torch.get_rng_state(), state)
     routers = [[m.router for m in lm.modules() if isinstance(m, MixtureOfScalesLinear)] for lm in (first, again)]
+    assert len(routers[0]) == 3 * 7
     assert all(torch.equal(a, b) for a, b in zip(*routers, strict=True))
-    torch.set_rng_state(state)
 
 
 def test_a_binary_run_of_ours_goes_on_as_it_was(llama_folder: Path, tmp_path: Path) -> None:
@@ -171,9 +173,7 @@ def test_only_settings_that_the_method_reads_must_be_those_of_the_run(llama_fold
             start(config_for(run, replace(how, ste="clip")))
         by_hessian = replace(how, salient=replace(how.salient, criterion="hessian"))
         if how is PARTIAL:
-            with pytest.raises(
-                UserError, match=r"salient\.criterion is 'magnitude' there and 'hessian' here"
-            ):
+            with pytest.raises(UserError, match=r"salient\.criterion is 'magnitude' there and 'hessian' here"):
                 start(config_for(run, by_hessian))
         else:
             start(config_for(run, by_hessian))

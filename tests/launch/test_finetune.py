@@ -110,10 +110,11 @@ def test_under_zero_3_the_rest_of_a_run_is_the_same_run(finetune: Any, launch: A
     assert again.losses == partial.losses
 
 
-def test_what_calibration_found_is_never_found_anew(launch: Any, finetune: Any, partial: Any) -> None:
-    """Without the text that it was found with, and on one rank under another stage, the run goes on from step 0."""
+def test_what_calibration_found_is_never_found_anew(launch: Any, config: Path, partial: Any) -> None:
+    """Where calibrating is deadly, and on one rank under another stage, the run goes on from step 0."""
+    fault: Any = {"script": FAULTS, "env": {"FAULT": "without_calibration", "COMMAND": "finetune"}, "ranks": 1}
     copy_until(partial.run_dir, launch._scratch / "runs" / "partial-moved", 0)
-    again = finetune("partial-moved", *PARTIAL, *SHORT, "engine.zero_stage=1", ranks=1)
+    again = launch("partial-moved", *PARTIAL, *SHORT, "engine.zero_stage=1", config=config, **fault)
     assert again.losses == pytest.approx(partial.losses, rel=3e-4)
     start = fixed_tensors(partial.run_dir / "checkpoints" / "step_00000000")
     end = fixed_tensors(again.run_dir / "checkpoints" / "step_00000004")
