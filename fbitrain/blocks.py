@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fbitrain.errors import UserError
+from fbitrain.ranks import progress_bar
 
 SUPPORTED = "every causal language model of transformers whose decoder blocks are built of nn.Linear or Conv1D"
 
@@ -85,9 +85,7 @@ class BlockWalk:
         self._name, self._blocks = decoder_blocks(lm)
         self._extras = _extra_arguments(lm, self._name, self._blocks, token_ids[:1])
         self._hidden = [_first_input(lm, self._blocks[0], ids) for ids in torch.split(token_ids, 1)]
-        self._bar = tqdm(
-            total=len(self._blocks) * len(self._hidden) * passes, desc=description, unit="block", disable=None
-        )
+        self._bar = progress_bar(len(self._blocks) * len(self._hidden) * passes, description, "block")
 
     @torch.no_grad()
     def run(self, index: int, *, advance: bool) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fbitrain import checkpoint, environment
+from fbitrain.calibration_data import calibration_ids, needs_text
 from fbitrain.checkpoint import TrainerState
 from fbitrain.checkpoint_files import damage
 from fbitrain.config import Config, to_yaml
@@ -26,6 +27,7 @@ from fbitrain.fine_tune import fine_tuned_student
 from fbitrain.language_model import vocab_size_of
 from fbitrain.metrics import BatchLog, DocumentLog, Interval, SignTracker, Writer, flops_per_token
 from fbitrain.model.build import BinarizeReport, build_student
+from fbitrain.model.config import has_signs_of_weights
 from fbitrain.ranks import agreed, from_rank_0, say
 from fbitrain.release_tokenizer import tokenizer_source
 from fbitrain.student import Student
@@ -76,8 +78,10 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
     source = choose_checkpoint(config)
     # Opened before anything heavy is loaded: a missing or changed shard is found here.
     loader = agreed(lambda: open_stream(config, tokenizer_path, rank, world_size, source))
+    look = source is None and needs_text(config)
+    token_ids = agreed(lambda: calibration_ids(config, tokenizer_path) if look else None)
     teacher = agreed(lambda: build_teacher(config))
-    lm, report = agreed(lambda: build_model(config, source, tokenizer_path))
+    lm, report = agreed(lambda: build_model(config, source, token_ids))
     say(str(report))
     engine = Engine(config, Student(lm, config.distill))
     state = TrainerState()
@@ -90,6 +94,7 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
     agreed(lambda: record_start(config, world_size, state) if rank == 0 else None)
     at = engine.device
     weights = engine.matrix_weights()
+    watched = report.binarized if has_signs_of_weights(config.binarize) else ()
     parts = Parts(
         config=config,
         engine=engine,
@@ -99,7 +104,7 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
         loader=loader,
         writer=Writer(config.run_dir, state.step),
         interval=Interval(at),
-        signs=SignTracker(engine, [f"{name}.weight" for name in report.binarized], config.metrics.near_zero, at),
+        signs=SignTracker(engine, watched, config.metrics.near_zero, at),
         flops_per_token=flops_per_token(config, weights, teacher.n_parameters if teacher else 0),
         bits_per_weight=report.bits_per_weight,
         blank_batch=torch.zeros(config.train.micro_batch_size, config.data.seq_len + 1, dtype=torch.int64),
@@ -247,11 +252,13 @@ def build_teacher(config: Config) -> Teacher | None:
     return teacher
 
 
-def build_model(config: Config, source: Path | None, tokenizer_path: str) -> tuple[PreTrainedModel, BinarizeReport]:
-    """The student before ZeRO takes it apart; every rank makes the same one."""
+def build_model(
+    config: Config, source: Path | None, token_ids: Tensor | None
+) -> tuple[PreTrainedModel, BinarizeReport]:
+    """The student before ZeRO takes it apart; every rank makes the same one. token_ids: the text to calibrate on."""
     if config.debug.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
         torch.use_deterministic_algorithms(True)
     if config.model.pretrained:
-        return fine_tuned_student(config, source, tokenizer_path, device())
+        return fine_tuned_student(config, source, token_ids, device())
     return build_student(config.model, config.binarize, config.train.seed)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from fbitrain.blocks import BlockWalk, by_block, oriented, weight_NK
@@ -26,6 +25,7 @@ from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.gptq_pb import PartialWeights, gptq_partial
 from fbitrain.model.hessian import HessianSum, SingularHessianError
 from fbitrain.model.salience import hessian_scores, magnitude_scores, select_mask
+from fbitrain.ranks import progress_bar
 
 FISHER_BYTES = 4 * 2**30  # squared gradients that exist at one time; more blocks than fit take another pass
 
@@ -95,7 +95,7 @@ def fisher_diagonals(
             portions[-1].update(block)
         else:
             portions.append(dict(block))
-    with tqdm(total=len(portions) * len(token_ids), desc="Fisher", unit="sequence", disable=None) as bar:
+    with progress_bar(len(portions) * len(token_ids), "Fisher", "sequence") as bar:
         for portion in portions:
             yield from _squared_gradients(lm, portion, token_ids, bar).items()
 

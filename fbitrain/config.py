@@ -61,14 +61,14 @@ class CalibrationConfig:
     cherry, for salient.criterion hessian and fisher, and to solve layer by layer (ptq).
     """
 
-    path: str = ""  # a text file or shard; empty: the first sequences of the training stream
-    sources: list[SourceConfig] = field(default_factory=list)  # that stream's, where they are to be others than data's
+    path: str = ""  # a text file or shard; empty: sequences drawn from the training sources
+    sources: list[SourceConfig] = field(default_factory=list)  # drawn from instead of data's
     n_sequences: int = 128
     seq_len: int = 0  # tokens; 0: data.seq_len
     damping: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
     ptq: bool = False  # GPTQ-PB: binarize column by column before training; with train.total_steps=0 that is all
     block_size: int = 128  # columns that ptq solves before it updates the rest
-    feedback: bool = True  # false: ptq lets no column make up for the error of those before it
+    feedback: bool = True  # false: ptq lets no column make up for the error of those before it, and needs no text
 
 
 @dataclass(frozen=True)

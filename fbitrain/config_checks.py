@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fbitrain.data.config import data_problems
 from fbitrain.model.config import SALIENT_METHODS, binarize_problems, model_problems
+from fbitrain.pretrained_shape import is_binary_run
 
 if TYPE_CHECKING:
     from fbitrain.config import Config
@@ -88,11 +89,24 @@ def _calibration_problems(config: Config) -> Iterator[str]:
         yield f"calibration.seq_len={calibration.seq_len} is longer than model.max_seq_len={config.model.max_seq_len}"
     if calibration.ptq and not (config.binarize.enabled and config.binarize.method == "partial"):
         yield "calibration.ptq is GPTQ-PB, which solves for binarize.method=partial only; set calibration.ptq=false"
-    if config.binarize.enabled and config.binarize.method in SALIENT_METHODS and not config.model.pretrained:
+    salient = config.binarize.enabled and config.binarize.method in SALIENT_METHODS
+    if salient and is_binary_run(config.model.pretrained):
+        yield from _idle_calibration(config)
+    if salient and not config.model.pretrained:
         yield (
             f"binarize.method={config.binarize.method} keeps the salient weights of a trained model; "
             "name one in model.pretrained and start it with launch/finetune.py"
         )
+
+
+def _idle_calibration(config: Config) -> Iterator[str]:
+    """What would be passed over in silence where the salient weights were chosen by an earlier run."""
+    for name in ("ptq", "path", "sources"):
+        if getattr(config.calibration, name):
+            yield (
+                f"calibration.{name} has nothing to do: model.pretrained={config.model.pretrained} is binary already "
+                "and keeps the salient weights that it has; leave it out, or start from a model in full precision"
+            )
 
 
 def _optim_problems(config: Config) -> Iterator[str]:
@@ -101,8 +115,9 @@ def _optim_problems(config: Config) -> Iterator[str]:
         yield f"optim.lr={optim.lr} must be positive"
     if not 0 <= optim.min_lr <= optim.lr:
         yield f"optim.min_lr={optim.min_lr} must lie between 0 and optim.lr={optim.lr}"
-    if not 0 <= optim.warmup_steps <= config.train.total_steps:
-        yield f"optim.warmup_steps={optim.warmup_steps} must lie in 0 to train.total_steps={config.train.total_steps}"
+    total = config.train.total_steps
+    if optim.warmup_steps < 0 or 0 < total < optim.warmup_steps:  # a run of no steps has no use for warm-up
+        yield f"optim.warmup_steps={optim.warmup_steps} must lie in 0 to train.total_steps={total}"
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         yield f"optim.betas={optim.betas} must be two numbers in [0, 1)"
     for name in ("weight_decay", "max_grad_norm"):

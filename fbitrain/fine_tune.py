@@ -18,17 +18,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from fbitrain.blocks import weight_NK
 from fbitrain.calibrate import quantize_, select_masks
-from fbitrain.calibration_data import read_calibration
 from fbitrain.checkpoint import find_latest
 from fbitrain.checkpoint_files import LM_CONFIG, fixed_tensors, load_weights
 from fbitrain.config import Config, ConfigError, load_config
 from fbitrain.config_checks import semantic_problems
-from fbitrain.data.loader import TokenLoader
-from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.errors import UserError
-from fbitrain.language_model import checked_head, load_language_model, read_hf_config
-from fbitrain.model.build import BinarizeReport, binarize_, llama_config
-from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig
+from fbitrain.language_model import checked_head, load_language_model, read_hf_config, trial_tokens
+from fbitrain.model.build import BinarizeReport, binarize_, chosen_sources, llama_config
+from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig, settings_read
+from fbitrain.model.direct_reads import check_direct_reads
 from fbitrain.model.partial import PartialBinaryLinear, unpack_mask
 from fbitrain.pretrained_shape import SIZES, run_config, shape_of
 
@@ -57,10 +55,12 @@ def needs_calibration(config: Config) -> bool:
 
 
 def fine_tuned_student(
-    config: Config, resume_from: Path | None, tokenizer_path: str, device: torch.device
+    config: Config, resume_from: Path | None, token_ids: Tensor | None, device: torch.device
 ) -> tuple[PreTrainedModel, BinarizeReport]:
     """The fp32 model to train, binary layers in place: from `resume_from` (its trained weights are filled in later),
     or from model.pretrained.
+
+    token_ids: `calibration_data.calibration_ids`, where a start from model.pretrained `needs_text`.
 
     Raises UserError if the model cannot be had, has other logits than hidden · headᵀ, or is binary in another way.
     """
@@ -77,7 +77,7 @@ def fine_tuned_student(
         lm = _bare_model(origin)
         lm.load_state_dict(load_weights(origin), strict=False)  # a tied head is there once
     checked_head(lm, config.model.pretrained, ROLE)
-    return _binarized(lm.to(device).eval(), config, tokenizer_path)
+    return _binarized(lm.to(device).eval(), config, token_ids)
 
 
 def lm_config_of(checkpoint: Path, config: Config) -> PretrainedConfig:
@@ -99,37 +99,12 @@ def own_checkpoint(pretrained: str) -> Path | None:
     return latest
 
 
-def calibration_ids(config: Config, tokenizer_path: str) -> Tensor:
-    """int64 [n_sequences, seq_len] of calibration.path, or the first sequences of the training stream.
-
-    Raises UserError with what there is if that is less, DataError if the stream fails.
-    """
-    calibration = config.calibration
-    n, seq_len = calibration.n_sequences, calibration.seq_len or config.data.seq_len
-    if calibration.path:
-        return read_calibration([calibration.path], load_tokenizer(tokenizer_path), n, seq_len)
-    # One lane reads every source once before it begins anew: on more lanes a short one would repeat itself early.
-    data = replace(config.data, seq_len=seq_len, n_lanes=1, n_workers=0, phases=[])
-    if calibration.sources:
-        data = replace(data, sources=calibration.sources, pretokenized="", duplicates="")
-    sequences = []
-    with TokenLoader(data, tokenizer_path, 0, 1, 1) as loader:
-        for _ in range(n):
-            sequences.append(next(loader)[:, :-1])
-            if repeated := [name for name, epochs in loader.stats()["epochs"].items() if epochs]:
-                raise UserError(
-                    f"calibration asks for {n} sequences of {seq_len} tokens, but source {repeated[0]!r} ends in "
-                    f"sequence {len(sequences)}; lower calibration.n_sequences or give more text"
-                )
-    return torch.cat(sequences)
-
-
-def _binarized(lm: PreTrainedModel, config: Config, tokenizer_path: str) -> tuple[PreTrainedModel, BinarizeReport]:
+def _binarized(lm: PreTrainedModel, config: Config, token_ids: Tensor | None) -> tuple[PreTrainedModel, BinarizeReport]:
     binarize, calibration = config.binarize, config.calibration
+    if binarize.enabled:
+        _check_direct_reads(lm, binarize)
     masks, solved = None, {}
     if needs_calibration(config):
-        looks = calibration.ptq or binarize.salient.criterion != "magnitude"
-        token_ids = calibration_ids(config, tokenizer_path) if looks else None
         if calibration.ptq:
             solved = quantize_(lm, binarize, calibration, token_ids)
             masks = {name: part.mask for name, part in solved.items()}
@@ -142,6 +117,16 @@ def _binarized(lm: PreTrainedModel, config: Config, tokenizer_path: str) -> tupl
             assert isinstance(layer, PartialBinaryLinear)
             layer.load_salient(part.codes, part.scale)
     return lm.train(), report
+
+
+@torch.no_grad()
+def _check_direct_reads(lm: PreTrainedModel, binarize: BinarizeConfig) -> None:
+    """Some architectures take another path in training than in evaluation; both are tried, the last is evaluation."""
+    token_ids = trial_tokens(lm.device)
+    sources = chosen_sources(lm, binarize)
+    for training in (True, False):
+        lm.train(training)
+        check_direct_reads(sources, lambda: lm(input_ids=token_ids, use_cache=False))
 
 
 def _from_checkpoint(
@@ -178,8 +163,11 @@ def _bare_model(folder: Path) -> PreTrainedModel:
 
 
 def _require_same_method(origin: Path, saved: BinarizeConfig, wanted: BinarizeConfig) -> None:
-    if saved != wanted:
-        raise UserError(
-            f"{origin} is binary already (binarize.method={saved.method}) and is continued as it is; give the same "
-            "binarize section as its config.yaml, or start from its dense release"
-        )
+    there, here = settings_read(saved), settings_read(wanted)
+    for key, value in there.items():
+        if value != here.get(key):
+            raise UserError(
+                f"{origin} is binary already (binarize.method={saved.method}) and is continued as it is, but "
+                f"binarize.{key} is {value!r} there and {here.get(key)!r} here; give what its config.yaml has, or "
+                "start from its dense release"
+            )

@@ -100,18 +100,28 @@ def read_hf_config(path: str | Path, role: str = TEACHER) -> dict[str, Any]:
 
 @torch.no_grad()
 def checked_head(model: PreTrainedModel, path: str | Path, role: str = TEACHER) -> Tensor:
-    """The head's weight [V, D], after trying on two tokens that logits are nothing but hidden state · headᵀ."""
+    """The head's weight [V, D], after trying on two tokens that logits are nothing but hidden state · headᵀ.
+
+    Raises UserError for a model without a head, with a bias in it, or with other logits.
+    """
     kind, head = type(model).__name__, model.get_output_embeddings()
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         raise UserError(f"{role} {path} is a {kind}, which has no output head; it must be {SUPPORTED}")
+    if getattr(head, "bias", None) is not None:  # whatever its values: it would be neither trained nor released
+        raise UserError(f"{role} {path} is a {kind}, whose output head has a bias; it must be {SUPPORTED}")
     head_VD: Tensor = head.weight.detach()
-    token_ids = torch.tensor([[0, 1]], device=head_VD.device)
+    token_ids = trial_tokens(head_VD.device)
     logits = model(input_ids=token_ids, use_cache=False).logits.float()
     product = (model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state @ head_VD.t()).float()
     # A bias, a scale or soft-capping changes logits by far more than bf16 rounding does.
     if product.shape != logits.shape or (product - logits).abs().max() > 1e-2 * logits.abs().max():
         raise UserError(f"{role} {path} is a {kind}, which scales, caps or shifts its logits; it must be {SUPPORTED}")
     return head_VD
+
+
+def trial_tokens(device: torch.device) -> Tensor:
+    """int64 [1, 2]: what a model is tried on."""
+    return torch.tensor([[0, 1]], device=device)
 
 
 def locate(path: str | Path, role: str = TEACHER) -> Path | None:

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fbitrain.calibration_data import needs_text
 from fbitrain.config import Config
 from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig
 from fbitrain.model.hf import ReleasedModel
+from fbitrain.pretrained_shape import is_binary_run
 
 # Papers of the methods, by binarize.method.
 PAPERS = {
@@ -165,13 +167,18 @@ def _recipe(config: Config, training: Training) -> str:
 
 
 def _calibration(config: Config) -> str:
+    """What this run did to find salient weights and solve its layers; "" where the weights alone said it."""
     looked_at, how = config.calibration, config.binarize
     if not how.enabled or how.method not in SALIENT_METHODS:
         return ""
-    if not looked_at.ptq and how.salient.criterion == "magnitude":
-        return ""
-    solved = "GPTQ-PB on " if looked_at.ptq else ""
-    return f"{solved}{looked_at.n_sequences} sequences of {looked_at.seq_len or config.data.seq_len} tokens"
+    if is_binary_run(config.model.pretrained):
+        return f"none by this run; it has the salient weights that {config.model.pretrained} was given"
+    parts = []
+    if looked_at.ptq:
+        parts.append("GPTQ-PB" if looked_at.feedback else "GPTQ-PB without feedback")
+    if needs_text(config):
+        parts.append(f"{looked_at.n_sequences} sequences of {looked_at.seq_len or config.data.seq_len} tokens")
+    return " on ".join(parts)
 
 
 def _pattern(config: Config) -> str:

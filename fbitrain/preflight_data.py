@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fbitrain.calibration_data import calibration_ids, needs_text
 from fbitrain.config import Config
 from fbitrain.data.config import SourceConfig
 from fbitrain.data.duplicates import DuplicateList
@@ -19,6 +20,7 @@ from fbitrain.data.sources.shards import Shard, find_files
 from fbitrain.data.streaming.plan import find_sources, record_format
 from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.data.tools.corpus import read_documents
+from fbitrain.errors import UserError
 
 GB = 1e9
 LOOKED_AT = 20  # records of a source's first shard: one of them should hold a document
@@ -40,10 +42,10 @@ def look_at_data(
         except DataError as error:
             if str(error) not in problems:  # a folder of tokens that is missing is missing for every source
                 problems.append(str(error))
-    for check in (_heldout, _duplicates, _tokens):
+    for check in (_heldout, _duplicates, _tokens, _calibration):
         try:
             check(config, found, tokenizer_path)
-        except DataError as error:
+        except (DataError, UserError) as error:
             problems.append(str(error))
     remote = [shard for shards in found.values() for shard in shards if "://" in shard.path]
     if remote and not config.data.pretokenized:
@@ -84,6 +86,14 @@ def _duplicates(config: Config, found: Mapping[str, Sequence[Shard]], tokenizer_
 def _tokens(config: Config, found: Mapping[str, Sequence[Shard]], tokenizer_path: str) -> None:
     if config.data.pretokenized and found and tokenizer_path:
         TokenIndex(config.data.pretokenized).require_tokenizer(load_tokenizer(tokenizer_path).fingerprint)
+
+
+def _calibration(config: Config, found: Mapping[str, Sequence[Shard]], tokenizer_path: str) -> None:
+    """Reads calibration.path, a second's work; the stream, which may lie far away, is only listed."""
+    if needs_text(config) and config.calibration.path and tokenizer_path:
+        calibration_ids(config, tokenizer_path)
+    elif needs_text(config) and config.calibration.sources:
+        find_sources(replace(config.data, sources=config.calibration.sources, heldout=[], pretokenized=""))
 
 
 def _open_at_once(config: Config, found: Mapping[str, Sequence[Shard]], world_size: int, ranks_here: int) -> list[int]:

@@ -81,6 +81,12 @@ def run_config(path: Path) -> Path | None:
     return None
 
 
+def is_binary_run(where: str) -> bool:
+    """Whether `where` is a run or checkpoint of ours that is binary already, and so is continued as it is."""
+    found = run_config(Path(where).expanduser()) if where else None
+    return found is not None and bool(_read(found).get("binarize", {}).get("enabled", True))
+
+
 def origins(where: str) -> tuple[str, str]:
     """The teacher and the tokenizer that go with the model at `where`, as `distill.teacher` and `data.tokenizer`.
 

@@ -6,9 +6,10 @@ import os
 import signal
 from collections.abc import Callable
 from types import FrameType
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
+from tqdm import tqdm
 
 from fbitrain.data.errors import DataError
 from fbitrain.errors import UserError
@@ -70,6 +71,12 @@ def on_all_ranks(error: UserError) -> UserError:
     """Marks an error that every rank raises, so that only rank 0 prints it."""
     error.on_all_ranks = True
     return error
+
+
+def progress_bar(total: int, description: str, unit: str) -> tqdm[Any]:
+    """A bar on a terminal, drawn by rank 0 alone where every rank does the same work; also without a process group."""
+    quiet = dist.is_initialized() and dist.get_rank() != 0
+    return tqdm(total=total, desc=description, unit=unit, disable=True if quiet else None)
 
 
 def say(text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SCALES = ("column", "row", "tensor", "group")
@@ -130,6 +130,29 @@ def uses_groups(binarize: BinarizeConfig) -> bool:
     """Whether group_size is read: for scales per group, or a share of salient weights per group."""
     scales = binarize.method in ("binary", *SALIENT_METHODS) and binarize.scale == "group"
     return scales or (binarize.method in SALIENT_METHODS and binarize.salient.scope == "group")
+
+
+def has_signs_of_weights(binarize: BinarizeConfig) -> bool:
+    """Whether the bits of an ordinary weight are sign(W): not sign(W - mean), three values or more than one bit."""
+    return binarize.method not in ("recu", "bitnet", "ternary") and binarize.bits == 1
+
+
+def settings_read(binarize: BinarizeConfig) -> dict[str, Any]:
+    """Dotted key -> value of the section's settings that its method reads, whatever the others are; skip is sorted."""
+    method = binarize.method
+    settings: dict[str, Any] = {"enabled": binarize.enabled, "method": method, "skip": sorted(binarize.skip)}
+    names: list[str] = []
+    if method in ("binary", *SALIENT_METHODS):
+        names += ["scale", "beta"]
+    if method in ("binary", *SALIENT_METHODS, "mixture_of_scales", "onebit"):
+        names.append("ste")
+    names += [name for name, reader in (("n_experts", "mixture_of_scales"), ("bits", "cherry")) if method == reader]
+    if uses_groups(binarize):
+        names.append("group_size")
+    settings |= {name: getattr(binarize, name) for name in names}
+    if method in SALIENT_METHODS:
+        settings |= {f"salient.{name}": value for name, value in asdict(binarize.salient).items()}
+    return settings
 
 
 def _scale_problems(binarize: BinarizeConfig) -> Iterator[str]:

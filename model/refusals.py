@@ -26,6 +26,12 @@ def check_skip(skip: Sequence[str], names: Sequence[str]) -> None:
             raise UserError(f"binarize.skip has {entry!r}, but no Linear is called that; near names: {', '.join(near)}")
 
 
+def skip_for_all(name: str) -> str:
+    """The entry of binarize.skip for a module and its like in every block; an item of a list goes by its whole name."""
+    last = name.rpartition(".")[2]
+    return name if last.isdecimal() else last
+
+
 def fused_modules(model: nn.Module) -> dict[str, str]:
     """Name -> parameter of each module that keeps several Linears in one tensor of three dimensions (MoE experts)."""
     found = {}
@@ -41,7 +47,7 @@ def check_fused(fused: Mapping[str, str]) -> None:
     for name, parameter in fused.items():
         raise UserError(
             f"{name}.{parameter} holds the weights of several Linears in one tensor, which cannot be binarized; "
-            f"add {name} to binarize.skip to keep it in full precision"
+            f"add {skip_for_all(name)!r} to binarize.skip to keep all of that name in full precision"
         )
 
 

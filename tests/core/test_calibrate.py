@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -279,14 +280,16 @@ def test_calibration_text_is_the_first_tokens_of_the_documents(tmp_path: Path, w
     tokenizer = load_tokenizer(workspace.teacher)
     (tmp_path / "a.txt").write_text("the model learns one bit per weight")
     (tmp_path / "b.txt").write_text("from a teacher that knows more " * 9)
-    expected = [
-        id
-        for text in ("the model learns one bit per weight", "from a teacher that knows more " * 9)
-        for id in (0, *tokenizer.encode(text), 1)
-    ]
-    assert read_calibration([str(tmp_path)], tokenizer, 3, 5).flatten().tolist() == expected[:15]
-    with pytest.raises(UserError, match=rf"100 sequences of 5 tokens, but .* holds {len(expected)} tokens in all"):
-        read_calibration([str(tmp_path)], tokenizer, 100, 5)
+    for before, after in (([0], [1]), ([], [1])):
+        expected = [
+            id
+            for text in ("the model learns one bit per weight", "from a teacher that knows more " * 9)
+            for id in (*before, *tokenizer.encode(text), *after)
+        ]
+        ids = read_calibration([str(tmp_path)], tokenizer, 3, 5, borders=(before, after))
+        assert ids.flatten().tolist() == expected[:15]
+        with pytest.raises(UserError, match=rf"100 sequences of 5 tokens, but .* holds {len(expected)} tokens in all"):
+            read_calibration([str(tmp_path)], tokenizer, 100, 5, borders=(before, after))
 
 
 def test_no_more_text_is_read_than_needed() -> None:
@@ -295,3 +298,15 @@ def test_no_more_text_is_read_than_needed() -> None:
         raise AssertionError("one token too many")
 
     assert cut_sequences(tokens(), 2, 3, "here").tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("criterion", ["hessian", "fisher"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_progress_is_shown_by_rank_0_alone(
+    criterion: str, rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    select_masks(build("llama"), setting(criterion=criterion), sequences(1))
+    assert bool(capsys.readouterr().err) == (rank == 0)

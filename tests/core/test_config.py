@@ -252,6 +252,33 @@ def test_a_wrong_value_says_what_and_how_to_mend_it(minimal: Path, override: str
         assert word in text
 
 
+def test_a_run_of_no_steps_needs_no_word_on_its_warm_up(minimal: Path, tmp_path: Path) -> None:
+    (tmp_path / "origin").mkdir()
+    (tmp_path / "origin" / "config.json").write_text("{}")
+    fine_tuned = (f"model.pretrained={tmp_path / 'origin'}", "model.preset=", "optim.warmup_steps=30")
+    assert load_config(minimal, [*fine_tuned, "train.total_steps=0"]).optim.warmup_steps == 30
+    (problem,) = problems_of(minimal, *fine_tuned, "train.total_steps=29")
+    assert "optim.warmup_steps=30 must lie in 0 to train.total_steps=29" in problem
+
+
+def test_a_binary_run_is_not_calibrated_again(minimal: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    partial = ("binarize.method=partial", "binarize.scale=row", "binarize.beta=false", "calibration.n_sequences=9")
+    fine_tuned = (f"model.pretrained={run}", "model.preset=", *partial)
+    for enabled, n_problems in (("true", 1), ("false", 0)):
+        (run / "config.yaml").write_text(f"binarize: {{enabled: {enabled}}}")
+        load_config(minimal, fine_tuned)
+        for setting in ("ptq=true", "path=text.txt"):
+            problems = []
+            try:
+                load_config(minimal, [*fine_tuned, f"calibration.{setting}"])
+            except ConfigError as error:
+                problems = error.problems
+            assert len(problems) == n_problems
+            assert all(f"calibration.{setting.partition('=')[0]} has nothing to do" in said for said in problems)
+
+
 def test_the_world_size_is_part_of_the_check(minimal: Path) -> None:
     assert load_config(minimal, world_size=16).grad_accum_steps(16) == 1
     (problem,) = problems_of(minimal, world_size=3)

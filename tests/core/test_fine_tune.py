@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
+from fbitrain import build
+from fbitrain.calibration_data import calibration_ids, needs_text
 from fbitrain.checkpoint import _write_tensors
 from fbitrain.checkpoint_files import FIXED, LM_CONFIG
 from fbitrain.config import (
@@ -20,16 +23,21 @@ from fbitrain.config import (
     ConfigError,
     DistillConfig,
     OptimConfig,
+    RunConfig,
     TrainConfig,
     load_config,
     to_yaml,
 )
 from fbitrain.data.config import DataConfig, SourceConfig
+from fbitrain.data.errors import DataError
+from fbitrain.data.loader import TokenLoader
+from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.errors import UserError
-from fbitrain.fine_tune import calibration_ids, fine_tuned_student, with_known_sizes
+from fbitrain.fine_tune import fine_tuned_student, with_known_sizes
 from fbitrain.language_model import load_language_model
 from fbitrain.model.config import BinarizeConfig, ModelConfig, SalientConfig
 from fbitrain.model.mixture import MixtureOfScalesLinear
+from fbitrain.preflight_data import look_at_data
 from fbitrain.pretrained import load_lm
 from fbitrain.pretrained_shape import read_shape
 from fbitrain.release import release
@@ -64,7 +72,7 @@ def config_for(pretrained: Path, binarize: BinarizeConfig | None = None) -> Conf
 
 
 def start(config: Config) -> PreTrainedModel:
-    return fine_tuned_student(config, None, "", CPU)[0].eval()
+    return fine_tuned_student(config, None, None, CPU)[0].eval()
 
 
 @torch.no_grad()
@@ -101,24 +109,42 @@ def write_checkpoint(run: Path, lm: PreTrainedModel, config: Config) -> Path:
 
 @pytest.mark.parametrize("make", [llama, gpt2, neox, opt])
 def test_any_architecture_of_linears_becomes_binary(make: Any, tmp_path: Path) -> None:
-    lm, report = fine_tuned_student(config_for(saved(make, tmp_path / "model")), None, "", CPU)
+    lm, report = fine_tuned_student(config_for(saved(make, tmp_path / "model")), None, None, CPU)
     assert lm.training
     assert "lm_head" not in report.binarized
     assert len(report.binarized) >= 8
-    assert not torch.equal(logits(lm), logits(make()))
+    with torch.no_grad():
+        assert not torch.equal(logits(lm), AutoModelForCausalLM.from_pretrained(tmp_path / "model")(batch(2)).logits)
     assert not any(module.p for module in lm.modules() if isinstance(module, torch.nn.Dropout))
     if lm.config.tie_word_embeddings:
         assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
 
 
+def mamba() -> PreTrainedModel:
+    return MambaForCausalLM(MambaConfig(vocab_size=V, hidden_size=24, state_size=4, num_hidden_layers=2))
+
+
+def test_a_weight_that_its_surroundings_read_must_be_skipped(tmp_path: Path) -> None:
+    """Mamba multiplies with dt_proj.weight itself."""
+    folder = saved(mamba, tmp_path / "mamba")
+    said = r"the weight of backbone.layers.0.mixer.dt_proj is read by the module around it.*add 'dt_proj' to binarize"
+    with pytest.raises(UserError, match=said):
+        start(config_for(folder))
+    lm, report = fine_tuned_student(config_for(folder, BinarizeConfig(skip=["lm_head", "dt_proj"])), None, None, CPU)
+    assert {name.rpartition(".")[2] for name in report.binarized} == {"in_proj", "x_proj", "out_proj"}
+    assert lm.training
+
+
 def test_routers_are_drawn_by_the_seed_and_nothing_else(llama_folder: Path) -> None:
     config = config_for(llama_folder, BinarizeConfig(method="mixture_of_scales", n_experts=2))
-    first, state = start(config), torch.get_rng_state()
+    first = start(config)
     torch.manual_seed(99)
+    state = torch.get_rng_state()
     again = start(config)
+    assert torch.equal(torch.get_rng_state(), state)
     routers = [[m.router for m in lm.modules() if isinstance(m, MixtureOfScalesLinear)] for lm in (first, again)]
+    assert len(routers[0]) == 3 * 7
     assert all(torch.equal(a, b) for a, b in zip(*routers, strict=True))
-    torch.set_rng_state(state)
 
 
 def test_a_binary_run_of_ours_goes_on_as_it_was(llama_folder: Path, tmp_path: Path) -> None:
@@ -132,8 +158,25 @@ def test_a_binary_run_of_ours_goes_on_as_it_was(llama_folder: Path, tmp_path: Pa
         wanted = logits(lm)
         for name in (run, run / "checkpoints" / "step_00000003"):
             assert torch.equal(logits(start(config_for(name, how))), wanted)
-        with pytest.raises(UserError, match=f"is binary already .binarize.method={how.method}. and is continued"):
+        said = f"is binary already .binarize.method={how.method}. and is continued .* binarize.method is '{how.method}'"
+        with pytest.raises(UserError, match=said):
             start(config_for(run, BinarizeConfig(method="onebit")))
+
+
+def test_only_settings_that_the_method_reads_must_be_those_of_the_run(llama_folder: Path, tmp_path: Path) -> None:
+    for how in (BinarizeConfig(), PARTIAL):
+        config = config_for(llama_folder, how)
+        run = tmp_path / how.method
+        write_checkpoint(run, start(config), config)
+        start(config_for(run, replace(how, n_experts=7, group_size=64)))
+        with pytest.raises(UserError, match=r"binarize\.ste is 'identity' there and 'clip' here"):
+            start(config_for(run, replace(how, ste="clip")))
+        by_hessian = replace(how, salient=replace(how.salient, criterion="hessian"))
+        if how is PARTIAL:
+            with pytest.raises(UserError, match=r"salient\.criterion is 'magnitude' there and 'hessian' here"):
+                start(config_for(run, by_hessian))
+        else:
+            start(config_for(run, by_hessian))
 
 
 def test_a_full_precision_run_of_ours_is_binarized(llama_folder: Path, tmp_path: Path) -> None:
@@ -190,18 +233,66 @@ def test_sizes_that_were_unknown_are_filled_in_and_checked(llama_folder: Path) -
 # Calibration
 
 
-def test_calibration_is_the_streams_first_sequences_or_a_file(workspace: Any, tmp_path: Path) -> None:
+def test_calibration_is_drawn_from_the_sources_or_read_from_a_file(workspace: Any, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(workspace.teacher))
     config = load_config(workspace.config)
     config = replace(config, calibration=CalibrationConfig(n_sequences=3, seq_len=8))
     ids = calibration_ids(config, str(workspace.teacher))
     assert (ids.shape, ids.dtype) == ((3, 8), torch.int64)
-    assert torch.equal(ids, calibration_ids(config, str(workspace.teacher)))
-    (tmp_path / "text.txt").write_text("the model learns one bit per weight " * 9)
-    from_file = replace(config, calibration=replace(config.calibration, path=str(tmp_path / "text.txt")))
-    assert calibration_ids(from_file, str(workspace.teacher)).shape == (3, 8)
+    with TokenLoader(replace(config.data, seq_len=8, n_lanes=1), str(workspace.teacher), 0, 1, 3) as loader:
+        assert torch.equal(ids, next(loader)[:, :-1])
     long = replace(config, calibration=CalibrationConfig(n_sequences=10_000, seq_len=60))
     with pytest.raises(UserError, match=r"asks for 10000 sequences of 60 tokens, but source '.*' ends in sequence"):
         calibration_ids(long, str(workspace.teacher))
+    text = "the model learns one bit per weight " * 9
+    (tmp_path / "text.txt").write_text(text)
+    config = replace(config, calibration=replace(config.calibration, path=str(tmp_path / "text.txt")))
+    for add_bos, before in ((True, [0]), (False, [])):
+        config = replace(config, data=replace(config.data, add_bos=add_bos))
+        ids = calibration_ids(config, str(workspace.teacher))
+        assert ids.shape == (3, 8)
+        assert ids.flatten().tolist() == [*before, *tokenizer.encode(text)][:24]
+
+
+def test_text_is_needed_where_it_decides_something(llama_folder: Path) -> None:
+    def needed(criterion: str, **calibration: bool) -> bool:
+        binarize = replace(PARTIAL, salient=replace(PARTIAL.salient, criterion=criterion))
+        return needs_text(replace(config_for(llama_folder, binarize), calibration=CalibrationConfig(**calibration)))
+
+    assert needed("hessian")
+    assert needed("fisher", ptq=True, feedback=False)
+    assert needed("magnitude", ptq=True)
+    assert not needed("magnitude")
+    assert not needed("magnitude", ptq=True, feedback=False)
+
+
+def test_ptq_without_feedback_asks_for_no_text(llama_folder: Path) -> None:
+    config = replace(config_for(llama_folder, PARTIAL), calibration=CalibrationConfig(ptq=True, feedback=False))
+    lm, report = fine_tuned_student(config, None, None, CPU)
+    assert len(report.binarized) == 3 * 7
+    assert not torch.equal(logits(lm), logits(start(replace(config, binarize=BinarizeConfig(enabled=False)))))
+
+
+def test_calibration_text_is_looked_for_before_a_model_is_loaded(
+    workspace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binarize = replace(PARTIAL, salient=replace(PARTIAL.salient, criterion="hessian"))
+    config = replace(load_config(workspace.config), binarize=binarize)
+    config = replace(config, model=replace(config.model, pretrained=str(workspace.teacher)))
+    (tmp_path / "short.txt").write_text("too short")
+    monkeypatch.setattr(build, "agreed", lambda work: work())
+    monkeypatch.setattr(build, "choose_checkpoint", lambda _: None)
+    monkeypatch.setattr(build, "build_teacher", lambda _: pytest.fail("the teacher was loaded first"))
+    for name, said in (
+        ("nowhere.txt", "nowhere.txt"),
+        ("short.txt", "128 sequences of 24 tokens, but .*short"),
+    ):
+        run = RunConfig(name=f"with {name}", dir=str(tmp_path))
+        wrong = replace(config, calibration=CalibrationConfig(path=str(tmp_path / name)), run=run)
+        with pytest.raises((DataError, UserError), match=said):
+            build.build(wrong, 0, 1)
+        _, problems = look_at_data(wrong, str(workspace.teacher), world_size=1, ranks_here=1)
+        assert re.search(said, "".join(problems))
 
 
 # Releases

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fbitrain import release as release_module
-from fbitrain.config import Config, load_config, to_yaml
+from fbitrain.config import CalibrationConfig, Config, load_config, to_yaml
 from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.errors import UserError
 from fbitrain.launch import release as command
 from fbitrain.launch.cli import run
 from fbitrain.model.build import build_student, llama_config
-from fbitrain.model.config import BinarizeConfig
+from fbitrain.model.config import BinarizeConfig, SalientConfig
 from fbitrain.model.hf import ReleasedModel
 from fbitrain.model_card import PAPERS, Storage, Training, heldout_metrics, model_card
 from fbitrain.pretrained import load_lm, open_model
@@ -275,6 +275,25 @@ def test_the_card_describes_every_kind_of_method(config: Config, binarize: Binar
     for part in (words, PAPERS[binarize.method], "fine-tuned from some/model", 'register("gpt2")', "llama.cpp"):
         assert part in card, part
     assert "1.500 bits each, scales included\n(weight_bits 1.000, alpha 0.500)" in card
+
+
+def test_the_card_claims_only_the_calibration_of_this_run(config: Config, tmp_path: Path) -> None:
+    def row(pretrained: str, criterion: str = "hessian", **calibration: bool) -> str:
+        how = BinarizeConfig(method="partial", scale="row", salient=SalientConfig(criterion=criterion))
+        model, data = replace(config.model, pretrained=pretrained), replace(config.data, seq_len=24)
+        looked_at = CalibrationConfig(n_sequences=7, **calibration)
+        fine_tuned = replace(config, binarize=how, model=model, data=data, calibration=looked_at)
+        card = model_card(fine_tuned, Training(1, 2), None, ["packed"], "float16", "gpt2")
+        return "".join(line.removeprefix("| calibration ") for line in card.splitlines() if "| calibration " in line)
+
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text("binarize: {enabled: true}")
+    assert row(str(tmp_path)) == f"| none by this run; it has the salient weights that {tmp_path} was given |"
+    assert row("some/model") == "| 7 sequences of 24 tokens |"
+    assert row("some/model", ptq=True) == "| GPTQ-PB on 7 sequences of 24 tokens |"
+    assert row("some/model", ptq=True, feedback=False) == "| GPTQ-PB without feedback on 7 sequences of 24 tokens |"
+    assert row("some/model", "magnitude", ptq=True, feedback=False) == "| GPTQ-PB without feedback |"
+    assert row("some/model", "magnitude") == ""
 
 
 def test_heldout_figures_are_the_newest_up_to_the_step(run_dir: Path) -> None:

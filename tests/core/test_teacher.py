@@ -142,11 +142,14 @@ def test_models_whose_logits_are_more_than_a_product_are_refused(tmp_path: Path)
     }
     torch.manual_seed(0)
     biased = PhiForCausalLM(PhiConfig(**sizes, initializer_range=0.3))
-    nn.init.normal_(biased.lm_head.bias)
+    assert not biased.lm_head.bias.any()  # it adds nothing yet, but training would leave it behind
     scaled = GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=8.0))
-    for name, model in (("biased", biased), ("scaled", scaled)):
+    for name, model, said in (
+        ("biased", biased, "whose output head has a bias"),
+        ("scaled", scaled, "which scales, caps or shifts its logits"),
+    ):
         model.save_pretrained(tmp_path / name)
-        with pytest.raises(UserError, match="scales, caps or shifts its logits; it must be a causal language model"):
+        with pytest.raises(UserError, match=f"{said}; it must be a causal language model"):
             load(tmp_path / name)
 
 

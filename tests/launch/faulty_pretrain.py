@@ -7,7 +7,7 @@ import os
 import signal
 from typing import Any
 
-from fbitrain import build, checkpoint, train
+from fbitrain import build, checkpoint, fine_tune, train
 from fbitrain.launch import pretrain
 from fbitrain.launch.cli import run
 
@@ -62,6 +62,14 @@ def freeze_embeddings() -> None:
         return lm, report
 
     build.build_model = frozen  # type: ignore[assignment]
+
+
+def without_calibration() -> None:
+    """Whoever reads calibration text, chooses salient weights or solves layers dies of it."""
+    for module, names in ((build, ("calibration_ids",)), (fine_tune, ("select_masks", "quantize_"))):
+        for name in names:
+            getattr(module, name)  # a name that is gone would make this no fault at all
+            setattr(module, name, die)
 
 
 globals()[os.environ["FAULT"]]()

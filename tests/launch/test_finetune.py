@@ -110,10 +110,11 @@ def test_under_zero_3_the_rest_of_a_run_is_the_same_run(finetune: Any, launch: A
     assert again.losses == partial.losses
 
 
-def test_what_calibration_found_is_never_found_anew(launch: Any, finetune: Any, partial: Any) -> None:
-    """Without the text that it was found with, and on one rank under another stage, the run goes on from step 0."""
+def test_what_calibration_found_is_never_found_anew(launch: Any, config: Path, partial: Any) -> None:
+    """Where calibrating is deadly, and on one rank under another stage, the run goes on from step 0."""
+    fault: Any = {"script": FAULTS, "env": {"FAULT": "without_calibration", "COMMAND": "finetune"}, "ranks": 1}
     copy_until(partial.run_dir, launch._scratch / "runs" / "partial-moved", 0)
-    again = finetune("partial-moved", *PARTIAL, *SHORT, "engine.zero_stage=1", ranks=1)
+    again = launch("partial-moved", *PARTIAL, *SHORT, "engine.zero_stage=1", config=config, **fault)
     assert again.losses == pytest.approx(partial.losses, rel=3e-4)
     start = fixed_tensors(partial.run_dir / "checkpoints" / "step_00000000")
     end = fixed_tensors(again.run_dir / "checkpoints" / "step_00000004")
@@ -143,7 +144,7 @@ def test_a_killed_mixture_of_scales_resumes_as_the_run_that_was_not(finetune: An
 
 
 def test_ptq_is_a_run_of_no_steps(finetune: Any) -> None:
-    run = finetune("ptq", *PARTIAL, "calibration.ptq=true", "train.total_steps=0", "optim.warmup_steps=0", ranks=1)
+    run = finetune("ptq", *PARTIAL, "calibration.ptq=true", "train.total_steps=0", ranks=1)
     assert [line["step"] for line in run.metrics if "heldout/perplexity" in line] == [0]
     assert (run.run_dir / "checkpoints" / "step_00000000" / "COMPLETE.json").is_file()
     assert (run.run_dir / "FINISHED.json").is_file()
