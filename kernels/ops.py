@@ -53,9 +53,9 @@ def binary_linear(
     infinity. For inference: backward raises.
     """
     arguments = (x, words, alpha, beta, scale, k, group_size, mode)
-    if torch.is_grad_enabled() and (x.requires_grad or alpha.requires_grad):
+    if _trains(x, alpha, beta):
         return _operator("binary_linear")(*arguments)
-    if nobody_watches(x):
+    if nobody_watches(x, alpha, beta):
         checks.check_binary_linear(*arguments)
         return _run_binary_linear(*arguments)
     return _operator("binary_linear_inference")(*arguments)
@@ -72,9 +72,9 @@ def mixture_linear(
     raises.
     """
     arguments = (x, words, gates, alpha_in, alpha_out, k, mode)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, gates, alpha_in, alpha_out)):
+    if _trains(x, gates, alpha_in, alpha_out):
         return _operator("mixture_linear")(*arguments)
-    if nobody_watches(x):
+    if nobody_watches(x, gates, alpha_in, alpha_out):
         checks.check_mixture_linear(*arguments)
         return _run_mixture_linear(*arguments)
     return _operator("mixture_linear_inference")(*arguments)
@@ -105,16 +105,21 @@ def partial_linear(
     inference: backward raises.
     """
     arguments = (x, words, alpha, scale, row_starts, columns, values, value_scale, k, group_size, mode)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, values)):
+    if _trains(x, alpha, values, value_scale):
         return _operator("partial_linear")(*arguments)
-    if nobody_watches(x):
+    if nobody_watches(x, alpha, values, value_scale):
         checks.check_partial_linear(*arguments)
         return _run_partial_linear(*arguments)
     return _operator("partial_linear_inference")(*arguments)
 
 
-def nobody_watches(x: Tensor) -> bool:
-    """Whether the function may be called without the dispatcher: nothing compiles, traces, transforms or intercepts it.
+def _trains(*floats: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in floats)
+
+
+def nobody_watches(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether the function may be called without the dispatcher: nothing compiles, traces, transforms or intercepts it,
+    and no argument is a negation that is yet to be carried out.
 
     A function registered from Python runs at half its speed inside the dispatcher. For one token and a small layer that
     is more than the kernel takes: measured on a busy machine, 50 µs a call instead of 33.
@@ -125,6 +130,8 @@ def nobody_watches(x: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
+        and not x.is_neg()
+        and not any(value is not None and value.is_neg() for value in parameters)
     )
 
 
