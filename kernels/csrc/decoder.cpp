@@ -15,7 +15,7 @@ constexpr int64_t kHeadRows = 64;      // rows of the head per task
 constexpr int64_t kDenseTokens = 4;    // from here on a block of the head is widened to float32 once for all tokens
 constexpr int64_t kWorth = 16;         // binary weights that take as long to read as one weight of 16 bits
 
-// What a pass needs beside the model, each [tokens][width].
+// What a pass needs beside the model, each [tokens][width] but for the scratch of attention, `scores`.
 struct Activations {
     Buffer<float> residual, normed, query, key, value, mixed, gate, up, turns, scores;
 
