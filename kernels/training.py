@@ -43,7 +43,7 @@ def pays(backend: str, dtype: torch.dtype, m: int, n: int, k: int) -> bool:
 
 
 def _from_bits(x: Tensor, weight: Tensor) -> bool:
-    if x.dtype != torch.float32 or not x.is_cpu or not weight.is_cpu or not ops.nobody_watches(x, weight):
+    if x.dtype != torch.float32 or not x.is_cpu or not weight.is_cpu or not ops.nobody_watches(x):
         return False
     if torch.is_autocast_enabled("cpu"):
         return False

@@ -266,8 +266,8 @@ def test_a_parameter_that_requires_a_gradient_gets_no_zero(call: Callable[[Any],
     "call",
     [
         lambda t: ops.binary_linear(t(X), WORDS_N, ALPHA, BETA, "column", K, 1),
-        lambda t: ops.binary_linear(X, WORDS_N, t(ALPHA), BETA, "column", K, 1),
         lambda t: ops.mixture_linear(t(X), *MIXTURE),
+        lambda t: ops.mixture_linear(X, WORDS_N, t(GATES), *MIXTURE[2:]),
         lambda t: partial(x=t(X)),
     ],
 )
