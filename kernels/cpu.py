@@ -111,7 +111,7 @@ def kernel(op: str, level: str) -> Callable[..., Tensor]:
 def transpose_signs(words: Tensor, k: int) -> Tensor:
     """The packed signs of Wᵀ, int32 [k, ceil(N / 32)], from those of W: contiguous int32 [N, ceil(k / 32)]."""
     n = words.shape[0]
-    transposed = torch.empty((k, n_words(n)), dtype=torch.int32)
+    transposed = torch.empty((k, n_words(n)), dtype=torch.int32, device="cpu")
     status = _library().transpose_signs(torch.get_num_threads(), words.data_ptr(), transposed.data_ptr(), n, k)
     require_ok(status, "transpose_signs")
     return transposed
@@ -120,7 +120,7 @@ def transpose_signs(words: Tensor, k: int) -> Tensor:
 def _pack_signs(level: int, w: Tensor) -> Tensor:
     w = w.detach().contiguous()
     k = w.shape[-1]
-    words = torch.empty((*w.shape[:-1], n_words(k)), dtype=torch.int32)
+    words = torch.empty((*w.shape[:-1], n_words(k)), dtype=torch.int32, device="cpu")
     rows = w.numel() // max(k, 1)
     status = _library().pack_signs(
         level, torch.get_num_threads(), _FORMAT[w.dtype], w.data_ptr(), words.data_ptr(), rows, k
@@ -131,7 +131,7 @@ def _pack_signs(level: int, w: Tensor) -> Tensor:
 
 def _unpack_signs(level: int, words: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     words = words.contiguous()
-    signs = torch.empty((*words.shape[:-1], k), dtype=dtype)
+    signs = torch.empty((*words.shape[:-1], k), dtype=dtype, device="cpu")
     rows = signs.numel() // max(k, 1)
     status = _library().unpack_signs(
         level, torch.get_num_threads(), _FORMAT[dtype], words.data_ptr(), signs.data_ptr(), rows, k
@@ -142,7 +142,7 @@ def _unpack_signs(level: int, words: Tensor, k: int, dtype: torch.dtype) -> Tens
 
 def _xnor_gemm(level: int, a: Tensor, b: Tensor, k: int) -> Tensor:
     m, n = a.shape[0], b.shape[0]
-    product = torch.empty((m, n), dtype=torch.int32)
+    product = torch.empty((m, n), dtype=torch.int32, device="cpu")
     threads = torch.get_num_threads()
     status = _library().xnor_gemm(level, threads, a.data_ptr(), b.data_ptr(), product.data_ptr(), m, n, k)
     require_ok(status, "xnor_gemm")

@@ -4,7 +4,8 @@
 
 The library lies in $FBITRAIN_KERNEL_CACHE, or $XDG_CACHE_HOME/fbitrain/kernels, or ~/.cache/fbitrain/kernels, under a
 name made of the sources, the compiler and the flags: whatever changes, a new file is built. It is built under a lock
-and renamed into place, so that several processes may start at once and none ever sees half a file.
+and renamed into place, so that several processes may start at once and none ever sees half a file. One that others may
+have written is not loaded.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -50,6 +52,9 @@ INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
 }
 
 
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+
+
 class BuildError(RuntimeError):
     """The library cannot be had: one sentence that says why and what to do."""
 
@@ -77,6 +82,7 @@ def build() -> Path:
     folder = cache_folder()
     library = folder / f"cpu-{_fingerprint(compiler)}.so"
     if library.exists():
+        _require_own(library)
         return library
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -87,7 +93,20 @@ def build() -> Path:
                     _compile(compiler, Path(scratch), library)
     except OSError as error:
         raise BuildError(f"the kernels cannot be built in {folder}: {error.strerror}; set {CACHE_VARIABLE}") from error
+    _require_own(library)
     return library
+
+
+def _require_own(library: Path) -> None:
+    """Whoever can write the library runs code in our name."""
+    about = library.stat()
+    if about.st_uid not in (0, os.geteuid()):
+        why = f"belongs to user {about.st_uid}"
+    elif about.st_mode & _WRITABLE_BY_OTHERS:
+        why = f"can be written by others (mode {stat.S_IMODE(about.st_mode):o})"
+    else:
+        return
+    raise BuildError(f"{library} {why} and is not loaded; delete it, or set {CACHE_VARIABLE} to a folder of your own")
 
 
 def _fingerprint(compiler: list[str]) -> str:
@@ -108,6 +127,7 @@ def _compile(compiler: list[str], scratch: Path, library: Path) -> None:
         _run([*compiler, *FLAGS, *defines, "-c", str(SOURCES / source), "-o", str(scratch / f"{source}.o")])
     linked = scratch / library.name
     _run([*compiler, "-shared", "-pthread", *map(str, sorted(scratch.glob("*.o"))), "-o", str(linked)])
+    linked.chmod(linked.stat().st_mode & ~_WRITABLE_BY_OTHERS)  # whatever the umask allows
     with open(linked, "rb") as file:
         os.fsync(file.fileno())
     linked.replace(library)

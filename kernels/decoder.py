@@ -10,74 +10,32 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fbitrain.kernels import cpu
+from fbitrain.kernels.decoder_tensors import (
+    FORMAT,
+    DecoderShape,
+    DecoderTensors,
+    check_shape,
+    check_tensors,
+    describe,
+)
 from fbitrain.kernels.dispatch import Call, select_backend
-from fbitrain.kernels.layout import MODES, SCALES, n_words, scale_shape
+from fbitrain.kernels.layout import MODES, SCALES
 
 _WIDTH = 32  # kWidth of csrc/dense_math.h: positions per block of the cache
-_FORMAT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/dense_math.h
 # The cache is as exact as the products around it: fp16 rounds to 2^-11, int8 activations to 2^-8.
 _CACHE_DTYPE = {"float": torch.float32, "int8": torch.float16}
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 MAX_TOKENS = 480  # tokens per call, as many as csrc/binary_linear.cpp makes ready at a time; more only take more memory
 
 
 class NotFiniteError(ValueError):
     """int8 activations were asked for, and some are NaN or infinite."""
-
-
-@dataclass(frozen=True)
-class DecoderShape:
-    """Sizes of the decoder, and the pattern of its scales."""
-
-    n_layers: int
-    d_model: int
-    d_ff: int
-    n_heads: int
-    n_kv_heads: int
-    head_size: int
-    vocab_size: int
-    norm_eps: float
-    scale: str
-    group_size: int = 128  # of scale="group"
-
-
-class BinaryTensors(NamedTuple):
-    """One binary Linear: words int32 [N,Kw], alpha and beta (None: no shift) fp32 in the shape of the scale pattern."""
-
-    words: Tensor
-    alpha: Tensor
-    beta: Tensor | None
-
-
-class LayerTensors(NamedTuple):
-    """One layer; norms [D]."""
-
-    query: BinaryTensors
-    key: BinaryTensors
-    value: BinaryTensors
-    output: BinaryTensors
-    gate: BinaryTensors
-    up: BinaryTensors
-    down: BinaryTensors
-    attention_norm: Tensor
-    mlp_norm: Tensor
-
-
-class DecoderTensors(NamedTuple):
-    """embedding and head [V,D] in one dtype of float32, bfloat16 and float16 (the head may be the embedding itself);
-    frequencies [head_size / 2]: radians per position of the rotary embedding."""
-
-    layers: list[LayerTensors]
-    embedding: Tensor
-    head: Tensor
-    final_norm: Tensor
-    frequencies: Tensor
 
 
 class _BinaryWeight(ctypes.Structure):
@@ -114,24 +72,39 @@ class _Cache(ctypes.Structure):
     ]
 
 
+class _Layout(NamedTuple):
+    """What a cache's memory looks like, but for how many positions there are."""
+
+    n_layers: int
+    n_kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.n_layers} layers of {self.n_kv_heads} heads of {self.head_size} in {self.dtype}"
+
+
 class Cache:
     """Keys and values of the tokens so far, room for `capacity` of them. Memory is taken as positions are filled."""
 
-    def __init__(self, shape: DecoderShape, capacity: int, dtype: torch.dtype) -> None:
+    def __init__(self, layout: _Layout, capacity: int) -> None:
         self.capacity, self.length = capacity, 0
+        self.layout = layout
         padded = _round_up(capacity, _WIDTH)
-        positions = shape.n_layers * shape.n_kv_heads * padded
+        positions = layout.n_layers * layout.n_kv_heads * padded
         # empty, not zeros: pages that nobody writes are never backed by memory.
-        self._keys = torch.empty(positions * shape.head_size, dtype=dtype)
-        self._values = torch.empty(positions * _round_up(shape.head_size, _WIDTH), dtype=dtype)
-        self.described = _Cache(self._keys.data_ptr(), self._values.data_ptr(), padded, _FORMAT[dtype])
+        self._keys = torch.empty(positions * layout.head_size, dtype=layout.dtype, device="cpu")
+        padded_head = _round_up(layout.head_size, _WIDTH)
+        self._values = torch.empty(positions * padded_head, dtype=layout.dtype, device="cpu")
+        self.described = _Cache(self._keys.data_ptr(), self._values.data_ptr(), padded, FORMAT[layout.dtype])
 
 
 class Decoder:
     """The decoder that `tensors` make up. `activations`: "float", or "int8" per token at every binary Linear.
 
     It uses the level that FBITRAIN_BACKEND or the machine gives `binary_linear`, and torch.get_num_threads() threads.
-    Raises ValueError for tensors that do not fit `shape`, and where no compiled level runs (`compiled_level`).
+    Raises ValueError for a shape that no decoder has, for tensors that do not fit it, and where no compiled level runs
+    (`compiled_level`).
     """
 
     def __init__(self, shape: DecoderShape, tensors: DecoderTensors, activations: str = "float") -> None:
@@ -140,34 +113,28 @@ class Decoder:
         level = compiled_level(shape.scale, shape.group_size)
         if not level:
             raise ValueError(f"no compiled kernel runs scale={shape.scale} with group_size={shape.group_size} here")
-        _check(shape, tensors)
+        check_shape(shape)
+        check_tensors(shape, tensors)
         self.shape, self._mode, self._level = shape, MODES.index(activations), cpu.number(level)
-        self._cache_dtype = _CACHE_DTYPE[activations]
+        self._layout = _Layout(shape.n_layers, shape.n_kv_heads, shape.head_size, _CACHE_DTYPE[activations])
         self._library = cpu.library()
         self._kept: list[Tensor] = []  # everything that the description below points to
         self._described = self._describe(tensors)
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache for `capacity` tokens, fp32 for float activations and fp16 for int8."""
-        return Cache(self.shape, capacity, self._cache_dtype)
+        return Cache(self._layout, capacity)
 
     def hidden(self, ids: Tensor, cache: Cache) -> Tensor:
         """ids int [M], the tokens after those in `cache`, which it adds -> what the head is given, fp32 [M,D].
 
         The result for a token does not depend on how a text is cut into calls. Raises ValueError for ids that are not
-        in the vocabulary and too many tokens for the cache, NotFiniteError with int8 activations.
+        in the vocabulary, too many tokens for the cache and the cache of another decoder; NotFiniteError with int8
+        activations.
         """
-        if ids.numel() > cache.capacity - cache.length:
-            raise ValueError(
-                f"{ids.numel()} tokens do not fit a cache of {cache.capacity} that holds {cache.length} already"
-            )
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.shape.vocab_size:
-            raise ValueError(
-                f"token ids from {int(ids.min())} to {int(ids.max())} do not fit "
-                f"a vocabulary of {self.shape.vocab_size}"
-            )
-        ids = ids.to(torch.int32).contiguous()
-        hidden = torch.empty(ids.numel(), self.shape.d_model)
+        self._check_tokens(ids, cache)
+        ids = ids.to(torch.int32).resolve_neg().contiguous()
+        hidden = torch.empty((ids.numel(), self.shape.d_model), dtype=torch.float32, device="cpu")
         for start, stop in _pieces(ids.numel()):
             # Addresses, not slices: a slice costs as much time as a small layer.
             self._run(ids.data_ptr() + 4 * start, stop - start, cache, hidden.data_ptr() + 4 * start * hidden.shape[1])
@@ -175,12 +142,11 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden fp32 [M,D] -> logits fp32 [M,V]."""
-        hidden = hidden.contiguous()
-        if hidden.dtype is not torch.float32 or hidden.ndim != 2 or hidden.shape[1] != self.shape.d_model:
-            raise ValueError(
-                f"hidden is {hidden.dtype} {list(hidden.shape)}; it must be float32 [M, {self.shape.d_model}]"
-            )
-        logits = torch.empty(len(hidden), self.shape.vocab_size)
+        d_model = self.shape.d_model
+        if hidden.dtype is not torch.float32 or hidden.shape[1:] != (d_model,) or not hidden.is_cpu:
+            raise ValueError(f"hidden is {describe(hidden)}; it must be torch.float32 [M, {d_model}] on cpu")
+        hidden = hidden.resolve_neg().contiguous()
+        logits = torch.empty((len(hidden), self.shape.vocab_size), dtype=torch.float32, device="cpu")
         status = self._library.decoder_logits(
             self._level,
             torch.get_num_threads(),
@@ -191,6 +157,23 @@ class Decoder:
         )
         cpu.require_ok(status, "decoder_logits")
         return logits
+
+    def _check_tokens(self, ids: Tensor, cache: Cache) -> None:
+        if cache.layout != self._layout:
+            raise ValueError(
+                f"the cache is for {cache.layout}, not {self._layout}; make it with this decoder's new_cache"
+            )
+        if ids.ndim != 1 or ids.dtype not in _INTEGERS or not ids.is_cpu:
+            raise ValueError(f"ids are {describe(ids)}; they must be integers [M] on cpu")
+        if ids.numel() > cache.capacity - cache.length:
+            raise ValueError(
+                f"{ids.numel()} tokens do not fit a cache of {cache.capacity} that holds {cache.length} already"
+            )
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.shape.vocab_size:
+            raise ValueError(
+                f"token ids from {int(ids.min())} to {int(ids.max())} do not fit "
+                f"a vocabulary of {self.shape.vocab_size}"
+            )
 
     def _run(self, ids: int, n_tokens: int, cache: Cache, hidden: int) -> None:
         """ids and hidden are addresses."""
@@ -227,7 +210,7 @@ class Decoder:
             final_norm=self._pointer(tensors.final_norm.float()),
             frequencies=self._pointer(tensors.frequencies.float()),
             scale=SCALES.index(self.shape.scale),
-            format=_FORMAT[tensors.embedding.dtype],
+            format=FORMAT[tensors.embedding.dtype],
             epsilon=self.shape.norm_eps,
         )
         for name in _SIZES:
@@ -244,39 +227,6 @@ def compiled_level(scale: str, group_size: int) -> str:
     call = Call("binary_linear", "cpu", torch.float32, group_size if scale == "group" else 0)
     backend = select_backend(call).backend
     return backend if backend in cpu.LEVELS else ""
-
-
-def _check(shape: DecoderShape, tensors: DecoderTensors) -> None:
-    width, kv_width = shape.n_heads * shape.head_size, shape.n_kv_heads * shape.head_size
-    d_model, d_ff = shape.d_model, shape.d_ff
-    sizes = {  # N, K
-        **{"query": (width, d_model), "key": (kv_width, d_model), "value": (kv_width, d_model)},
-        **{"output": (d_model, width), "gate": (d_ff, d_model), "up": (d_ff, d_model), "down": (d_model, d_ff)},
-    }
-    if len(tensors.layers) != shape.n_layers:
-        raise ValueError(f"there are {len(tensors.layers)} layers; they must be {shape.n_layers}")
-    for number, layer in enumerate(tensors.layers):
-        for name, (n, k) in sizes.items():
-            words, alpha, beta = getattr(layer, name)
-            where, scales = f"layer {number}, {name}", scale_shape(shape.scale, n, k, shape.group_size)
-            _require(words, f"{where} words", (n, n_words(k)), (torch.int32,))
-            _require(alpha, f"{where} alpha", scales, (torch.float32,))
-            if beta is not None:
-                _require(beta, f"{where} beta", scales, (torch.float32,))
-        for name in ("attention_norm", "mlp_norm"):
-            _require(getattr(layer, name), f"layer {number}, {name}", (d_model,), tuple(_FORMAT))
-    _require(tensors.embedding, "embedding", (shape.vocab_size, d_model), tuple(_FORMAT))
-    _require(tensors.head, "head", (shape.vocab_size, d_model), (tensors.embedding.dtype,))
-    _require(tensors.final_norm, "final_norm", (d_model,), tuple(_FORMAT))
-    _require(tensors.frequencies, "frequencies", (shape.head_size // 2,), tuple(_FORMAT))
-
-
-def _require(tensor: Tensor, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    if tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_contiguous() or not tensor.is_cpu:
-        raise ValueError(
-            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
-            f"it must be {' or '.join(map(str, dtypes))} {list(shape)}, contiguous, on cpu"
-        )
 
 
 def _pieces(n_tokens: int) -> Iterator[tuple[int, int]]:

@@ -150,10 +150,15 @@ def select_backend(call: Call, levels: Mapping[str, str] | None = None, gpu: Gpu
 
 def runner(call: Call) -> Callable[..., Tensor]:
     """The function that runs `call`. Asked on every call of an op, so it remembers what it found."""
-    return _remembered(call, os.environ.get(FORCE_VARIABLE, ""))
+    return _remembered(call, os.environ.get(FORCE_VARIABLE, "")).run
+
+
+def backend_name(call: Call) -> str:
+    """The name of the backend that `runner` gives, as well remembered."""
+    return _remembered(call, os.environ.get(FORCE_VARIABLE, "")).name
 
 
 @lru_cache(maxsize=256)
-def _remembered(call: Call, forced: str) -> Callable[..., Tensor]:
+def _remembered(call: Call, forced: str) -> Backend:
     chosen = select_backend(call).backend
-    return next(backend.run for backend in BACKENDS[call.op] if backend.name == chosen)
+    return next(backend for backend in BACKENDS[call.op] if backend.name == chosen)

@@ -53,7 +53,7 @@ def binary_linear(
     infinity. For inference: backward raises.
     """
     arguments = (x, words, alpha, beta, scale, k, group_size, mode)
-    if torch.is_grad_enabled() and (x.requires_grad or alpha.requires_grad):
+    if _trains(x, alpha, beta):
         return _operator("binary_linear")(*arguments)
     if nobody_watches(x):
         checks.check_binary_linear(*arguments)
@@ -72,9 +72,9 @@ def mixture_linear(
     raises.
     """
     arguments = (x, words, gates, alpha_in, alpha_out, k, mode)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, gates, alpha_in, alpha_out)):
+    if _trains(x, gates, alpha_in, alpha_out):
         return _operator("mixture_linear")(*arguments)
-    if nobody_watches(x):
+    if nobody_watches(x) and nobody_watches(gates):
         checks.check_mixture_linear(*arguments)
         return _run_mixture_linear(*arguments)
     return _operator("mixture_linear_inference")(*arguments)
@@ -105,7 +105,7 @@ def partial_linear(
     inference: backward raises.
     """
     arguments = (x, words, alpha, scale, row_starts, columns, values, value_scale, k, group_size, mode)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, values)):
+    if _trains(x, alpha, values, value_scale):
         return _operator("partial_linear")(*arguments)
     if nobody_watches(x):
         checks.check_partial_linear(*arguments)
@@ -114,7 +114,8 @@ def partial_linear(
 
 
 def nobody_watches(x: Tensor) -> bool:
-    """Whether the function may be called without the dispatcher: nothing compiles, traces, transforms or intercepts it.
+    """Whether a function of x may be called without the dispatcher: nothing compiles, traces, transforms or intercepts
+    it, and x is in memory what it is.
 
     A function registered from Python runs at half its speed inside the dispatcher. For one token and a small layer that
     is more than the kernel takes: measured on a busy machine, 50 µs a call instead of 33.
@@ -122,6 +123,7 @@ def nobody_watches(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
+        and not x.is_neg()  # the dispatcher carries out a lazy negation; memory does not show it
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
@@ -131,6 +133,10 @@ def nobody_watches(x: Tensor) -> bool:
 def _operator(op: str) -> Runs:
     operator: Runs = getattr(torch.ops.fbitrain, op)
     return operator
+
+
+def _trains(*floats: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in floats)
 
 
 # What each op runs. The call says to `dispatch` all that it needs to know.

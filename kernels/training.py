@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from fbitrain.kernels import cpu, ops
-from fbitrain.kernels.dispatch import Call, select_backend
+from fbitrain.kernels.dispatch import Call, backend_name
 from fbitrain.kernels.reference import sign
 
 MIN_WORK = 2**24  # weights times tokens; below it the overhead of the calls decides
 
 
 def sign_matmul(z: Tensor, weight: Tensor) -> Tensor:
-    """z [M, K] times sign(weight [N, K])ᵀ: [M, N] in z's dtype. No gradient is recorded where the bits are used."""
+    """z [M, K] times sign(weight [N, K])ᵀ: [M, N] in z's dtype. No gradient is recorded where the bits are used.
+
+    Under autocast torch multiplies, in autocast's dtype.
+    """
     if not _from_bits(z, weight):
         return z @ sign(weight).to(z.dtype).T
     return _product(z, ops.pack_signs(weight.detach()))
@@ -42,8 +45,9 @@ def pays(backend: str, dtype: torch.dtype, m: int, n: int, k: int) -> bool:
 def _from_bits(x: Tensor, weight: Tensor) -> bool:
     if x.dtype != torch.float32 or not x.is_cpu or not weight.is_cpu or not ops.nobody_watches(x):
         return False
-    backend = select_backend(Call("binary_linear", "cpu", x.dtype)).backend
-    return pays(backend, x.dtype, x.shape[0], *weight.shape)
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    return pays(backend_name(Call("binary_linear", "cpu", x.dtype)), x.dtype, x.shape[0], *weight.shape)
 
 
 def _product(x: Tensor, words: Tensor) -> Tensor:

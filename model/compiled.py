@@ -20,15 +20,8 @@ from transformers import GenerationConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fbitrain.errors import UserError
-from fbitrain.kernels.decoder import (
-    BinaryTensors,
-    Decoder,
-    DecoderShape,
-    DecoderTensors,
-    LayerTensors,
-    NotFiniteError,
-    compiled_level,
-)
+from fbitrain.kernels.decoder import Decoder, NotFiniteError, compiled_level
+from fbitrain.kernels.decoder_tensors import BinaryTensors, DecoderShape, DecoderTensors, LayerTensors
 from fbitrain.model.hf import BinaryLlamaConfig
 
 LINEARS = {
@@ -102,7 +95,9 @@ class PackedLlama:
 
         def next_logits(ids: list[int]) -> Tensor:
             with _refusing_non_finite():
-                return self.decoder.logits(self.decoder.hidden(torch.tensor(ids), cache)[-1:])[0]
+                return self.decoder.logits(
+                    self.decoder.hidden(torch.tensor(ids, dtype=torch.int64, device="cpu"), cache)[-1:]
+                )[0]
 
         return next_logits
 
@@ -170,10 +165,12 @@ def decoder_tensors(config: Any, tensors: Mapping[str, Tensor]) -> DecoderTensor
         parts |= {part: tensors[f"{layer}.{name}.weight"] for part, name in norms.items()}
         layers.append(LayerTensors(**parts))
     embedding = tensors["model.embed_tokens.weight"]
+    with torch.device("cpu"):  # whatever the default is
+        frequencies = LlamaRotaryEmbedding(config).inv_freq
     return DecoderTensors(
         layers=layers,
         embedding=embedding,
         head=embedding if config.tie_word_embeddings else tensors["lm_head.weight"],
         final_norm=tensors["model.norm.weight"],
-        frequencies=LlamaRotaryEmbedding(config).inv_freq,
+        frequencies=frequencies,
     )

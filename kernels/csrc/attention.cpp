@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kQueries = 24;  // tokens of one head that share a pass over its keys: four tiles of `product`
 constexpr int64_t kWorth = 8;     // binary weights that take as long as one multiply-add of floats here
+constexpr int64_t kTurnWorth = 256;  // and as long as a sine and a cosine
 
 // The rotation of Hugging Face's Llama: element i turns with element i + head_size / 2. `turn` holds the cosines of all i,
 // then the sines.
@@ -102,12 +103,13 @@ LayerCache::LayerCache(const DecoderModel& model, const DecoderCache& cache, int
 
 void find_turns(const Pass& pass, const DecoderModel& model, float* turns) {
     const int64_t half = model.head_size / 2;
-    for (int64_t t = 0; t < pass.tokens; ++t)
+    parallel_for(useful_threads(pass.threads, kTurnWorth * pass.tokens * half), pass.tokens, [&](int64_t t, int) {
         for (int64_t i = 0; i < half; ++i) {
             const float angle = static_cast<float>(pass.first + t) * model.frequencies[i];
             turns[t * model.head_size + i] = std::cos(angle);
             turns[t * model.head_size + half + i] = std::sin(angle);
         }
+    });
 }
 
 void rotate_and_store(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* turns,
@@ -129,13 +131,15 @@ void rotate_and_store(const Pass& pass, const DecoderModel& model, const LayerCa
     });
 }
 
-void attend(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* query, float* mixed) {
-    const int64_t rows = std::min(kQueries, pass.tokens) * cache.capacity;
-    const auto scores = allocate<float>(pass.threads * rows);
+int64_t scores_per_thread(const Pass& pass, int64_t capacity) { return std::min(kQueries, pass.tokens) * capacity; }
+
+void attend(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* query, float* scores,
+            float* mixed) {
+    const int64_t each = scores_per_thread(pass, cache.capacity);
     const int64_t blocks = (pass.tokens + kQueries - 1) / kQueries;
     const int64_t work = kWorth * pass.tokens * (pass.first + pass.tokens) * model.width();
     parallel_for(useful_threads(pass.threads, work), model.n_heads * blocks, [&](int64_t task, int thread) {
-        Queries(pass, model, cache, task / blocks, task % blocks * kQueries, scores.get() + thread * rows)
+        Queries(pass, model, cache, task / blocks, task % blocks * kQueries, scores + thread * each)
             .run(query, mixed);
     });
 }

@@ -82,11 +82,14 @@ void int8_together(const uint32_t* words, int64_t n_words, const int8_t* x, int3
             }
         }
     }
+    // Shifted before they are added up: a lane holds up to 2^7 times its value, and the sum of 16 may not fit.
 #pragma GCC unroll 4
     for (int r = 0; r < kTogether; ++r) {
-        sums[r] = 0;
+        __m512i total = sum[r][0];
 #pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j) sums[r] += _mm512_reduce_add_epi32(sum[r][j]) >> j;
+        for (int j = 1; j < 8; ++j)
+            total = _mm512_add_epi32(total, _mm512_sra_epi32(sum[r][j], _mm_cvtsi32_si128(j)));
+        sums[r] = _mm512_reduce_add_epi32(total);
     }
 }
 

@@ -105,9 +105,11 @@ private:
     // functions of int8 sum over the bits that are set: twice that minus the sum over all is the sum with signs.
     void finish_sums(int64_t group, const float* alpha) {
         for (int t = 0; t < tokens_; ++t) {
-            const int32_t total = p_.mode == kInt8Mode ? ready_.totals[(first_ + t) * p_.groups() + group] : 0;
+            const auto total = static_cast<uint32_t>(
+                p_.mode == kInt8Mode ? ready_.totals[(first_ + t) * p_.groups() + group] : 0);
             for (int r = 0; r < kRows; ++r) {
-                const int32_t signed_sum = 2 * int_sums_[t][r] - total;
+                // The result fits, but twice the sum may not: modulo 2^32.
+                const auto signed_sum = static_cast<int32_t>(2 * static_cast<uint32_t>(int_sums_[t][r]) - total);
                 float value = p_.mode == kInt8Mode ? static_cast<float>(signed_sum) : float_sums_[t][r];
                 if (salient_) {  // of these weights the bits must not count
                     const double all = p_.mode == kInt8Mode ? signed_sum : static_cast<double>(float_sums_[t][r]);
@@ -172,27 +174,36 @@ private:
     alignas(64) float result_[kMaxTokens][kRows];
 };
 
+void keep_least(std::atomic<int64_t>& least, int64_t value) {
+    int64_t seen = least;
+    while (value < seen && !least.compare_exchange_weak(seen, value)) {
+    }
+}
+
 }  // namespace
 
 // A slab of tokens at a time: made ready in parallel over tokens, multiplied in parallel over panels, those of one
-// weight after those of the other. Only for pattern `column` do the weights differ in what they make of a token.
+// weight after those of the other. Only for pattern `column` do the weights differ in what they make of a token; of the
+// others, one that has a shift makes for all what shifts need.
 int64_t multiply(const Linear* linears, int count) {
     const Linear& p = linears[0];
+    const Linear* shared = std::find_if(linears, linears + count, [](const Linear& linear) { return linear.beta; });
+    if (p.scale == kColumn || shared == linears + count) shared = linears;
     const int most = p.mode == kInt8Mode ? kInt8Tokens : kFloatTokens;
     const int n_ready = p.scale == kColumn ? count : 1;
     std::vector<Ready> ready;
-    for (int i = 0; i < n_ready; ++i) ready.emplace_back(linears[i], std::min<int64_t>(p.m, most));
+    for (int i = 0; i < n_ready; ++i) ready.emplace_back(shared[i], std::min<int64_t>(p.m, most));
     int64_t panels = 0, rows = 0;
     for (int i = 0; i < count; ++i) panels += linears[i].weight.panels(), rows += linears[i].weight.n;
     for (int64_t first = 0; first < p.m; first += most) {
         const int64_t tokens = std::min<int64_t>(most, p.m - first), work = tokens * p.k;
-        std::atomic<int64_t> refused{0};  // 1 + the token that is not finite
+        std::atomic<int64_t> refused{tokens};  // the first token that is not finite
         parallel_for(useful_threads(p.threads, work * n_ready), tokens * n_ready, [&](int64_t task, int thread) {
             const int64_t t = task / n_ready, i = task % n_ready;
             float* scratch = ready[i].scratch.get() + thread * p.padded();
-            if (!prepare(linears[i], first, t, scratch, ready[i])) refused = first + t + 1;
+            if (!prepare(shared[i], first, t, scratch, ready[i])) keep_least(refused, t);
         });
-        if (refused) return refused;
+        if (refused < tokens) return first + refused + 1;
         const int64_t block = p.salient ? kSalientTokens : kMaxTokens, token_blocks = (tokens + block - 1) / block;
         std::atomic<bool> entries_hold{true};
         parallel_for(useful_threads(p.threads, work * rows), panels * token_blocks, [&](int64_t task, int) {

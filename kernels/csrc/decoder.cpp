@@ -15,25 +15,26 @@ constexpr int64_t kHeadRows = 64;      // rows of the head per task
 constexpr int64_t kDenseTokens = 4;    // from here on a block of the head is widened to float32 once for all tokens
 constexpr int64_t kWorth = 16;         // binary weights that take as long to read as one weight of 16 bits
 
-// What a pass needs beside the model, each [tokens][width].
+// What a pass needs beside the model, each [tokens][width] but for the scratch of attention, `scores`.
 struct Activations {
-    Buffer<float> residual, normed, query, key, value, mixed, gate, up, turns;
+    Buffer<float> residual, normed, query, key, value, mixed, gate, up, turns, scores;
 
-    Activations(const DecoderModel& m, int64_t tokens)
-        : residual(allocate<float>(tokens * m.d_model)), normed(allocate<float>(tokens * m.d_model)),
-          query(allocate<float>(tokens * m.width())), key(allocate<float>(tokens * m.kv_width())),
-          value(allocate<float>(tokens * m.kv_width())), mixed(allocate<float>(tokens * m.width())),
-          gate(allocate<float>(tokens * m.d_ff)), up(allocate<float>(tokens * m.d_ff)),
-          turns(allocate<float>(tokens * m.head_size)) {}
+    Activations(const DecoderModel& m, const DecoderCache& cache, const Pass& pass)
+        : residual(allocate<float>(pass.tokens * m.d_model)), normed(allocate<float>(pass.tokens * m.d_model)),
+          query(allocate<float>(pass.tokens * m.width())), key(allocate<float>(pass.tokens * m.kv_width())),
+          value(allocate<float>(pass.tokens * m.kv_width())), mixed(allocate<float>(pass.tokens * m.width())),
+          gate(allocate<float>(pass.tokens * m.d_ff)), up(allocate<float>(pass.tokens * m.d_ff)),
+          turns(allocate<float>(pass.tokens * m.head_size)),
+          scores(allocate<float>(pass.threads * scores_per_thread(pass, cache.capacity))) {}
 };
 
 class Decoder {
 public:
-    Decoder(const DecoderModel& model, const KernelSet& set, const Pass& pass, int mode)
-        : model_(model), set_(set), pass_(pass), mode_(mode), a_(model, pass.tokens) {}
+    Decoder(const DecoderModel& model, const DecoderCache& cache, const KernelSet& set, const Pass& pass, int mode)
+        : model_(model), cache_(cache), set_(set), pass_(pass), mode_(mode), a_(model, cache, pass) {}
 
     // Returns what `multiply` does.
-    int64_t run(const DecoderCache& cache, const int32_t* ids, float* hidden) {
+    int64_t run(const int32_t* ids, float* hidden) {
         const int64_t row = model_.d_model * bytes_of(model_.format);
         for (int64_t t = 0; t < pass_.tokens; ++t)
             pass_.math.to_float(model_.format, static_cast<const char*>(model_.embedding) + ids[t] * row,
@@ -41,7 +42,7 @@ public:
         find_turns(pass_, model_, a_.turns.get());
         for (int64_t layer = 0; layer < model_.n_layers; ++layer) {
             const LayerWeights& weights = model_.layers[layer];
-            if (const int64_t status = attention(weights, LayerCache(model_, cache, layer))) return status;
+            if (const int64_t status = attention(weights, LayerCache(model_, cache_, layer))) return status;
             if (const int64_t status = mlp(weights)) return status;
         }
         normalize(model_.final_norm, hidden);
@@ -57,7 +58,7 @@ private:
                                  linear(w.value, x, model_.d_model, a_.value.get(), model_.kv_width())};
         if (const int64_t status = multiply(inputs, 3)) return status;
         rotate_and_store(pass_, model_, cache, a_.turns.get(), a_.query.get(), a_.key.get(), a_.value.get());
-        attend(pass_, model_, cache, a_.query.get(), a_.mixed.get());
+        attend(pass_, model_, cache, a_.query.get(), a_.scores.get(), a_.mixed.get());
         return add(w.output, a_.mixed.get(), model_.width());
     }
 
@@ -76,8 +77,11 @@ private:
     int64_t add(const BinaryWeight& weight, const float* x, int64_t k) {
         const Linear product = linear(weight, x, k, a_.normed.get(), model_.d_model);
         if (const int64_t status = multiply(&product, 1)) return status;
-        float *residual = a_.residual.get(), *y = a_.normed.get();
-        for (int64_t i = 0; i < pass_.tokens * model_.d_model; ++i) residual[i] += y[i];
+        by_token(model_.d_model, [&](int64_t t) {
+            float* residual = a_.residual.get() + t * model_.d_model;
+            const float* y = a_.normed.get() + t * model_.d_model;
+            for (int64_t i = 0; i < model_.d_model; ++i) residual[i] += y[i];
+        });
         return kOk;
     }
 
@@ -101,6 +105,7 @@ private:
     }
 
     const DecoderModel& model_;
+    const DecoderCache& cache_;
     const KernelSet& set_;
     const Pass& pass_;
     const int mode_;
@@ -166,7 +171,7 @@ bool is_cache(const DecoderCache* c) {
 }  // namespace fbitrain
 
 // hidden [tokens][d_model]: what the head is given for the tokens `ids`, which stand at positions first, first + 1 and so
-// on; the cache holds all positions before and receives these. Returns a Status, or 1 + the number of a token whose
+// on; the cache holds all positions before and receives these. Returns a Status, or 1 + the number of the first token whose
 // activations are NaN or infinite, in int8 mode; hidden and these positions of the cache are then unspecified.
 extern "C" FBITRAIN_EXPORT int64_t fbitrain_decoder_hidden(int level, int threads, int mode,
                                                            const fbitrain::DecoderModel* model,
@@ -184,7 +189,7 @@ extern "C" FBITRAIN_EXPORT int64_t fbitrain_decoder_hidden(int level, int thread
         if (ids[t] < 0 || ids[t] >= model->vocab_size) return kBadArgument;
     try {
         const Pass pass{math_set(level), threads, first, tokens};
-        return Decoder(*model, *set, pass, mode).run(*cache, ids, hidden);
+        return Decoder(*model, *cache, *set, pass, mode).run(ids, hidden);
     } catch (const std::bad_alloc&) {
         return kNoMemory;
     }

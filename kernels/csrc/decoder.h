@@ -72,7 +72,10 @@ void find_turns(const Pass& pass, const DecoderModel& model, float* turns);
 void rotate_and_store(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* turns,
                       float* query, float* key, const float* value);
 
-// mixed [tokens][n_heads * head_size] = causal softmax attention of query over the cache. Throws std::bad_alloc.
-void attend(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* query, float* mixed);
+// mixed [tokens][n_heads * head_size] = causal softmax attention of query over the cache. `scores` is scratch of
+// pass.threads * scores_per_thread elements.
+void attend(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* query, float* scores,
+            float* mixed);
+int64_t scores_per_thread(const Pass& pass, int64_t capacity);
 
 }  // namespace fbitrain

@@ -9,19 +9,7 @@ namespace {
 constexpr int kLanes = 4;
 typedef float Four __attribute__((vector_size(16)));
 
-// Powers of two move the exponent from one bias to the other, which subnormals survive too.
-float half_to_float(uint16_t half) {
-    const uint32_t magnitude = uint32_t{half & 0x7FFFu} << 13, sign = uint32_t{half & 0x8000u} << 16;
-    float value;
-    __builtin_memcpy(&value, &magnitude, sizeof value);
-    value *= 0x1p112f;
-    uint32_t bits;
-    __builtin_memcpy(&bits, &value, sizeof bits);
-    if (magnitude >= 0x0F800000u) bits = magnitude | 0x70000000u;  // infinity and NaN
-    bits |= sign;
-    __builtin_memcpy(&value, &bits, sizeof value);
-    return value;
-}
+#include "float16.inl"
 
 // Round to nearest, ties to even; too large becomes infinity, NaN stays NaN.
 uint16_t float_to_half(float value) {
@@ -42,7 +30,7 @@ uint16_t float_to_half(float value) {
 }
 
 Four halves_to_floats(const uint16_t* p) {
-    return Four{half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])};
+    return Four{from_float16(p[0]), from_float16(p[1]), from_float16(p[2]), from_float16(p[3])};
 }
 
 void floats_to_halves(Four v, uint16_t* p) {

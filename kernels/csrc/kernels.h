@@ -20,7 +20,7 @@ constexpr int kSalientLanes = 8;  // tokens side by side in salient_sums
 constexpr int kSalientEntries = 512;  // entries per call: their int8 products add up to less than 2^24, exact in float
 constexpr int64_t kMaxColumns = int64_t{1} << 24;  // 127 * K must fit in int32
 
-// What the C functions return; the linear ones also return 1 + the number of a token it cannot quantize.
+// What the C functions return; the linear ones also return 1 + the number of the first token that cannot be quantized.
 enum Status : int64_t { kOk = 0, kBadArgument = -1, kNoLevel = -2, kNoMemory = -3, kBadEntries = -4 };
 
 struct SalientEntries {

@@ -54,7 +54,7 @@ struct Linear {
 
 // The products of `count` weights with the same x: y of each. They agree in everything but weight, alpha, beta and y, and
 // if there are several, none has a mixture or salient weights. Returns kOk; kBadEntries if salient columns do not ascend or
-// leave their row; or 1 + the number of a token that holds NaN or infinity, in int8 mode. y is unspecified unless kOk.
+// leave their row; or 1 + the number of the first token that holds NaN or infinity, in int8 mode. y is unspecified unless kOk.
 // Throws std::bad_alloc.
 int64_t multiply(const Linear* linears, int count);
 

@@ -40,7 +40,7 @@ bool ascends(const int32_t* row_starts, int64_t n, int64_t entries) {
 
 // x [m][k] and y [m][n] of float32 or bfloat16; words [n][ceil(k / 32)]; alpha and beta (null: none) float32 in the shape
 // of `scale`; all contiguous. group_size is read for groups only, a multiple of 32 that divides k. Returns a Status, or
-// 1 + the number of a token that holds NaN or infinity, in int8 mode; y is then unspecified.
+// 1 + the number of the first token that holds NaN or infinity, in int8 mode; y is then unspecified.
 extern "C" FBITRAIN_EXPORT int64_t fbitrain_binary_linear(int level, int threads, int mode, int bfloat16, int scale,
                                                           const void* x, const void* words, const float* alpha,
                                                           const float* beta, void* y, int64_t m, int64_t n, int64_t k,

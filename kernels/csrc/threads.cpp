@@ -2,12 +2,14 @@
 // to get from one layer's call to the next, and sleep if no loop came.
 #include "threads.h"
 
+#include <pthread.h>
 #include <sched.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
+#include <climits>
 #include <condition_variable>
+#include <cstdio>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -34,6 +36,16 @@ int usable_processors() {
     if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
 #endif
     return static_cast<int>(std::thread::hardware_concurrency());
+}
+
+// How many processors' time the control group grants, by the file cpu.max of its root as a container sees it.
+int granted_processors() {
+    std::FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "re");
+    if (!file) return INT_MAX;
+    char line[64] = "";
+    const bool read = std::fgets(line, sizeof line, file);
+    std::fclose(file);
+    return read ? processors_of_quota(line) : INT_MAX;
 }
 
 // Looks at `done` until it holds or kSpinTime is over; whether it held.
@@ -76,6 +88,7 @@ private:
         try {
             for (; helpers_ < helpers; ++helpers_) std::thread(&Pool::help, this, helpers_ + 1).detach();
         } catch (const std::system_error&) {  // no more threads to be had: those there are do the work
+        } catch (const std::bad_alloc&) {
         }
     }
 
@@ -98,7 +111,7 @@ private:
 
     void wait_for_loop(uint64_t seen) {
         // More threads than processors would take from each other what they spin away.
-        if (threads_ <= usable_processors() && spin_until([&] { return loops_ != seen; })) return;
+        if (threads_ <= std::min(granted_, usable_processors()) && spin_until([&] { return loops_ != seen; })) return;
         std::unique_lock<std::mutex> guard(sleep_);
         ++sleepers_;
         loop_begun_.wait(guard, [&] { return loops_ != seen; });
@@ -117,6 +130,7 @@ private:
         }
     }
 
+    const int granted_ = granted_processors();
     std::mutex one_loop_, sleep_;
     std::condition_variable loop_begun_;
     int helpers_ = 0;
@@ -132,25 +146,33 @@ private:
     std::atomic<uint64_t> loops_{0};
 };
 
-// A forked child has none of its parent's threads, so it gets a pool of its own. Pools are never destroyed: helpers may
-// be waiting in them when the process ends.
-Pool& pool() {
-    static std::mutex guard;
-    static Pool* current = nullptr;
-    static pid_t owner = 0;
-    std::lock_guard<std::mutex> lock(guard);
-    if (!current || owner != getpid()) {
-        current = new Pool;
-        owner = getpid();
-    }
-    return *current;
+// A forked child has none of its parent's threads, so it gets a pool of its own. No lock guards this: another thread of
+// the parent might hold it during the fork, and then it would never be free in the child.
+std::atomic<Pool*> current{nullptr};
+const bool child_forgets = pthread_atfork(nullptr, nullptr, [] { current = nullptr; }) == 0;
+
+// Null where there can be none. Pools are never destroyed: helpers may be waiting in them when the process ends.
+Pool* pool() {
+    Pool* found = current;
+    if (found || !child_forgets) return found;
+    Pool* made = new (std::nothrow) Pool;
+    if (current.compare_exchange_strong(found, made)) return made;
+    delete made;  // another thread was faster, and this one has no helpers yet
+    return found;
 }
 
 }  // namespace
 
+int processors_of_quota(const char* cpu_max) {
+    long long quota, period;
+    if (std::sscanf(cpu_max, "%lld %lld", &quota, &period) != 2 || quota < 1 || period < 1) return INT_MAX;
+    return static_cast<int>(std::max<long long>(1, std::min<long long>(quota / period, INT_MAX)));
+}
+
 void run_tasks(int threads, int64_t n_tasks, Run run, const void* self) {
     threads = static_cast<int>(std::min<int64_t>(threads, n_tasks));
-    if (threads > 1 && pool().run(threads, n_tasks, run, self)) return;
+    if (threads > 1)
+        if (Pool* helped = pool(); helped && helped->run(threads, n_tasks, run, self)) return;
     for (int64_t task = 0; task < n_tasks; ++task) run(self, task, 0);
 }
 

@@ -18,6 +18,10 @@ using Run = void (*)(const void* self, int64_t task, int thread);
 // Calls run(self, task, thread) for each task < n_tasks on up to `threads` threads; see threads.cpp.
 void run_tasks(int threads, int64_t n_tasks, Run run, const void* self);
 
+// Whole processors that a control group's cpu.max ("QUOTA PERIOD" in µs, or "max PERIOD") pays for: INT_MAX without a
+// quota, 1 at least.
+int processors_of_quota(const char* cpu_max);
+
 // Calls body(task, thread) for each task < n_tasks, thread < threads. `body` must not throw.
 template <typename Body>
 void parallel_for(int threads, int64_t n_tasks, const Body& body) {

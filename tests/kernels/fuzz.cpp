@@ -208,6 +208,17 @@ void transposing() {
     check(fbitrain_transpose_signs(1, nullptr, twice.get(), 1, 1) == kBadArgument, "no words");
 }
 
+// The longest row, and the largest sums that it can have. AVX-512, since it does one row in no more time than it must.
+void longest_row() {
+    const int64_t k = fbitrain::kMaxColumns;
+    const std::vector<uint32_t> words(k / 32, ~0u);
+    const std::vector<float> x(k, 127.0f);
+    const float alpha = 1.0f;
+    float y = 0.0f;
+    check(fbitrain_binary_linear(2, 1, 1, 0, 2, x.data(), words.data(), &alpha, nullptr, &y, 1, 1, k, 0) == kOk, "k");
+    check(y == 127.0f * static_cast<float>(k), "the sum of the longest row");
+}
+
 // Pointers that would crash if anything followed them.
 void wrong_arguments() {
     float* const wild = reinterpret_cast<float*>(uintptr_t{64});
@@ -254,6 +265,7 @@ int main(int argc, char** argv) {
     generator.seed(std::strtoull(argv[1], nullptr, 10));
     for (int i = 3; i < argc; ++i) levels.push_back(std::atoi(argv[i]));
     wrong_arguments();
+    longest_row();
     for (int round = std::atoi(argv[2]); round > 0; --round) {
         linear();
         mixture();

@@ -132,6 +132,20 @@ def test_int8_mode_at_its_extremes(level: str) -> None:
             assert torch.equal(y, torch.tensor([[value * k, -value * k]]).expand(m, 2))
 
 
+def test_int8_mode_of_millions_of_columns(level: str) -> None:
+    k = 2**21
+    words, x = torch.full((1, k // 32), -1, dtype=torch.int32), torch.full((1, k), 127.0)
+    y = cpu.kernel("binary_linear", level)(x, words, torch.ones(1, 1), None, "tensor", k, k, "int8")
+    assert y.item() == 127 * k
+
+
+def test_int8_mode_names_the_first_token_that_it_refuses(level: str) -> None:
+    x, words, alpha, _ = linear_inputs(9, 5, 96, "tensor", False, 96)
+    x[[2, 4, 8], 7] = float("nan")
+    with pytest.raises(ValueError, match=r"row 2 of \[9, 96\] holds NaN"):
+        cpu.kernel("binary_linear", level)(x, words, alpha, None, "tensor", 96, 96, "int8")
+
+
 @pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-39, 1.2e-38, 1e-30, 1e30, 3e38])
 def test_int8_mode_of_tiny_and_huge_tokens(level: str, magnitude: float) -> None:
     x, words, _, _ = linear_inputs(3, 9, 96, "tensor", False, 96)
@@ -173,6 +187,18 @@ def test_empty_inputs(level: str, shape: tuple[int, ...]) -> None:
     assert (cpu.kernel("xnor_gemm", level)(torch.empty(2, 0).int(), torch.empty(3, 0).int(), 0) == 0).all()
     x, alpha = torch.empty(2, 0, 40), torch.rand(1, 40)
     assert cpu.kernel("binary_linear", level)(x, b, alpha, None, "column", 40, 1).shape == (2, 0, 3)
+
+
+def test_the_default_device_does_not_matter(level: str) -> None:
+    w = signs(70, 40, seed=0)
+    with torch.device("meta"):
+        words = cpu.kernel("pack_signs", level)(w)
+        back = cpu.kernel("unpack_signs", level)(words, 40, torch.float32)
+        product = cpu.kernel("xnor_gemm", level)(words, words, 40)
+        transposed = cpu.transpose_signs(words, 40)
+    assert torch.equal(back, w)
+    assert torch.equal(product.float(), w @ w.T)
+    assert torch.equal(transposed, reference.pack_signs(w.T))
 
 
 def test_the_number_of_threads_does_not_change_the_result(level: str) -> None:

@@ -197,6 +197,39 @@ def test_a_read_only_cache_that_holds_the_library_is_enough(empty_cache: Path) -
         empty_cache.chmod(0o700)
 
 
+@pytest.mark.usefixtures("compiler", "empty_cache")
+def test_a_library_that_others_can_write_is_not_loaded() -> None:
+    library = build()
+    for mode in (0o757, 0o775):
+        library.chmod(mode)
+        with pytest.raises(
+            BuildError, match=f"{library} can be written by others .mode {mode:o}. and is not loaded; delete"
+        ):
+            build()
+    library.chmod(0o755)
+    assert build() == library
+
+
+@pytest.mark.usefixtures("compiler", "empty_cache")
+def test_a_library_of_another_user_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = build()
+    if os.geteuid():
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    else:
+        os.chown(library, 12345, -1)
+    with pytest.raises(BuildError, match=r"belongs to user \d+ and is not loaded"):
+        build()
+
+
+@pytest.mark.usefixtures("compiler", "empty_cache")
+def test_a_lax_umask_gives_nobody_the_library() -> None:
+    before = os.umask(0)
+    try:
+        assert not build().stat().st_mode & 0o022
+    finally:
+        os.umask(before)
+
+
 def test_a_build_that_fails_leaves_nothing(empty_cache: Path, compiler: Path) -> None:
     script = Path(os.environ["CXX"])
     script.write_text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fbitrain.kernels import cpu, reference
-from fbitrain.kernels.decoder import BinaryTensors, Decoder, DecoderShape, DecoderTensors, LayerTensors, NotFiniteError
+from fbitrain.kernels.decoder import Decoder, NotFiniteError
+from fbitrain.kernels.decoder_tensors import BinaryTensors, DecoderShape, DecoderTensors, LayerTensors
 from fbitrain.kernels.layout import scale_shape
 
 LINEARS = {
@@ -193,6 +195,99 @@ def test_a_full_cache_and_unknown_ids_are_refused() -> None:
     assert decoder.hidden(torch.tensor([], dtype=torch.int64), cache).shape == (0, 96)
     with pytest.raises(ValueError, match=r"hidden is torch.float32 \[2, 95\]"):
         decoder.logits(torch.zeros(2, 95))
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (torch.zeros(2, 3, dtype=torch.int64), r"ids are torch.int64 \[2, 3\] on cpu; they must be integers \[M\]"),
+        (torch.zeros(3), r"ids are torch.float32 \[3\] on cpu"),
+        (torch.zeros(3, dtype=torch.int64, device="meta"), r"ids are torch.int64 \[3\] on meta"),
+    ],
+)
+def test_what_are_no_ids_is_refused(ids: Tensor, words: str) -> None:
+    shape = shape_of("grouped heads", "column")
+    decoder = Decoder(shape, model_of(shape, True)[0])
+    with pytest.raises(ValueError, match=words):
+        decoder.hidden(ids, decoder.new_cache(9))
+    for hidden in (torch.zeros(3, 96, device="meta"), torch.zeros(96)):
+        with pytest.raises(
+            ValueError, match=r"hidden is torch.float32 .* on (meta|cpu); it must be torch.float32 \[M, 96"
+        ):
+            decoder.logits(hidden)
+
+
+def test_the_cache_of_another_decoder_is_refused() -> None:
+    shape, other = shape_of("grouped heads", "column"), shape_of("head of 64", "column")
+    decoder = Decoder(shape, model_of(shape, True)[0])
+    small = Decoder(other, model_of(other, True)[0]).new_cache(9)
+    with pytest.raises(
+        ValueError, match=r"for 2 layers of 1 heads of 64 .*not 2 layers of 2 heads of 16 in torch.float32"
+    ):
+        decoder.hidden(ids_of(3), small)
+    halves = Decoder(shape, model_of(shape, True)[0], "int8").new_cache(9)
+    with pytest.raises(ValueError, match=r"in torch.float16, not .* in torch.float32; make it with this decoder's"):
+        decoder.hidden(ids_of(3), halves)
+
+
+@pytest.mark.parametrize("change", ["dtype", "device"])
+def test_torchs_defaults_change_nothing(change: str) -> None:
+    shape = shape_of("grouped heads", "column")
+    tensors, _ = model_of(shape, True)
+    expected = logits_of(Decoder(shape, tensors), ids_of(9))
+    ids, meta = ids_of(9), torch.device("meta")
+    if change == "dtype":
+        torch.set_default_dtype(torch.bfloat16)
+    try:
+        with meta if change == "device" else torch.device("cpu"):
+            found = logits_of(Decoder(shape, tensors), ids)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("scale", ["column", "row", "tensor"])
+def test_some_linears_may_have_a_shift_and_others_none(scale: str, activations: str) -> None:
+    """None is the same as zeros, also where a Linear that is computed with others is the first of them."""
+    shape = shape_of("grouped heads", scale)
+    tensors, _ = model_of(shape, True)
+
+    def logits(of: Any) -> Tensor:
+        layers = [
+            layer._replace(
+                query=layer.query._replace(beta=of(layer.query.beta)), up=layer.up._replace(beta=of(layer.up.beta))
+            )
+            for layer in tensors.layers
+        ]
+        return logits_of(Decoder(shape, tensors._replace(layers=layers), activations), ids_of(9))
+
+    assert torch.equal(logits(lambda beta: None), logits(torch.zeros_like))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"head_size": 15}, "head_size=15 must be even, and 1024 at most"),
+        ({"head_size": 1026}, "head_size=1026 must be even"),
+        ({"n_kv_heads": 4}, "n_heads=6 is not a multiple of n_kv_heads=4"),
+        ({"n_kv_heads": 0}, "n_kv_heads=0 is no size"),
+    ],
+)
+def test_shapes_that_no_decoder_has_are_refused(changes: dict[str, int], words: str) -> None:
+    shape = shape_of("grouped heads", "column")
+    tensors, _ = model_of(shape, True)
+    with pytest.raises(ValueError, match=words):
+        Decoder(replace(shape, **changes), tensors)
+
+
+def test_a_shift_of_groups_is_refused() -> None:
+    shape = shape_of("grouped heads", "group")
+    tensors, _ = model_of(shape, False)
+    up = tensors.layers[1].up
+    layers = [tensors.layers[0], tensors.layers[1]._replace(up=up._replace(beta=torch.zeros_like(up.alpha)))]
+    with pytest.raises(ValueError, match="layer 1, up has a shift, which scale=group does not; beta must be None"):
+        Decoder(shape, tensors._replace(layers=layers))
 
 
 def test_nan_is_passed_on_by_float_and_refused_by_int8() -> None:

@@ -246,6 +246,35 @@ def test_backward_says_that_packed_layers_do_not_train(call: Callable[[torch.Ten
         y.sum().backward()
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda t: ops.binary_linear(X, WORDS_N, ALPHA, t(BETA), "column", K, 1),
+        lambda t: ops.binary_linear(X, WORDS_N, t(ALPHA), BETA, "column", K, 1),
+        lambda t: ops.mixture_linear(X, WORDS_N, t(GATES), *MIXTURE[2:]),
+        lambda t: partial(value_scale=t(VALUE_SCALE)),
+        lambda t: partial(values=t(VALUES.half()), value_scale=None),
+    ],
+)
+def test_a_parameter_that_requires_a_gradient_gets_no_zero(call: Callable[[Any], torch.Tensor]) -> None:
+    y = call(lambda parameter: parameter.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match="train the model with BinaryLinear"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda t: ops.binary_linear(t(X), WORDS_N, ALPHA, BETA, "column", K, 1),
+        lambda t: ops.mixture_linear(t(X), *MIXTURE),
+        lambda t: ops.mixture_linear(X, WORDS_N, t(GATES), *MIXTURE[2:]),
+        lambda t: partial(x=t(X)),
+    ],
+)
+def test_a_negation_that_is_yet_to_be_carried_out(call: Callable[[Any], torch.Tensor]) -> None:
+    assert torch.equal(call(torch._neg_view), call(torch.neg))
+
+
 def test_import_under_a_second_name_defines_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("second_name_for_ops", Path(ops.__file__))
     assert spec is not None

@@ -54,6 +54,24 @@ def test_products_are_those_of_the_signs(m: int, n: int, k: int) -> None:
     assert signal_to_noise(dy.double() @ signs, sign_matmul_of_gradient(dy, weight)) > 105
 
 
+@needs_library
+@pytest.mark.usefixtures("from_bits")
+def test_under_autocast_torch_multiplies_in_its_dtype() -> None:
+    weight = torch.randn(40, 40, generator=torch.Generator().manual_seed(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for product in (sign_matmul, sign_matmul_of_gradient):
+            assert product(torch.ones(3, 40), weight).dtype == torch.bfloat16
+
+
+@needs_library
+@pytest.mark.usefixtures("from_bits")
+def test_the_backend_is_chosen_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(40, 40, generator=torch.Generator().manual_seed(4))
+    sign_matmul(torch.ones(3, 40), weight)
+    monkeypatch.setattr(cpu, "levels", None)  # what a choice would ask
+    assert sign_matmul(torch.ones(3, 40), weight).shape == (3, 40)
+
+
 @pytest.mark.parametrize(
     ("backend", "dtype", "m", "pays"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,23 @@ with peak_memory() as peak:
     list(stream_tokens(model, list(range(100)), Sampling(max_new_tokens=8)))
 print(peak())
 """
+
+
+@pytest.mark.parametrize(
+    ("set_default", "value", "usual"),
+    [(torch.set_default_device, "meta", "cpu"), (torch.set_default_dtype, torch.bfloat16, torch.float32)],
+)
+def test_torchs_defaults_change_nothing(
+    tmp_path: Path, set_default: Callable[[Any], None], value: Any, usual: Any
+) -> None:
+    folder = written(tmp_path)
+    expected = opened(folder).continuation(9)([1, 2, 3])
+    set_default(value)
+    try:
+        found = opened(folder).continuation(9)([1, 2, 3])
+    finally:
+        set_default(usual)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
