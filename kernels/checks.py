@@ -143,6 +143,8 @@ def _check_contiguous(op: str, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous, not {_describe(tensor)} with strides {tensor.stride()}")
+        if tensor.is_neg():
+            raise ValueError(f"{op}: {name} {_describe(tensor)} is negated lazily; pass {name}.resolve_neg()")
 
 
 def _check_words(op: str, name: str, words: Tensor, k: int, dim: int | None) -> None:

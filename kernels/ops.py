@@ -74,7 +74,7 @@ def mixture_linear(
     arguments = (x, words, gates, alpha_in, alpha_out, k, mode)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, gates, alpha_in, alpha_out)):
         return _operator("mixture_linear")(*arguments)
-    if nobody_watches(x):
+    if nobody_watches(x) and nobody_watches(gates):
         checks.check_mixture_linear(*arguments)
         return _run_mixture_linear(*arguments)
     return _operator("mixture_linear_inference")(*arguments)
@@ -114,7 +114,8 @@ def partial_linear(
 
 
 def nobody_watches(x: Tensor) -> bool:
-    """Whether the function may be called without the dispatcher: nothing compiles, traces, transforms or intercepts it.
+    """Whether a function of x may be called without the dispatcher: nothing compiles, traces, transforms or intercepts
+    it, and x is in memory what it is.
 
     A function registered from Python runs at half its speed inside the dispatcher. For one token and a small layer that
     is more than the kernel takes: measured on a busy machine, 50 µs a call instead of 33.
@@ -122,6 +123,7 @@ def nobody_watches(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
+        and not x.is_neg()  # the dispatcher carries out a lazy negation; memory does not show it
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
