@@ -71,7 +71,7 @@ def test_kernels_use_the_instructions_they_are_for(
     all_kernels: dict[tuple[str, int], Future[dict[str, Kernel]]], source: str, architecture: int
 ) -> None:
     if disassembler() is None:
-        pytest.skip("instructions are not checked: no cuobjdump and nvdisasm (pip install -e '.[dev]' has them)")
+        pytest.skip("instructions are not checked: no nvdisasm (pip install -e '.[dev]' has it)")
     for name, kernel in all_kernels[source, architecture].result().items():
         expected = next((rule for start, rule in EXPECTED.items() if name.startswith(start)), None)
         assert expected, f"say in EXPECTED what {name} is made of"
