@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from fbitrain.kernels.cuda_linear_plan import PRODUCT_TENSORS, PROLOGUE_TENSORS, LinearCall, plan_linear
 from fbitrain.kernels.cuda_run import Device, dtype_name, run
 from fbitrain.kernels.reference import salient_places
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of x
-_CHECKED = WeakTensorKeyDictionary()  # columns of salient weights -> what _check_salient knows of them
+_CHECKED = WeakTensorKeyDictionary()  # columns of salient weights -> their row_starts and the state of both
 
 
 def binary_linear(
@@ -100,18 +100,19 @@ def _multiply(device: Device, call: LinearCall, x: Tensor, given: dict[str, Tens
 def _check_salient(row_starts: Tensor, columns: Tensor, k: int) -> None:
     """Raises ValueError unless each row's columns ascend within [0, k): the kernels read where they point.
 
-    Looks at the entries themselves only if these tensors have not been seen yet, or were changed since.
+    Looks at the entries themselves, and so waits for the GPU, only if these tensors have not been seen together yet or
+    were changed since. Tensors made under torch.inference_mode do not count their changes and are looked at in every
+    call: a weight that was loaded outside it is faster.
     """
-    seen = (id(row_starts), _version(row_starts), _version(columns), k)
-    if _CHECKED.get(columns) == seen:  # type: ignore[no-untyped-call]
+    if row_starts.is_inference() or columns.is_inference():
+        salient_places(row_starts, columns, k)
+        return
+    state = (row_starts._version, row_starts.data_ptr(), columns._version, columns.data_ptr(), k)
+    partner, seen = _CHECKED.get(columns, (None, None))  # type: ignore[no-untyped-call]
+    if seen == state and partner() is row_starts:
         return
     salient_places(row_starts, columns, k)
-    _CHECKED[columns] = seen
-
-
-def _version(tensor: Tensor) -> int:
-    """Counts changes in place, which tensors made under torch.inference_mode do not."""
-    return 0 if tensor.is_inference() else tensor._version
+    _CHECKED[columns] = TensorWeakRef(row_starts), state
 
 
 def _refuse_infinite(token_scale: Tensor, k: int) -> None:

@@ -121,7 +121,7 @@ def _xnor_tile(m: int, n: int, k: int) -> Launch:
     return Launch(
         source="xnor_tile",
         kernel=f"xnor_tile_{bm}x{bn}",
-        grid=(ceil_div(m, bm), ceil_div(n, bn), 1),
+        grid=(ceil_div(m, bm) * ceil_div(n, bn), 1, 1),
         block=(warps * WARP, 1, 1),
         arguments=("a", "b", "a_counts", "b_counts", "product", m, n, k),
         shared_bytes=stages * (bm + bn) * pitch * 4,

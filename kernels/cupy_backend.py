@@ -84,7 +84,12 @@ def kernel(op: str) -> Callable[..., Tensor]:
 
 
 class CupyDevice:
-    """One GPU, as cuda_run.Device describes it. It must be torch's current device during `launch`."""
+    """One GPU, as cuda_run.Device describes it. It must be torch's current device during `empty` and `launch`.
+
+    Both use torch's current stream there: a temporary that is freed while its kernel waits to run can be given only to
+    work that comes after it. Tensors of the caller that belong to another stream are the caller's to order, as with
+    any torch op.
+    """
 
     def __init__(self, index: int, capability: int) -> None:
         self.index, self.capability = index, capability
@@ -96,7 +101,7 @@ class CupyDevice:
     def launch(self, launch: Launch, tensors: Mapping[str, Tensor | None]) -> None:
         arguments = tuple(_argument(argument, tensors) for argument in launch.arguments)
         compiled = self._compiled(launch)
-        with _stream(torch.cuda.current_stream(self.index).cuda_stream):
+        with _stream(self.index, torch.cuda.current_stream(self.index).cuda_stream):
             compiled(launch.grid, launch.block, arguments, shared_mem=launch.shared_bytes)
 
     def _compiled(self, launch: Launch) -> Any:
@@ -156,9 +161,14 @@ class _TorchStream:
         return 0, self._handle
 
 
-@functools.lru_cache(maxsize=64)
-def _stream(handle: int) -> Any:
+@functools.cache
+def _stream(index: int, handle: int) -> Any:
+    """CuPy's name for torch's stream `handle` on GPU `index`, which must be the current one: CuPy 14 asks for it here.
+
+    Kept for good: CuPy 14 destroys the stream with the last reference to such an object, though the stream is torch's.
+    The index is part of the key because each GPU's default stream has the handle 0, and CuPy refuses it on another.
+    """
     streams = _cupy().cuda
     if hasattr(streams.Stream, "from_external"):
         return streams.Stream.from_external(_TorchStream(handle))
-    return streams.ExternalStream(handle)  # CuPy 13 and earlier; later ones warn that it is deprecated
+    return streams.ExternalStream(handle, index)  # CuPy 13 and earlier; later ones warn that it is deprecated

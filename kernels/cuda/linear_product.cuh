@@ -59,7 +59,7 @@ struct Product {
     }
 };
 
-// The parameters of a product kernel, in the order of cuda_linear_plan.PRODUCT_ARGUMENTS.
+// The parameters of a product kernel, in the order of cuda_linear_plan: PRODUCT_TENSORS, then _launch's sizes.
 #define PRODUCT_PARAMETERS                                                                                          \
     const void *z, const u32 *words, void *y, const float *token_scale, const float *token_shift, const float *alpha, \
         const float *beta, const float *gates, const float *alpha_out, const i32 *row_starts, const void *columns,    \

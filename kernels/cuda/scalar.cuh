@@ -37,7 +37,7 @@ template <> __device__ inline f16 from_float<f16>(float x) {
 
 template <> __device__ inline bf16 from_float<bf16>(float x) {
     u32 bits = bits_of(x);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};  // NaN stays NaN; rounding could carry it into -0
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0};  // NaN, as the CPU's; rounding could carry it into -0
     return {u16((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};
 }
 

@@ -98,7 +98,9 @@ __device__ void xnor_tile(const u32* a, const u32* b, const i32* a_counts, const
     constexpr int TM = BM / WARPS_M / 16, TN = BN / WARPS_N / 8;
     DYNAMIC_SHARED(u32, stages);
     i32 n_words = ceil_div(k, 32), steps = ceil_div(n_words, STEP), warp = threadIdx.x / WARP;
-    i32 block_row = blockIdx.x * BM, block_column = blockIdx.y * BN;
+    // Tiles are counted along one dimension of the grid, down a column first: the others hold 65535 at most.
+    i32 tile = blockIdx.x, tiles_of_column = ceil_div(m, BM);
+    i32 block_row = tile % tiles_of_column * BM, block_column = tile / tiles_of_column * BN;
     i32 warp_row = warp / WARPS_N * (BM / WARPS_M), warp_column = warp % WARPS_N * (BN / WARPS_N);
     bool wide = n_words % 4 == 0 && aligned16(a) && aligned16(b);
 

@@ -162,6 +162,7 @@ def partial(**changes: Any) -> torch.Tensor:
             r"words must be contiguous, not int32 \[6, 3\] with strides \(1, 6\)",
         ),
         (lambda: ops.xnor_gemm(WORDS_M, WORDS_N[::2], K), r"b must be contiguous, not int32 \[3, 3\]"),
+        (lambda: partial(alpha=torch._neg_view(ROW_ALPHA)), r"alpha float32 \[6, 1\] is negated lazily"),
         (lambda: mixture(alpha_in=torch.rand(4, 64)), r"alpha_in must be float \[4, 65\], not float32 \[4, 64\]"),
         (lambda: mixture(alpha_in=torch.rand(65, K)), r"float \[1 to 64 experts, 65\], not float32 \[65, 65\]"),
         (lambda: mixture(alpha_out=torch.rand(3, 6)), r"alpha_out must be float \[4, 6\], not float32 \[3, 6\]"),
@@ -212,6 +213,20 @@ def test_modes_and_tracers_see_binary_linear() -> None:
 
     assert "binary_linear_inference" in make_fx(compute)(X).code
     assert "binary_linear_inference" in str(torch.jit.trace(compute, (X,)).graph)
+
+
+def test_lazily_negated_activations_are_what_they_say() -> None:
+    """torch._neg_view is what the imaginary part of a conjugate is: memory that holds -x, and a bit that says so."""
+    for op, arguments in [
+        ("binary_linear", CALLS[4][1]),
+        ("mixture_linear", (X, *MIXTURE)),
+        ("partial_linear", (X, *PARTIAL)),
+    ]:
+        run = getattr(ops, op)
+        assert torch.equal(run(torch._neg_view(X), *arguments[1:]), run(-X, *arguments[1:]))
+    wanted = mixture(gates=-GATES)
+    assert torch.equal(mixture(gates=torch._neg_view(GATES)), wanted)
+    assert torch.equal(ops.pack_signs(torch._neg_view(X)), ops.pack_signs(-X))
 
 
 def test_fake_refuses_wrong_shapes_too() -> None:

@@ -20,7 +20,8 @@ _RESOURCES = re.compile(
     r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
     re.DOTALL,
 )
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
+_FUNCTION = re.compile(r"^//-+ \.text\.(\w+) +-+$", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 
 
 @dataclass
@@ -42,26 +43,17 @@ def compiled(source: str, architecture: int, folder: Path) -> dict[str, Kernel]:
     kernels = {
         match[1]: Kernel(int(match[2]) + int(match[3]), int(match[4])) for match in _RESOURCES.finditer(done.stderr)
     }
-    if disassembler():
-        for function in re.split(r"\n\s+Function : ", _disassembled(cubin))[1:]:
-            name = function.split("\n", 1)[0].strip()
-            kernels[name].opcodes = Counter(opcode.split(".")[0] for opcode in _INSTRUCTION.findall(function))
+    if program := disassembler():
+        command = [program, "-c", str(cubin)]
+        code = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        _, *functions = _FUNCTION.split(code)  # a name, its instructions, the next name …
+        for name, text in zip(functions[::2], functions[1::2], strict=True):
+            kernels[name].opcodes = Counter(opcode.split(".")[0] for opcode in _INSTRUCTION.findall(text))
     return kernels
 
 
 @functools.cache
 def disassembler() -> str | None:
-    """cuobjdump: of the toolkit, or of the wheel nvidia-cuda-cuobjdump. It needs nvdisasm beside it."""
-    folders = [*os.environ["PATH"].split(os.pathsep), *(f"{path}/nvidia/cu13/bin" for path in site.getsitepackages())]
-    for folder in folders:
-        if shutil.which("cuobjdump", path=folder) and shutil.which("nvdisasm", path=folder):
-            return f"{folder}/cuobjdump"
-    return None
-
-
-def _disassembled(cubin: Path) -> str:
-    program = str(disassembler())
-    path = f"{Path(program).parent}{os.pathsep}{os.environ['PATH']}"
-    command = [program, "-sass", str(cubin)]
-    environment = {**os.environ, "PATH": path}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment).stdout
+    """nvdisasm: of the toolkit, or of the wheel nvidia-cuda-nvdisasm."""
+    wheels = (f"{path}/nvidia/cu13/bin" for path in site.getsitepackages())
+    return shutil.which("nvdisasm", path=os.pathsep.join([os.environ["PATH"], *wheels]))

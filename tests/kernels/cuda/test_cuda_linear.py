@@ -166,6 +166,19 @@ def test_no_rows(host_device: MakeDevice) -> None:
     assert y.shape == (3, 0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [2, 40])
+def test_float_mode_passes_nan_and_infinity_on(host_device: MakeDevice, m: int, dtype: torch.dtype) -> None:
+    x, words, alpha, _ = inputs(m, 4, 40, "row", False, 0)
+    x[0, 3], x[1, 5] = float("nan"), float("inf")
+    y = cuda_linear.binary_linear(host_device(), x.to(dtype), words, alpha, None, "row", 40, 0)
+    assert y[0].isnan().all()
+    assert y[1].isinf().all()
+    assert y[2:].isfinite().all()
+    if dtype == torch.bfloat16:
+        assert (y[0].view(torch.int16) == 0x7FC0).all()  # the NaN of csrc/activations.h
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("m", [3, 40])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

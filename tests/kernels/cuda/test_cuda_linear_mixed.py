@@ -213,3 +213,43 @@ def test_partial_linear_refuses_entries_that_are_no_rows(
     getattr(call, name)[i] = value
     with pytest.raises(ValueError, match=problem):
         cuda_linear.partial_linear(host_device(), *call, 40, 0)
+
+
+def test_salient_entries_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking at them waits for the GPU. Other contents of the same tensors, and other tensors, are looked at again."""
+    looked_at: list[Tensor] = []
+    monkeypatch.setattr(cuda_linear, "salient_places", lambda row_starts, columns, k: looked_at.append(columns))
+    row_starts, columns = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([3, 5], dtype=torch.int32)
+
+    def looks() -> int:
+        before = len(looked_at)
+        cuda_linear._check_salient(row_starts, columns, 40)
+        return len(looked_at) - before
+
+    assert [looks(), looks()] == [1, 0]
+    columns[0] = 4
+    assert [looks(), looks()] == [1, 0]
+    columns.data = columns.clone()  # which leaves the count of changes as it is
+    assert [looks(), looks()] == [1, 0]
+    row_starts = row_starts.clone()
+    assert [looks(), looks()] == [1, 0]
+
+
+def test_row_starts_where_others_were_are_looked_at() -> None:
+    """Python gives a new tensor the id of one that is gone."""
+    columns = torch.tensor([3, 5], dtype=torch.int32)
+    for _ in range(50):
+        cuda_linear._check_salient(torch.tensor([0, 2], dtype=torch.int32), columns, 40)
+        with pytest.raises(ValueError, match="row_starts must ascend from 0"):
+            cuda_linear._check_salient(torch.tensor([0, 9], dtype=torch.int32), columns, 40)
+
+
+@pytest.mark.parametrize("changed", ["row_starts", "columns"])
+def test_changes_that_are_not_counted_are_found(changed: str) -> None:
+    tensors = {"row_starts": torch.tensor([0, 2]), "columns": torch.tensor([3, 5])}
+    with torch.inference_mode():
+        tensors[changed] = tensors[changed].clone()
+        cuda_linear._check_salient(**tensors, k=40)
+        tensors[changed][1] = 90
+        with pytest.raises(ValueError, match="must ascend"):
+            cuda_linear._check_salient(**tensors, k=40)

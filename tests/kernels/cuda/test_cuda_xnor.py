@@ -78,3 +78,13 @@ def test_many_groups_of_tokens_share_a_block() -> None:
     """More tokens than a grid has rows of blocks: on GPUs without tensor cores for bits only."""
     (launch,) = plan_xnor_gemm(4 * 65535 + 1, 8, 32, 75).launches
     assert launch.grid == (1, 65535, 1)
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 30_000_000), (64, 30_000_000), (30_000_000, 65)])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_no_matrix_is_too_long_for_a_grid(capability: int, m: int, n: int) -> None:
+    """Tens of millions of rows; CUDA's grids hold 2^31 - 1 blocks along x, but only 65535 along y and z."""
+    for launch in plan_xnor_gemm(m, n, 32, capability).launches:
+        x, y, z = launch.grid
+        assert x < 2**31, launch
+        assert max(y, z) <= 65535, launch

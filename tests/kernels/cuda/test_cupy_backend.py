@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,29 +25,48 @@ STREAM = 0x5EED  # the handle of torch's current stream
 
 
 class StandIn:
-    """What cupy_backend uses of CuPy 14; `calls` holds the keywords of each launch and the stream it went to."""
+    """What cupy_backend uses of CuPy 14; `calls` holds the name, GPU and stream of each launch.
+
+    `device` is the current GPU, `destroyed` the streams that CuPy has destroyed.
+    """
 
     def __init__(self, cache: Path) -> None:
         self._cache = cache
         self.calls: list[dict[str, Any]] = []
         self.options: list[tuple[str, ...]] = []
-        self.current = 0
+        self.device = self.current = 0
+        self.destroyed: list[int] = []
         self.cuda = SimpleNamespace(
-            Stream=SimpleNamespace(from_external=self._stream), nvrtc=SimpleNamespace(getVersion=lambda: (13, 0))
+            Stream=SimpleNamespace(from_external=lambda stream: StandInStream(self, stream)),
+            nvrtc=SimpleNamespace(getVersion=lambda: (13, 0)),
         )
-
-    @contextmanager
-    def _stream(self, stream: Any) -> Iterator[None]:
-        version, self.current = stream.__cuda_stream__()
-        assert version == 0
-        yield
-        self.current = 0
 
     def RawModule(self, *, code: str, options: tuple[str, ...], backend: str) -> Any:
         assert backend == "nvrtc"
         self.options.append(options)
         module = HostModule(code, self._cache, ["FBITRAIN_ARCH=800"])
         return SimpleNamespace(get_function=lambda name: StandInKernel(self, module.get_function(name)))
+
+
+class StandInStream:
+    """A Stream made of a foreign one. As in CuPy 14 it belongs to the GPU that was current then, and ends with it."""
+
+    def __init__(self, cupy: StandIn, stream: Any) -> None:
+        self._cupy, self._device = cupy, cupy.device
+        version, self._handle = stream.__cuda_stream__()
+        assert version == 0
+
+    def __enter__(self) -> None:
+        if self._device != self._cupy.device:
+            raise RuntimeError(f"a stream of GPU {self._device} on GPU {self._cupy.device}")
+        self._cupy.current = self._handle
+
+    def __exit__(self, *error: object) -> None:
+        self._cupy.current = 0
+
+    def __del__(self) -> None:
+        if self._handle:
+            self._cupy.destroyed.append(self._handle)
 
 
 class StandInKernel:
@@ -61,12 +80,21 @@ class StandInKernel:
     def __call__(self, grid: Any, block: Any, arguments: tuple[np.generic, ...], *, shared_mem: int) -> None:
         assert shared_mem <= self.max_dynamic_shared_size_bytes
         assert all(isinstance(argument, np.generic) for argument in arguments)
-        self._cupy.calls.append({"kernel": self._function.name, "stream": self._cupy.current})
+        where = {"device": self._cupy.device, "stream": self._cupy.current}
+        self._cupy.calls.append({"kernel": self._function.name, **where})
         self._function(grid, block, arguments, shared_mem)
 
 
 class CpuMemory(CupyDevice):
     """Allocates where the stand-in can reach it."""
+
+    def __init__(self, cupy: StandIn, index: int) -> None:
+        super().__init__(index, 80)
+        self._cupy = cupy
+
+    def launch(self, launch: Launch, tensors: Mapping[str, torch.Tensor | None]) -> None:
+        self._cupy.device = self.index  # as cupy_backend.kernel does for the real ones
+        super().launch(launch, tensors)
 
     def empty(self, array: Array) -> torch.Tensor:
         return torch.empty(array.shape, dtype=getattr(torch, array.dtype))
@@ -77,15 +105,16 @@ def cupy(host_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]
     stand_in = StandIn(host_cache)
     monkeypatch.setattr(cupy_backend, "_cupy", lambda: stand_in)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=STREAM + index))
-    monkeypatch.setattr(cupy_backend, "_stream", cupy_backend._stream.__wrapped__)
-    cupy_backend._module.cache_clear()
+    for remembered in (cupy_backend._module, cupy_backend._stream):
+        remembered.cache_clear()
     yield stand_in
-    cupy_backend._module.cache_clear()
+    for remembered in (cupy_backend._module, cupy_backend._stream):
+        remembered.cache_clear()
 
 
 def test_ops_are_launched_on_the_stream_of_torch(cupy: StandIn) -> None:
     """From the op to the arguments as the kernel gets them, opt-in to more shared memory included."""
-    device = CpuMemory(1, 80)
+    device = CpuMemory(cupy, 1)
     torch.manual_seed(0)
     a, b = torch.randn(70, 100), torch.randn(9, 100)
     a_words, b_words = cuda_ops.pack_signs(device, a), cuda_ops.pack_signs(device, b)
@@ -96,6 +125,28 @@ def test_ops_are_launched_on_the_stream_of_torch(cupy: StandIn) -> None:
     assert [call["kernel"] for call in cupy.calls] == names
     assert {call["stream"] for call in cupy.calls} == {STREAM + 1}
     assert cupy.options == [("--std=c++17",)] * 2  # one module for each source
+
+
+def test_each_gpu_has_its_own_default_stream(cupy: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them have the handle 0."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=0))
+    w = torch.tensor([[1.0, -1.0, 1.0]])
+    for index in (0, 1, 0):
+        assert cuda_ops.pack_signs(CpuMemory(cupy, index), w).tolist() == [[5]]
+    assert [(call["device"], call["stream"]) for call in cupy.calls] == [(0, 0), (1, 0), (0, 0)]
+
+
+def test_no_stream_of_torch_is_destroyed(cupy: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are: torch has 32 of each priority for each GPU, and programs bring their own."""
+    device, w = CpuMemory(cupy, 0), torch.ones(1, 3)
+    for handle in range(1, 300):
+        monkeypatch.setattr(
+            torch.cuda, "current_stream", lambda index, handle=handle: SimpleNamespace(cuda_stream=handle)
+        )
+        cuda_ops.pack_signs(device, w)
+    gc.collect()
+    assert [call["stream"] for call in cupy.calls] == list(range(1, 300))
+    assert not cupy.destroyed
 
 
 def test_arguments_are_passed_by_value() -> None:
@@ -115,8 +166,8 @@ def test_arguments_are_passed_by_value() -> None:
 
 
 def test_older_cupy_gets_the_handle_itself(cupy: StandIn) -> None:
-    cupy.cuda = SimpleNamespace(Stream=SimpleNamespace(), ExternalStream=lambda handle: ("external", handle))
-    assert cupy_backend._stream(7) == ("external", 7)
+    cupy.cuda = SimpleNamespace(Stream=SimpleNamespace(), ExternalStream=lambda *of: ("external", *of))
+    assert cupy_backend._stream(1, 7) == ("external", 7, 1)
 
 
 def test_only_what_the_kernels_ask_for_is_raised(cupy: StandIn) -> None:
