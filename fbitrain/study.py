@@ -120,18 +120,21 @@ def is_finished(run: Run) -> bool:
 
 
 def begin(run: Run, base: str) -> None:
-    """Notes the configuration that `run` is started with. Raises UserError if it was begun with another."""
-    config, noted = run.config(base), _noted(run)
-    if noted.get("config", config) != config:
-        raise UserError(f"{run.folder} has other settings than the study now; remove it, or rename the variant")
-    untimed = math.nan if is_finished(run) else 0.0
-    write_json(run.folder / "study.json", {"config": config, "seconds": noted.get("seconds", untimed)})
+    """Notes the configuration that `run` is started with. Raises UserError if it was begun with another.
+
+    A run is timed only if `add_seconds` followed each time that it was begun.
+    """
+    _require_same_settings(run, base)
+    noted = _noted(run)
+    untimed = is_finished(run) or not noted.get("timed", True)
+    seconds = math.nan if untimed else noted.get("seconds", 0.0)
+    write_json(run.folder / "study.json", {"config": run.config(base), "seconds": seconds, "timed": False})
 
 
 def add_seconds(run: Run, seconds: float) -> None:
     """Adds to the time that `run` took."""
     noted = _noted(run)
-    write_json(run.folder / "study.json", {**noted, "seconds": noted["seconds"] + seconds})
+    write_json(run.folder / "study.json", {**noted, "seconds": noted["seconds"] + seconds, "timed": True})
 
 
 def outcomes(study: Study, folder: Path) -> list[Outcome]:
@@ -144,7 +147,7 @@ def outcomes(study: Study, folder: Path) -> list[Outcome]:
         by_name.setdefault(run.variant.name, []).append(run)
     finished = [some for some in (by_name[variant.name] for variant in study.variants) if all(map(is_finished, some))]
     for run in (run for some in finished for run in some):
-        begin(run, study.base)
+        _require_same_settings(run, study.base)
     return [_outcome(some) for some in finished]
 
 
@@ -173,6 +176,17 @@ def _or_infinite(perplexity: float) -> float:
     return perplexity if math.isfinite(perplexity) else math.inf
 
 
+def _require_same_settings(run: Run, base: str) -> None:
+    config = run.config(base)
+    if _noted(run).get("config", config) != config:
+        raise UserError(f"{run.folder} has other settings than the study now; remove it, or rename the variant")
+
+
+def _seconds(run: Run) -> float:
+    noted = _noted(run)
+    return float(noted["seconds"]) if noted.get("timed") else math.nan
+
+
 def _noted(run: Run) -> dict[str, Any]:
     path = run.folder / "study.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -185,7 +199,7 @@ def _outcome(some: Sequence[Run]) -> Outcome:
         tuple(_last(run, line, PERPLEXITY) for run, line in zip(some, lines, strict=True)),
         _last(some[0], lines[0], "model/bits_per_weight"),
         max(int(line[-1]["tokens"]) for line in lines),
-        statistics.median(_noted(run)["seconds"] for run in some),
+        statistics.median(map(_seconds, some)),
     )
 
 

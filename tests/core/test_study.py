@@ -54,9 +54,9 @@ def finish(study: Study, folder: Path, perplexities: Sequence[float]) -> None:
             {"step": 2, "tokens": 512, "heldout/perplexity": value},
         ]
         (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        begin(run, study.base)
-        add_seconds(run, 60.0)
-        add_seconds(run, 30.0)
+        for seconds in (60.0, 30.0):
+            begin(run, study.base)
+            add_seconds(run, seconds)
         if value >= 0:
             (run.folder / "FINISHED.json").write_text("{}")
 
@@ -103,10 +103,19 @@ def test_a_run_with_other_settings_than_the_study_has_now_is_refused(study: Stud
     assert "onebit-seed0 has other settings" in compare.train(changed, runs(changed, tmp_path)[0], 1)
 
 
-def test_a_run_finished_by_hand_is_not_timed(study: Study, tmp_path: Path) -> None:
+def test_a_run_is_timed_only_if_all_its_attempts_were(study: Study, tmp_path: Path) -> None:
     finish(study, tmp_path, [1.0] * 5)
-    (runs(study, tmp_path)[2].folder / "study.json").unlink()
-    assert "| full precision | 1.00 | 1.50 | 512 | not timed |" in compare.table(study, outcomes(study, tmp_path))
+    row = "| full precision | 1.00 | 1.50 | 512 | {} |"
+    assert row.format("1.5") in compare.table(study, outcomes(study, tmp_path))
+    run = runs(study, tmp_path)[2]
+    (run.folder / "FINISHED.json").unlink()
+    begin(run, study.base)  # compare.py was killed here, and the run went on
+    begin(run, study.base)
+    add_seconds(run, 1.0)
+    (run.folder / "FINISHED.json").write_text("{}")
+    assert row.format("not timed") in compare.table(study, outcomes(study, tmp_path))
+    (run.folder / "study.json").unlink()  # run by hand
+    assert row.format("not timed") in compare.table(study, outcomes(study, tmp_path))
 
 
 def test_a_run_without_heldout_figures_says_what_to_set(study: Study, tmp_path: Path) -> None:
