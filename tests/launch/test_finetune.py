@@ -129,6 +129,7 @@ def test_another_mode_or_selection_is_refused(partial: Any, config: Path, key: s
         checkpoint.require_same_config(partial.run_dir / "checkpoints" / "step_00000004", other)
 
 
+@pytest.mark.slow
 def test_a_killed_mixture_of_scales_resumes_as_the_run_that_was_not(finetune: Any, launch: Any, config: Path) -> None:
     whole = finetune("mos", *MOS)
     last = [line for line in whole.metrics if "train/loss" in line][-1]
