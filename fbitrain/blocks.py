@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from fbitrain.errors import UserError
+from fbitrain.model.methods import Source, oriented
 from fbitrain.ranks import progress_bar
 
 SUPPORTED = "every causal language model of transformers whose decoder blocks are built of nn.Linear or Conv1D"
@@ -28,16 +28,11 @@ def weight_NK(linear: nn.Module) -> Tensor:
     return oriented(linear, linear.get_parameter("weight").detach())
 
 
-def oriented(linear: nn.Module, like_weight: Tensor) -> Tensor:
-    """A tensor of the shape of `linear.weight`, a gradient for example, as [N, K]; Conv1D keeps its own as [K, N]."""
-    return like_weight.T if isinstance(linear, Conv1D) else like_weight
-
-
 def decoder_blocks(lm: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and list of the blocks: the ModuleList that holds most Linears. Raises UserError if none holds any."""
 
     def n_linears(module: nn.Module) -> int:
-        return sum(isinstance(child, nn.Linear | Conv1D) for child in module.modules())
+        return sum(Source.of(child) is not None for child in module.modules())
 
     lists = {name: module for name, module in lm.named_modules() if isinstance(module, nn.ModuleList)}
     name = max(lists, key=lambda name: n_linears(lists[name]), default="")

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from fbitrain.blocks import BlockWalk, by_block, oriented, weight_NK
+from fbitrain.blocks import BlockWalk, by_block, weight_NK
 from fbitrain.config import CalibrationConfig
 from fbitrain.errors import UserError
 from fbitrain.model.build import chosen_sources
 from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.gptq_pb import PartialWeights, gptq_partial
 from fbitrain.model.hessian import HessianSum, SingularHessianError
+from fbitrain.model.methods import oriented
 from fbitrain.model.salience import hessian_scores, magnitude_scores, select_mask
 from fbitrain.ranks import progress_bar
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +15,7 @@ __all__ = [
     "fsync_folder",
     "fsync_tree",
     "lock_folder",
+    "read_json_lines",
     "replacing",
     "sha256_of",
     "write_json",
@@ -32,6 +34,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replaces `path` by `value` as indented JSON."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file with one per line, but for lines cut short when their writer was killed."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
 
 
 def lock_folder(path: Path) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fbitrain.calibration_data import needs_text
 from fbitrain.config import Config
+from fbitrain.files import read_json_lines
 from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig
 from fbitrain.model.hf import ReleasedModel
 from fbitrain.pretrained_shape import is_binary_run
@@ -90,11 +90,7 @@ def heldout_metrics(run_dir: Path, step: int) -> dict[str, float]:
     if not path.is_file():
         return {}
     found: dict[str, float] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # a line cut short when its run was killed
-            continue
+    for record in read_json_lines(path):
         if record.get("step", step + 1) <= step:
             found.update({key: record[key] for key in HELDOUT_KEYS if key in record})
     return found

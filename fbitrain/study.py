@@ -28,7 +28,7 @@ import yaml
 
 from fbitrain.config import load_config, to_yaml
 from fbitrain.errors import UserError
-from fbitrain.files import write_json
+from fbitrain.files import read_json_lines, write_json
 
 PERPLEXITY = "heldout/perplexity"
 
@@ -193,7 +193,7 @@ def _noted(run: Run) -> dict[str, Any]:
 
 
 def _outcome(some: Sequence[Run]) -> Outcome:
-    lines = [_read(run) for run in some]
+    lines = [list(read_json_lines(run.folder / "metrics.jsonl")) for run in some]
     return Outcome(
         some[0].variant.name,
         tuple(_last(run, line, PERPLEXITY) for run, line in zip(some, lines, strict=True)),
@@ -201,11 +201,6 @@ def _outcome(some: Sequence[Run]) -> Outcome:
         max(int(line[-1]["tokens"]) for line in lines),
         statistics.median(map(_seconds, some)),
     )
-
-
-def _read(run: Run) -> list[dict[str, Any]]:
-    text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def _last(run: Run, lines: Sequence[Mapping[str, Any]], key: str) -> float:

@@ -6,10 +6,17 @@ Letters: N out_features, K in_features, Kw = ceil(K / 32) words, M tokens, E sca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fbitrain.kernels.layout import MAX_EXPERTS, MAX_K, MODES, NARROW_COLUMNS, n_words, scale_shape
+
+
+def not_finite(row: int, shape: Sequence[int]) -> ValueError:
+    """What every backend raises in mode "int8" if row `row` of its activations `shape` is not finite."""
+    return ValueError(f"mode='int8' needs finite activations: row {row} of {list(shape)} holds NaN or infinity")
 
 
 def check_pack_signs(w: Tensor) -> None:

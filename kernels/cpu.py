@@ -16,6 +16,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from fbitrain.kernels.checks import not_finite
 from fbitrain.kernels.cpu_build import BuildError, build
 from fbitrain.kernels.layout import MODES, SCALES, n_words
 
@@ -265,9 +266,7 @@ def _partial_linear(
 
 def _require_product(status: int, op: str, x: Tensor) -> None:
     if status > 0:
-        raise ValueError(
-            f"mode='int8' needs finite activations: row {status - 1} of {list(x.shape)} holds NaN or infinity"
-        )
+        raise not_finite(status - 1, x.shape)
     require_ok(status, op)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from fbitrain.kernels.checks import not_finite
 from fbitrain.kernels.cuda_linear_plan import PRODUCT_TENSORS, PROLOGUE_TENSORS, LinearCall, plan_linear
 from fbitrain.kernels.cuda_run import Device, dtype_name, run
 from fbitrain.kernels.reference import salient_places
@@ -119,5 +120,4 @@ def _refuse_infinite(token_scale: Tensor, k: int) -> None:
     """Raises reference.quantize_int8's ValueError: a token's scale is NaN or infinite if one of its activations is."""
     infinite = ~torch.isfinite(token_scale)
     if bool(infinite.any()):
-        row, shape = int(infinite.nonzero()[0]), [len(token_scale), k]
-        raise ValueError(f"mode='int8' needs finite activations: row {row} of {shape} holds NaN or infinity")
+        raise not_finite(int(infinite.nonzero()[0]), (len(token_scale), k))

@@ -86,11 +86,8 @@ def _on_cpu(level: str) -> Callable[[Call, Machine], Availability]:
     def availability(call: Call, machine: Machine) -> Availability:
         if call.device_type != "cpu":
             return Availability(False, "only for cpu")
-        if call.op != "xnor_gemm" and call.dtype not in cpu.DTYPES[call.op]:
-            return Availability(False, f"not for {call.dtype}")
-        if call.group_size % WORD_BITS:
-            return Availability(False, f"group_size={call.group_size} is not a multiple of {WORD_BITS}")
-        return Availability(not machine.levels[level], machine.levels[level])
+        why_not = _refusal(call, cpu.DTYPES) or machine.levels[level]
+        return Availability(not why_not, why_not)
 
     return availability
 
@@ -103,11 +100,18 @@ def _on_cuda(call: Call, machine: Machine) -> Availability:
     needed = MIN_CAPABILITY[call.op]
     if machine.gpu.capability < needed:
         return Availability(False, f"needs compute capability {needed / 10}, not {machine.gpu.capability / 10}")
-    if call.op != "xnor_gemm" and call.dtype not in cupy_backend.DTYPES[call.op]:
-        return Availability(False, f"not for {call.dtype}")
-    if call.group_size % WORD_BITS:
-        return Availability(False, f"group_size={call.group_size} is not a multiple of {WORD_BITS}")
+    if why_not := _refusal(call, cupy_backend.DTYPES):
+        return Availability(False, why_not)
     return Availability(True, f"compute capability {machine.gpu.capability / 10}")
+
+
+def _refusal(call: Call, dtypes: Mapping[str, tuple[torch.dtype, ...]]) -> str:
+    """Why compiled kernels for `dtypes`, by op, do not run `call`; empty if they do."""
+    if call.op != "xnor_gemm" and call.dtype not in dtypes[call.op]:
+        return f"not for {call.dtype}"
+    if call.group_size % WORD_BITS:
+        return f"group_size={call.group_size} is not a multiple of {WORD_BITS}"
+    return ""
 
 
 BACKENDS: dict[str, list[Backend]] = {

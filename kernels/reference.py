@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fbitrain.kernels.checks import not_finite
 from fbitrain.kernels.layout import WORD_BITS, n_words
 
 BLOCK_WEIGHTS = 2**20  # the linear ops unpack this many weights at a time (one row at least)
@@ -69,7 +70,7 @@ def quantize_int8(z: Tensor) -> tuple[Tensor, Tensor]:
     z = z.to(torch.float32)
     if not bool(torch.isfinite(z).all()):
         row = int((~torch.isfinite(z)).any(-1).flatten().nonzero()[0])
-        raise ValueError(f"mode='int8' needs finite activations: row {row} of {list(z.shape)} holds NaN or infinity")
+        raise not_finite(row, z.shape)
     scale = z.abs().amax(-1, keepdim=True) / 127
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
     inverse = torch.where(scale == 0, 0.0, 1 / scale)

@@ -25,12 +25,11 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.pytorch_utils import Conv1D
 
 from fbitrain.model import remote_code, remote_layers
 from fbitrain.model.build import chosen_sources
 from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig
-from fbitrain.model.methods import Source
+from fbitrain.model.methods import Source, oriented
 from fbitrain.model.packed import LAYERS
 from fbitrain.model.packing import TRAINED, PackedLayer, pack_layer
 from fbitrain.model.remote_code import MODEL_TYPE, PREFIX
@@ -79,8 +78,7 @@ class ReleasedModel:
         tensors = {**self.rest, **self.biases}
         for name, source in self.sources.items():
             weight_NK = self.layers[name].weight(source.in_features, source.out_features).to(self.dtype)
-            transposed = isinstance(source.module, Conv1D)
-            tensors[f"{name}.weight"] = weight_NK.T.contiguous() if transposed else weight_NK
+            tensors[f"{name}.weight"] = oriented(source.module, weight_NK).contiguous()
         return tensors
 
     def packed_tensors(self) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ class Source:
         device = None if weight.is_meta else weight.device
         if bias is not None and (bias.is_meta or bias.numel() != self.out_features):
             bias = nn.Parameter(torch.zeros(self.out_features, device=device))
-        values = (weight.T if isinstance(self.module, Conv1D) else weight) if self.has_values else None
+        values = oriented(self.module, weight) if self.has_values else None
         return {
             "in_features": self.in_features,
             "out_features": self.out_features,
@@ -69,6 +69,11 @@ class Source:
     @property
     def _has_bias(self) -> bool:
         return "bias" in dict(self.module.named_parameters(recurse=False))
+
+
+def oriented(module: nn.Module, like_weight: Tensor) -> Tensor:
+    """A tensor of the shape of `module.weight` as [N, K], or one [N, K] as the module keeps it: Conv1D's is [K, N]."""
+    return like_weight.T if isinstance(module, Conv1D) else like_weight
 
 
 def make_layer(source: Source, binarize: BinarizeConfig, mask: Tensor | None, init_std: float) -> LatentLinear:
