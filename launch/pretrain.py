@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import sys
 import time
@@ -45,14 +46,15 @@ def start(arguments: argparse.Namespace, refusal: Callable[[Config], str]) -> in
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process. A rank that failed skips the interpreter's own end: there the threads of process groups that
-    the other ranks never closed abort it, now and then, and the launcher would report a signal instead of exit code 1.
+    """Ends this process, its work done and its files written, without the interpreter's own end: there the threads of
+    process groups abort a rank now and then, and the launcher would report a signal. A rank that failed leaves out the
+    exit functions too, for they may wait for the other ranks.
     """
-    if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    if not code:
+        atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def parser(prog: str = "pretrain.py", description: str | None = __doc__) -> argparse.ArgumentParser:
