@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kLanes = 8;
 constexpr int kGroups = kRows / kLanes;       // registers that hold one word of every row
-constexpr int kTileTokens = 6;                // int8 and float tiles: tokens x 2 registers of sums
+constexpr int kTileTokens = 6;                // xnor and float tiles: tokens x 2 registers of sums
 constexpr int kPairTables = kWordBits / 2;    // float: one table of 4 sums per pair of columns
 
 __m256i load(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
@@ -136,56 +136,10 @@ void int8_rows(const uint32_t* words, int64_t n_words, int rows, const int8_t* x
     if (r < rows) int8_together<1>(words + r * n_words, n_words, x, sums + r);
 }
 
-// The bits of 16 rows as bytes 0 and 1: bytes[8 * word + j][2], each register 8 rows x the 4 columns of one j.
-void expand(const uint32_t* panel, int n_words, __m256i* bytes) {
-    const __m256i ones = _mm256_set1_epi8(1);
-    for (int w = 0; w < n_words; ++w)
-        #pragma GCC unroll 8
-        for (int g = 0; g < 2; ++g) {
-            const __m256i bits = load(panel + w * kRows + g * kLanes);
-            #pragma GCC unroll 8
-            for (int j = 0; j < 8; ++j) bytes[2 * (8 * w + j) + g] = _mm256_and_si256(_mm256_srli_epi32(bits, j), ones);
-        }
-}
-
-// 16 rows x kTokens: two instructions (multiply-add of pairs, add) do 32 weights. At most 128 steps of at most 254.
-template <int kTokens>
-void int8_tile(const __m256i* bytes, int n_steps, const int8_t* x, ptrdiff_t stride, int32_t* sums) {
-    __m256i sum[kTokens][2] = {};
-    for (int step = 0; step < n_steps; ++step)
-        #pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t) {
-            const __m256i x4 = four(x + t * stride + 4 * step);
-            #pragma GCC unroll 8
-            for (int g = 0; g < 2; ++g)
-            {
-                sum[t][g] = _mm256_add_epi16(sum[t][g], _mm256_maddubs_epi16(bytes[2 * step + g], x4));
-                in_register(sum[t][g]);
-            }
-        }
-    #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t)
-        #pragma GCC unroll 8
-        for (int g = 0; g < 2; ++g) add_to(sums + t * kRows + g * kLanes, widen(sum[t][g]));
-}
-
 void int8_block(const uint32_t* panel, int n_words, const int8_t* x, ptrdiff_t stride, int tokens, int32_t* sums) {
-    if (tokens < 3) {  // fewer than it takes to pay for `expand`
-        for (int t = 0; t < tokens; ++t)
-            for (int g = 0; g < kGroups; g += 2)
-                int8_one_token<2>(panel + g * kLanes, n_words, x + t * stride, sums + t * kRows + g * kLanes);
-        return;
-    }
-    __m256i bytes[kBlockWords * 8 * 2];
-    constexpr decltype(&int8_tile<1>) tiles[] = {nullptr,      int8_tile<1>, int8_tile<2>, int8_tile<3>,
-                                                 int8_tile<4>, int8_tile<5>, int8_tile<6>};
-    for (int g = 0; g < kGroups; g += 2) {
-        expand(panel + g * kLanes, n_words, bytes);
-        for (int t = 0; t < tokens; t += kTileTokens) {
-            const int n = tokens - t < kTileTokens ? tokens - t : kTileTokens;
-            tiles[n](bytes, 8 * n_words, x + t * stride, stride, sums + t * kRows + g * kLanes);
-        }
-    }
+    for (int t = 0; t < tokens; ++t)
+        for (int g = 0; g < kGroups; g += 2)
+            int8_one_token<2>(panel + g * kLanes, n_words, x + t * stride, sums + t * kRows + g * kLanes);
 }
 
 // --- float ---
@@ -247,6 +201,7 @@ void float_block(const uint32_t* panel, int n_words, const float* tables, ptrdif
 }
 
 #include "avx2_xnor.inl"
+#include "avx2_lookup.inl"
 
 // 8 rows of 8 words -> 8 words of 8 rows.
 void transpose_8x8(const uint32_t* words, ptrdiff_t stride, uint32_t* panel) {
@@ -284,7 +239,8 @@ void transpose(const uint32_t* words, ptrdiff_t stride, int n_words, uint32_t* p
 
 }  // namespace
 
-const KernelSet kAvx2 = {"avx2",       transpose,   int8_block, kLanes,   int8_rows, 4 * kPairTables,
-                         float_tables, float_block, xnor_block, salient_decode, salient_sums, pack_row, unpack_row};
+const KernelSet kAvx2 = {"avx2",         transpose,    int8_block,   kLanes,     int8_rows,    4 * kPairTables,
+                         float_tables,   float_block,  xnor_block,   salient_decode, salient_sums, pack_row,
+                         unpack_row,     kLookupBytes, lookup_tables, lookup_block};
 
 }  // namespace fbitrain

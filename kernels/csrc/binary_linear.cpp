@@ -15,42 +15,36 @@
 namespace fbitrain {
 namespace {
 
-// Tokens made ready at a time, which bounds the memory: 1 byte per column and token of int8, 8 or 16 of float tables.
-constexpr int kInt8Tokens = 8 * kMaxTokens, kFloatTokens = 24;
-
 // The sums of one panel and up to kMaxTokens tokens, of one group at a time where there are groups.
 class PanelSums {
 public:
     PanelSums(const Linear& p, const Ready& ready, int64_t panel, int64_t first, int tokens)
         : p_(p), ready_(ready), panel_(panel), first_(first), tokens_(tokens) {
         if (p.salient) salient_.emplace(p, ready, panel, first, tokens);
+        read_scales();
     }
 
     // Writes the panel's part of y; `row_of_y` is the number of the slab's first token. False if salient entries are no
     // rows.
     bool run(int64_t row_of_y) {
-        std::fill_n(&result_[0][0], tokens_ * kRows, 0.0f);
         clear();
-        if (p_.by_rows())
+        if (p_.scale == kGroup) std::fill_n(&result_[0][0], tokens_ * kRows, 0.0f);
+        if (ready_.plan.form == Form::kInt8Rows)
             add_rows();
         else
             add_blocks();
-        if (p_.scale != kGroup) finish_sums(0, nullptr);
         for (int t = 0; t < tokens_; ++t) write(t, row_of_y + first_ + t);
         return entries_hold_;
     }
 
 private:
-    void clear() {
-        std::memset(int_sums_, 0, sizeof(int32_t) * tokens_ * kRows);
-        std::memset(float_sums_, 0, sizeof(float) * tokens_ * kRows);
-    }
+    void clear() { std::memset(&sums_, 0, sizeof(int32_t) * tokens_ * kRows); }
 
     void add_rows() {
         const uint32_t* rows = p_.weight.words + panel_ * kRows * p_.weight.row_words;
         for (int t = 0; t < tokens_; ++t)
             p_.set.int8_rows(rows, p_.weight.row_words, p_.weight.rows_of(panel_),
-                             ready_.quantized.get() + (first_ + t) * p_.token_stride(), int_sums_[t]);
+                             ready_.quantized.get() + (first_ + t) * ready_.plan.stride, sums_.ints[t]);
         add_salient(p_.weight.row_words);
     }
 
@@ -69,13 +63,16 @@ private:
     }
 
     void add(const uint32_t* bits, int64_t word, int n_words) {
-        const int64_t stride = p_.token_stride(), start = first_ * stride;
-        if (p_.mode == kInt8Mode)
+        const int64_t stride = ready_.plan.stride, start = first_ * stride;
+        if (ready_.plan.form == Form::kLookupBlock)
+            p_.set.lookup_block(bits, n_words, ready_.lookups.get() + start + word * p_.set.lookup_bytes, stride, tokens_,
+                                &sums_.ints[0][0]);
+        else if (p_.mode == kInt8Mode)
             p_.set.int8_block(bits, n_words, ready_.quantized.get() + start + word * kWordBits, stride, tokens_,
-                              &int_sums_[0][0]);
+                              &sums_.ints[0][0]);
         else
             p_.set.float_block(bits, n_words, ready_.tables.get() + start + word * p_.set.floats_per_word, stride,
-                               tokens_, &float_sums_[0][0]);
+                               tokens_, &sums_.floats[0][0]);
         const int64_t end = word + n_words;
         if (p_.scale == kGroup || end % kSalientWords == 0 || end == p_.weight.padded_words()) add_salient(end);
     }
@@ -95,52 +92,80 @@ private:
                 float alpha[kRows] = {};
                 for (int r = 0; r < p_.weight.rows_of(panel_); ++r)
                     alpha[r] = p_.parameter(p_.alpha, (panel_ * kRows + r) * p_.groups() + group);
-                finish_sums(group, alpha);
+                finish_group(group, alpha);
                 clear();
             }
         }
     }
 
-    // Moves the sums of a group (all of K without groups) to the result, times its alpha if there is one. The block
-    // functions of int8 sum over the bits that are set: twice that minus the sum over all is the sum with signs.
-    void finish_sums(int64_t group, const float* alpha) {
+    // Adds the sums of a group to the result, times its alpha.
+    void finish_group(int64_t group, const float* alpha) {
         for (int t = 0; t < tokens_; ++t) {
-            const auto total = static_cast<uint32_t>(
-                p_.mode == kInt8Mode ? ready_.totals[(first_ + t) * p_.groups() + group] : 0);
-            for (int r = 0; r < kRows; ++r) {
-                // The result fits, but twice the sum may not: modulo 2^32.
-                const auto signed_sum = static_cast<int32_t>(2 * static_cast<uint32_t>(int_sums_[t][r]) - total);
-                float value = p_.mode == kInt8Mode ? static_cast<float>(signed_sum) : float_sums_[t][r];
-                if (salient_) {  // of these weights the bits must not count
-                    const double all = p_.mode == kInt8Mode ? signed_sum : static_cast<double>(float_sums_[t][r]);
-                    value = static_cast<float>(all - salient_->signs(t, r));
-                }
-                if (alpha) value *= alpha[r];
-                result_[t][r] += value;
-            }
+            float v[kRows];
+            read_sums(t, group, v);
+            for (int r = 0; r < kRows; ++r) result_[t][r] += v[r] * alpha[r];
         }
         if (salient_) salient_->clear_signs();
     }
 
+    // A token's sums over a group (all of K without groups), of salient weights less what their bits stand for.
+    void read_sums(int t, int64_t group, float* v) const {
+        if (p_.mode == kFloatMode) {
+            std::copy_n(sums_.floats[t], kRows, v);
+            if (salient_)
+                for (int r = 0; r < kRows; ++r) v[r] = static_cast<float>(double{v[r]} - salient_->signs(t, r));
+            return;
+        }
+        // The block functions sum over the bits that are set: twice that minus the sum over all is the sum with signs. It
+        // fits, but twice the sum may not: modulo 2^32.
+        const auto total = static_cast<uint32_t>(ready_.totals[(first_ + t) * p_.groups() + group]);
+        int32_t with_signs[kRows];
+        for (int r = 0; r < kRows; ++r)
+            with_signs[r] = static_cast<int32_t>(2 * static_cast<uint32_t>(sums_.ints[t][r]) - total);
+        for (int r = 0; r < kRows; ++r) v[r] = static_cast<float>(with_signs[r]);
+        if (salient_)
+            for (int r = 0; r < kRows; ++r) v[r] = static_cast<float>(with_signs[r] - salient_->signs(t, r));
+    }
+
+    char* place_in_y(int64_t row) const {
+        return static_cast<char*>(p_.y) + (row * p_.weight.n + panel_ * kRows) * (p_.bfloat16 ? 2 : 4);
+    }
+
     void write(int t, int64_t row) {
         const Token& token = ready_.tokens[first_ + t];
-        const int64_t n0 = panel_ * kRows;
         const int rows = p_.weight.rows_of(panel_);
-        float* v = result_[t];
+        float v[kRows];
+        if (p_.scale == kGroup)
+            std::copy_n(result_[t], kRows, v);
+        else
+            read_sums(t, 0, v);
         if (salient_) scale_salient(t, v);
-        for (int r = 0; r < rows; ++r) v[r] *= token.scale;
-        if (!salient_ && (p_.scale == kRow || p_.scale == kTensor))
-            for (int r = 0; r < rows; ++r) v[r] *= p_.parameter(p_.alpha, p_.scale == kRow ? n0 + r : 0);
-        if (p_.mixture) scale_mixture(row, v);
-        if (p_.beta && p_.scale == kColumn)
-            for (int r = 0; r < rows; ++r) v[r] += token.shift;
-        else if (p_.beta)
-            for (int r = 0; r < rows; ++r) v[r] += token.shift * p_.parameter(p_.beta, p_.scale == kRow ? n0 + r : 0);
+        if (p_.mixture) mix(p_, p_.mixture->alpha_out, p_.weight.n, panel_ * kRows, rows, gates(row), factor_);
+        if (rows == kRows && !p_.bfloat16) {
+            finish(v, token, reinterpret_cast<float*>(place_in_y(row)));
+            return;
+        }
+        finish(v, token, v);
         if (p_.bfloat16) {
-            auto* y = static_cast<uint16_t*>(p_.y) + row * p_.weight.n + n0;
+            auto* y = reinterpret_cast<uint16_t*>(place_in_y(row));
             for (int r = 0; r < rows; ++r) y[r] = to_bfloat16(v[r]);
         } else {
-            std::memcpy(static_cast<float*>(p_.y) + row * p_.weight.n + n0, v, sizeof(float) * rows);
+            std::memcpy(place_in_y(row), v, sizeof(float) * rows);
+        }
+    }
+
+    void finish(const float* v, const Token& token, float* out) const {
+        const float shift = p_.beta ? token.shift : 0.0f;  // which weights that share x may have, and may be infinite
+        for (int r = 0; r < kRows; ++r) out[r] = v[r] * token.scale * factor_[r] + shift * beta_[r];
+    }
+
+    // What the rows' sums are multiplied with, and the token's shift. A mixture has other factors for each token.
+    void read_scales() {
+        const int64_t n0 = panel_ * kRows;
+        const bool by_row = p_.scale == kRow, scaled = !salient_ && (by_row || p_.scale == kTensor);
+        for (int r = 0; r < p_.weight.rows_of(panel_); ++r) {
+            factor_[r] = scaled ? p_.parameter(p_.alpha, by_row ? n0 + r : 0) : 1.0f;
+            beta_[r] = !p_.beta ? 0.0f : p_.scale == kColumn ? 1.0f : p_.parameter(p_.beta, by_row ? n0 + r : 0);
         }
     }
 
@@ -154,13 +179,7 @@ private:
         }
     }
 
-    void scale_mixture(int64_t row, float* v) const {
-        float factor[kRows];
-        const int rows = p_.weight.rows_of(panel_);
-        const float* gates = p_.mixture->gates + row * p_.mixture->experts;
-        mix(p_, p_.mixture->alpha_out, p_.weight.n, panel_ * kRows, rows, gates, factor);
-        for (int r = 0; r < rows; ++r) v[r] *= factor[r];
-    }
+    const float* gates(int64_t row) const { return p_.mixture->gates + row * p_.mixture->experts; }
 
     const Linear& p_;
     const Ready& ready_;
@@ -169,9 +188,12 @@ private:
     std::optional<SalientSums> salient_;
     bool entries_hold_ = true;
     alignas(64) uint32_t bits_[kReadWords * kRows];
-    alignas(64) int32_t int_sums_[kMaxTokens][kRows];
-    alignas(64) float float_sums_[kMaxTokens][kRows];
-    alignas(64) float result_[kMaxTokens][kRows];
+    alignas(64) union {  // by mode
+        int32_t ints[kMaxTokens][kRows];
+        float floats[kMaxTokens][kRows];
+    } sums_;
+    alignas(64) float result_[kMaxTokens][kRows];  // of groups
+    alignas(64) float factor_[kRows] = {}, beta_[kRows] = {};
 };
 
 void keep_least(std::atomic<int64_t>& least, int64_t value) {
@@ -189,14 +211,14 @@ int64_t multiply(const Linear* linears, int count) {
     const Linear& p = linears[0];
     const Linear* shared = std::find_if(linears, linears + count, [](const Linear& linear) { return linear.beta; });
     if (p.scale == kColumn || shared == linears + count) shared = linears;
-    const int most = p.mode == kInt8Mode ? kInt8Tokens : kFloatTokens;
-    const int n_ready = p.scale == kColumn ? count : 1;
-    std::vector<Ready> ready;
-    for (int i = 0; i < n_ready; ++i) ready.emplace_back(shared[i], std::min<int64_t>(p.m, most));
     int64_t panels = 0, rows = 0;
     for (int i = 0; i < count; ++i) panels += linears[i].weight.panels(), rows += linears[i].weight.n;
-    for (int64_t first = 0; first < p.m; first += most) {
-        const int64_t tokens = std::min<int64_t>(most, p.m - first), work = tokens * p.k;
+    const int n_ready = p.scale == kColumn ? count : 1;
+    const Plan plan = plan_tokens(p);
+    std::vector<Ready> ready;
+    for (int i = 0; i < n_ready; ++i) ready.emplace_back(shared[i], plan);
+    for (int64_t first = 0; first < p.m; first += plan.slab) {
+        const int64_t tokens = std::min<int64_t>(plan.slab, p.m - first), work = tokens * p.k;
         std::atomic<int64_t> refused{tokens};  // the first token that is not finite
         parallel_for(useful_threads(p.threads, work * n_ready), tokens * n_ready, [&](int64_t task, int thread) {
             const int64_t t = task / n_ready, i = task % n_ready;

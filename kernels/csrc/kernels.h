@@ -72,9 +72,17 @@ struct KernelSet {
     // One row of k elements of a format (see pack.inl) -> ceil(k / 32) words, and back to +1 and -1.
     void (*pack_row)(int format, const void* w, int64_t k, uint32_t* words);
     void (*unpack_row)(int format, const uint32_t* words, int64_t k, void* out);
+
+    // int8_block by tables, where that is faster; null elsewhere, and not taken from the level below. Bytes of tables per
+    // word, their making from x of int8_block, 32-byte aligned (so are the tables), and the sums. What is in them is up to
+    // the set.
+    int lookup_bytes;
+    void (*lookup_tables)(const int8_t* x, int n_words, uint8_t* tables);
+    void (*lookup_block)(const uint32_t* panel, int n_words, const uint8_t* tables, ptrdiff_t stride, int tokens,
+                         int32_t* sums);
 };
 
-// Each in the file of its name; null functions are taken from the level below. The files hold no inline function or
+// Each in the file of its name; other null functions are taken from the level below. The files hold no inline function or
 // template that another file could share: the linker would keep one copy, perhaps the one that needs AVX-512, for all.
 extern const KernelSet kPortable;
 extern const KernelSet kAvx2;

@@ -10,8 +10,6 @@ namespace fbitrain {
 enum Mode { kFloatMode = 0, kInt8Mode = 1 };
 enum Scale { kColumn = 0, kRow = 1, kTensor = 2, kGroup = 3 };
 
-constexpr int kRowTokens = 2;  // up to here int8_rows, which does a token at a time, is faster than int8_block
-
 // Token-dependent scales: x is multiplied with gates·alpha_in and the result with gates·alpha_out.
 struct Mixture {
     const float* gates;  // [m][experts]
@@ -40,13 +38,7 @@ struct Linear {
     const Salient* salient = nullptr;  // scale is kRow or kGroup then
 
     int64_t groups() const { return scale == kGroup ? k / group_size : 1; }
-    bool by_rows() const { return mode == kInt8Mode && scale != kGroup && m <= kRowTokens && set.int8_rows; }
     int64_t padded() const { return weight.padded_words() * kWordBits; }
-    // From one token to the next, in elements.
-    int64_t token_stride() const {
-        if (by_rows()) return round_up(padded(), set.chunk_words * kWordBits);
-        return mode == kInt8Mode ? padded() + kSkew : weight.padded_words() * set.floats_per_word + kSkew / 4;
-    }
     float parameter(const float* values, int64_t i) const {  // rounded to x's dtype, as in training
         return bfloat16 ? rounded_to_bfloat16(values[i]) : values[i];
     }

@@ -11,22 +11,36 @@ struct Token {
     float shift;  // column: sum of x * beta; row and tensor: sum of x
 };
 
+// What tokens are turned into: the operand of the function of this name.
+enum class Form { kInt8Rows, kInt8Block, kLookupBlock, kFloatBlock };
+
+// How the tokens of a product are made ready.
+struct Plan {
+    Form form;
+    int64_t stride;  // from one token to the next, in elements
+    int64_t slab;    // tokens made ready at a time, which bounds the memory
+};
+
+Plan plan_tokens(const Linear& p);
+
 // The tokens of one slab, ready for the block functions.
 struct Ready {
+    Plan plan;
     Buffer<Token> tokens;
-    Buffer<int8_t> quantized;  // [tokens][token_stride], in int8 mode
-    Buffer<int32_t> totals;    // [tokens][groups]: sums of the quantized values
-    Buffer<float> tables;      // [tokens][token_stride], in float mode
+    Buffer<int32_t> totals;    // [tokens][groups]: sums of the quantized values, in int8 mode
+    Buffer<int8_t> quantized;  // [tokens][stride]: one of these three, by the plan's form
+    Buffer<uint8_t> lookups;
+    Buffer<float> tables;
     Buffer<float> plain;       // [ceil(tokens / lanes)][k][lanes]: z or the quantized values, for salient weights
     Buffer<float> scratch;     // [threads][padded]
     int lanes;                 // 1 or 8 tokens side by side
 
-    Ready(const Linear& p, int64_t count);
+    Ready(const Linear& p, const Plan& plan);
     const float* plain_tile(const Linear& p, int64_t tile) const { return plain.get() + tile * p.k * lanes; }
 };
 
 // Makes token `first + t` ready as number t of the slab; false if int8 mode finds NaN or infinity in it. `z` is scratch of
-// p.padded() floats.
+// p.padded() floats, 64-byte aligned.
 bool prepare(const Linear& p, int64_t first, int64_t t, float* z, Ready& ready);
 
 // out[i] = sum over the experts, in their order, of gates[e] * alpha[e][begin + i], alpha [experts][width] rounded to x's
