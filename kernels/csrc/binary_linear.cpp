@@ -119,12 +119,13 @@ private:
         // The block functions sum over the bits that are set: twice that minus the sum over all is the sum with signs. It
         // fits, but twice the sum may not: modulo 2^32.
         const auto total = static_cast<uint32_t>(ready_.totals[(first_ + t) * p_.groups() + group]);
-        int32_t with_signs[kRows];
-        for (int r = 0; r < kRows; ++r)
-            with_signs[r] = static_cast<int32_t>(2 * static_cast<uint32_t>(sums_.ints[t][r]) - total);
-        for (int r = 0; r < kRows; ++r) v[r] = static_cast<float>(with_signs[r]);
+        const auto with_signs = [&](int r) {
+            return static_cast<int32_t>(2 * static_cast<uint32_t>(sums_.ints[t][r]) - total);
+        };
         if (salient_)
-            for (int r = 0; r < kRows; ++r) v[r] = static_cast<float>(with_signs[r] - salient_->signs(t, r));
+            for (int r = 0; r < kRows; ++r) v[r] = static_cast<float>(with_signs(r) - salient_->signs(t, r));
+        else
+            for (int r = 0; r < kRows; ++r) v[r] = static_cast<float>(with_signs(r));
     }
 
     char* place_in_y(int64_t row) const {

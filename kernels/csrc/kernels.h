@@ -13,7 +13,7 @@ namespace fbitrain {
 
 constexpr int kWordBits = 32;    // columns per packed word
 constexpr int kRows = 64;        // rows of a panel; a row is a SIMD lane
-constexpr int kBlockWords = 16;  // words of a panel: 512 columns, so that 16-bit sums of int8 pairs cannot overflow
+constexpr int kBlockWords = 16;  // words of a panel: 512 columns, whose nibbles of 64 rows (8 KiB) stay in the L1 cache
 constexpr int kLoadWords = 8;    // `transpose` reads words by the eight; rows are padded to that with zeros
 constexpr int kMaxTokens = 60;   // tokens per call of a block function
 constexpr int kSalientLanes = 8;  // tokens side by side in salient_sums
@@ -73,9 +73,9 @@ struct KernelSet {
     void (*pack_row)(int format, const void* w, int64_t k, uint32_t* words);
     void (*unpack_row)(int format, const uint32_t* words, int64_t k, void* out);
 
-    // int8_block by tables, where that is faster; null elsewhere, and not taken from the level below. Bytes of tables per
-    // word, their making from x of int8_block, 32-byte aligned (so are the tables), and the sums. What is in them is up to
-    // the set.
+    // int8_block by lookups in tables, for many tokens; null where int8_block is as fast, and not taken from the level
+    // below. Bytes of tables per word; their making from x as int8_block takes it; the sums. x and tables are 32-byte
+    // aligned. What is in the tables is up to the set.
     int lookup_bytes;
     void (*lookup_tables)(const int8_t* x, int n_words, uint8_t* tables);
     void (*lookup_block)(const uint32_t* panel, int n_words, const uint8_t* tables, ptrdiff_t stride, int tokens,

@@ -12,7 +12,7 @@ from fbitrain.kernels import cpu, reference
 from fbitrain.kernels.layout import SCALES, scale_shape
 
 WIDTHS = (1, 31, 32, 33, 63, 65, 511, 4096)
-# Tokens and rows around what tiles and panels hold: 1 to 6 tokens a tile, 60 a task, 480 a slab; 64 rows a panel.
+# Tokens and rows around what tiles and panels hold: 1 to 6 tokens a tile, 56 or 60 a task; 64 rows a panel.
 SHAPES = [(1, 1), (2, 63), (3, 64), (5, 65), (6, 7), (7, 130), (61, 5)]
 
 
@@ -130,6 +130,34 @@ def test_int8_mode_at_its_extremes(level: str) -> None:
             x = torch.full((m, k), value)
             y = cpu.kernel("binary_linear", level)(x, words, torch.ones(1, 1), None, "tensor", k, k, "int8")
             assert torch.equal(y, torch.tensor([[value * k, -value * k]]).expand(m, 2))
+
+
+@pytest.mark.parametrize("n_words", range(1, 18))
+def test_int8_mode_at_every_width_of_a_block(level: str, n_words: int) -> None:
+    """A block is 16 words. AVX2 looks sums up from 3 tokens on, 8 words and 2 tokens at a time, 56 tokens a slab."""
+    k = 32 * n_words - n_words % 3
+    for m, n in [(2, 65), (3, 63), (4, 129), (5, 1), (57, 64)]:
+        x, words, alpha, _ = linear_inputs(m, n, k, "row", False, k)
+        arguments = (x, words, alpha, None, "row", k, k, "int8")
+        assert torch.equal(cpu.kernel("binary_linear", level)(*arguments), reference.binary_linear(*arguments))
+
+
+def test_int8_mode_of_slabs_that_wide_rows_make_small(level: str) -> None:
+    x, words, alpha, _ = linear_inputs(27, 3, 11008, "tensor", False, 11008)
+    arguments = (x, words, alpha, None, "tensor", 11008, 11008, "int8")
+    assert torch.equal(cpu.kernel("binary_linear", level)(*arguments), reference.binary_linear(*arguments))
+
+
+@pytest.mark.parametrize("k", [4, 32, 224, 256, 288, 512, 2049])
+def test_int8_mode_where_rows_select_what_has_one_sign(level: str, k: int) -> None:
+    """x is ±127 everywhere; rows select all that is positive or negative in a token, all or nothing: the largest and the
+    least sums of 4, 32, 256 and more columns."""
+    for m in (2, 3, 4, 57):
+        x = 127 * signs(m, k, seed=m)
+        weight = torch.cat([x, -x, torch.ones(1, k), -torch.ones(1, k)]).sign()
+        words = reference.pack_signs(weight)
+        y = cpu.kernel("binary_linear", level)(x, words, torch.ones(1, 1), None, "tensor", k, k, "int8")
+        assert torch.equal(y, x @ weight.T)
 
 
 def test_int8_mode_of_millions_of_columns(level: str) -> None:
