@@ -150,8 +150,8 @@ def test_int8_mode_of_slabs_that_wide_rows_make_small(level: str) -> None:
 
 @pytest.mark.parametrize("k", [4, 32, 224, 256, 288, 512, 2049])
 def test_int8_mode_where_rows_select_what_has_one_sign(level: str, k: int) -> None:
-    """x is ±127 everywhere; rows select all that is positive or negative in a token, all or nothing: the largest and the
-    least sums of 4, 32, 256 and more columns."""
+    """x is ±127 everywhere; rows select all that is positive or negative in a token, all or nothing: the largest
+    and the least sums of 4, 32, 256 and more columns."""
     for m in (2, 3, 4, 57):
         x = 127 * signs(m, k, seed=m)
         weight = torch.cat([x, -x, torch.ones(1, k), -torch.ones(1, k)]).sign()
