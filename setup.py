@@ -1,4 +1,4 @@
-"""Everything about the package is in setup.cfg; this adds one step: the CPU kernels are compiled while it is installed."""
+"""The package is described in setup.cfg; this adds one step: its CPU kernels are compiled while it is installed."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from setuptools.command.build_py import build_py
 class BuildWithKernels(build_py):
     """Compiles the kernels into the user's cache, where the installed package finds them by what they are made of.
 
-    Without a compiler the installation goes on: the kernels are tried again, and what is missing explained, on first use.
+    Without a compiler the installation goes on: the kernels are tried again, and what is missing said, on first use.
     """
 
     def run(self) -> None:
