@@ -10,9 +10,13 @@
 namespace fbitrain {
 namespace {
 
-constexpr int64_t kQueries = 24;  // tokens of one head that share a pass over its keys: four tiles of `product`
+constexpr int64_t kQueries = 48;  // tokens of one head that share a pass over its keys and values
+constexpr int64_t kWidened = 7;   // from so many on, float16 is widened once for all of them
+constexpr int64_t kMixed = 64;    // positions whose values, widened, stay in the L1 cache while the queries mix them
+constexpr int64_t kTogether = 12; // queries that leave out together what none of them sees: two tiles of `product`
 constexpr int64_t kWorth = 8;     // binary weights that take as long as one multiply-add of floats here
-constexpr int64_t kTurnWorth = 256;  // and as long as a sine and a cosine
+constexpr int64_t kTurnWorth = 256;   // and as long as a sine and a cosine
+constexpr int64_t kRotateWorth = 64;  // and as long as turning an element and putting it into the cache
 
 // The rotation of Hugging Face's Llama: element i turns with element i + head_size / 2. `turn` holds the cosines of all i,
 // then the sines.
@@ -44,51 +48,91 @@ void store(const Pass& pass, const LayerCache& cache, int64_t head, int64_t posi
     pass.math.to_half(value, cache.head_size, reinterpret_cast<uint16_t*>(cache.value(head, position)));
 }
 
-// A few queries of one head, on one thread. `scores` is [kQueries][capacity].
+// Part of a cache, as it lies there or widened.
+struct Read {
+    const char* elements;
+    int format;
+};
+
+// The scratch of one thread, `floats` long.
+struct Scratch {
+    int64_t padded_head, row;  // row: from one query's scores to the next, with a skew as between tokens (panel.h)
+
+    Scratch(const LayerCache& cache) : padded_head(cache.padded_head), row(cache.capacity + kSkew / 4) {}
+    int64_t floats(int64_t queries) const { return kMixed * padded_head + queries * (padded_head + row); }
+};
+
+// A few queries of one head, on one thread.
 class Queries {
 public:
     Queries(const Pass& pass, const DecoderModel& model, const LayerCache& cache, int64_t head, int64_t begin,
-            float* scores)
+            float* scratch)
         : pass_(pass), model_(model), cache_(cache), head_(head), kv_head_(head / (model.n_heads / model.n_kv_heads)),
-          begin_(begin), count_(std::min(kQueries, pass.tokens - begin)), end_(pass.first + begin + count_),
-          scores_(scores) {}
+          begin_(begin), count_(std::min(kQueries, pass.tokens - begin)), first_(pass.first + begin),
+          row_(Scratch(cache).row), widened_(scratch), sums_(scratch + kMixed * cache.padded_head),
+          scores_(sums_ + count_ * cache.padded_head) {}
 
     void run(const float* query, float* mixed) {
         score(query + begin_ * model_.width() + head_ * model_.head_size);
+        float totals[kQueries];
         for (int64_t t = 0; t < count_; ++t) {
-            float* row = scores_ + t * cache_.capacity;
-            const int64_t seen = pass_.first + begin_ + t + 1;
-            pass_.math.softmax(row, seen, 1.0f / std::sqrt(static_cast<float>(model_.head_size)));
-            std::fill(row + seen, row + end_, 0.0f);
+            float* row = scores_ + t * row_;
+            totals[t] = pass_.math.powers(row, seen(t), 1.0f / std::sqrt(static_cast<float>(model_.head_size)));
+            std::fill(row + seen(t), row + seen(last_together(t)), 0.0f);
         }
-        mix(mixed + begin_ * model_.width() + head_ * model_.head_size);
+        mix();
+        mixed += begin_ * model_.width() + head_ * model_.head_size;
+        for (int64_t t = 0; t < count_; ++t) {
+            const float inverse = 1.0f / totals[t];
+            for (int64_t i = 0; i < model_.head_size; ++i)
+                mixed[t * model_.width() + i] = sums_[t * cache_.padded_head + i] * inverse;
+        }
     }
 
 private:
+    int64_t seen(int64_t t) const { return first_ + t + 1; }  // positions that query t sees
+    int64_t last_together(int64_t t) const { return std::min(t / kTogether * kTogether + kTogether, count_) - 1; }
+
+    // Blocks of keys times the queries that see them.
     void score(const float* query) {
-        for (int64_t block = 0; block * kWidth < end_; ++block)
-            pass_.math.product(cache_.format, query, model_.width(), count_, cache_.key_block(kv_head_, block), kWidth,
-                               model_.head_size, scores_ + block * kWidth, cache_.capacity);
+        for (int64_t block = 0; block * kWidth < seen(count_ - 1); ++block) {
+            const int64_t t = std::max<int64_t>(0, block * kWidth - first_);
+            const Read keys = read(cache_.key_block(kv_head_, block), model_.head_size * kWidth);
+            pass_.math.product(keys.format, query + t * model_.width(), model_.width(), count_ - t, keys.elements,
+                               kWidth, model_.head_size, scores_ + t * row_ + block * kWidth, row_, false);
+        }
     }
 
-    void mix(float* mixed) {
-        alignas(64) float columns[kQueries][kWidth];
-        for (int64_t column = 0; column < model_.head_size; column += kWidth) {
-            const char* values = cache_.value(kv_head_, 0) + column * bytes_of(cache_.format);
-            pass_.math.product(cache_.format, scores_, cache_.capacity, count_, values, cache_.padded_head, end_,
-                               columns[0], kWidth);
-            const int64_t present = std::min<int64_t>(kWidth, model_.head_size - column);
-            for (int64_t t = 0; t < count_; ++t)
-                std::memcpy(mixed + t * model_.width() + column, columns[t], sizeof(float) * present);
+    void mix() {
+        const int64_t all = seen(count_ - 1), step = count_ < kWidened ? all : kMixed;
+        for (int64_t position = 0; position < all; position += step) {
+            const int64_t positions = std::min(step, all - position);
+            const Read values = read(cache_.value(kv_head_, position), positions * cache_.padded_head);
+            for (int64_t t = 0; t < count_; t += kTogether) {
+                const int64_t last = last_together(t), present = std::min(positions, seen(last) - position);
+                if (present > 0) mix(values, position, present, t, last + 1 - t);
+            }
         }
+    }
+
+    void mix(const Read& values, int64_t position, int64_t positions, int64_t t, int64_t count) {
+        for (int64_t column = 0; column < cache_.padded_head; column += kWidth)
+            pass_.math.product(values.format, scores_ + t * row_ + position, row_, count,
+                               values.elements + column * bytes_of(values.format), cache_.padded_head, positions,
+                               sums_ + t * cache_.padded_head + column, cache_.padded_head, position > 0);
+    }
+
+    Read read(const char* elements, int64_t count) const {
+        if (cache_.format == kFloat32 || count_ < kWidened) return {elements, cache_.format};
+        pass_.math.to_float(cache_.format, elements, count, widened_);
+        return {reinterpret_cast<const char*>(widened_), kFloat32};
     }
 
     const Pass& pass_;
     const DecoderModel& model_;
     const LayerCache& cache_;
-    const int64_t head_, kv_head_, begin_, count_;
-    const int64_t end_;  // positions that the last query sees
-    float* scores_;
+    const int64_t head_, kv_head_, begin_, count_, first_, row_;
+    float *widened_, *sums_, *scores_;
 };
 
 }  // namespace
@@ -112,34 +156,38 @@ void find_turns(const Pass& pass, const DecoderModel& model, float* turns) {
     });
 }
 
-void rotate_and_store(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* turns,
-                      float* query, float* key, const float* value) {
-    const int64_t heads = model.n_heads + model.n_kv_heads, half = model.head_size / 2;
-    const int64_t work = kWorth * kWorth * pass.tokens * heads * model.head_size;
+void rotate_queries(const Pass& pass, const DecoderModel& model, const float* turns, float* query) {
+    const int64_t work = kRotateWorth * pass.tokens * model.width();
+    parallel_for(useful_threads(pass.threads, work), pass.tokens, [&](int64_t t, int) {
+        for (int64_t head = 0; head < model.n_heads; ++head)
+            rotate(model.head_size / 2, turns + t * model.head_size, query + t * model.width() + head * model.head_size);
+    });
+}
+
+void store_keys(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* turns, float* key,
+                const float* value) {
+    const int64_t work = kRotateWorth * pass.tokens * model.kv_width();
     // Heads, not tokens, are the tasks: neighbouring positions share cache lines of the keys.
-    parallel_for(useful_threads(pass.threads, work), heads, [&](int64_t task, int) {
+    parallel_for(useful_threads(pass.threads, work), model.n_kv_heads, [&](int64_t head, int) {
         for (int64_t t = 0; t < pass.tokens; ++t) {
-            const float* turn = turns + t * model.head_size;
-            if (task < model.n_heads) {
-                rotate(half, turn, query + t * model.width() + task * model.head_size);
-            } else {
-                const int64_t head = task - model.n_heads, at = t * model.kv_width() + head * model.head_size;
-                rotate(half, turn, key + at);
-                store(pass, cache, head, pass.first + t, key + at, value + at);
-            }
+            const int64_t at = t * model.kv_width() + head * model.head_size;
+            rotate(model.head_size / 2, turns + t * model.head_size, key + at);
+            store(pass, cache, head, pass.first + t, key + at, value + at);
         }
     });
 }
 
-int64_t scores_per_thread(const Pass& pass, int64_t capacity) { return std::min(kQueries, pass.tokens) * capacity; }
+int64_t attention_scratch(const DecoderModel& model, const DecoderCache& cache, int64_t tokens) {
+    return Scratch(LayerCache(model, cache, 0)).floats(std::min(kQueries, tokens));
+}
 
-void attend(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* query, float* scores,
+void attend(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* query, float* scratch,
             float* mixed) {
-    const int64_t each = scores_per_thread(pass, cache.capacity);
+    const int64_t each = Scratch(cache).floats(std::min(kQueries, pass.tokens));
     const int64_t blocks = (pass.tokens + kQueries - 1) / kQueries;
     const int64_t work = kWorth * pass.tokens * (pass.first + pass.tokens) * model.width();
     parallel_for(useful_threads(pass.threads, work), model.n_heads * blocks, [&](int64_t task, int thread) {
-        Queries(pass, model, cache, task / blocks, task % blocks * kQueries, scores + thread * each)
+        Queries(pass, model, cache, task / blocks, task % blocks * kQueries, scratch + thread * each)
             .run(query, mixed);
     });
 }

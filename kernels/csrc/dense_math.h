@@ -20,16 +20,17 @@ struct MathSet {
     // gate = silu(gate) * up, both [n].
     void (*swiglu)(const float* up, int64_t n, float* gate);
 
-    // scores [n] = softmax(factor * scores).
-    void (*softmax)(float* scores, int64_t n, float factor);
+    // scores [n] = e^(factor * (scores - the largest of them)); returns their sum, by which softmax divides them.
+    float (*powers)(float* scores, int64_t n, float factor);
 
     void (*to_float)(int format, const void* from, int64_t n, float* to);
     void (*to_half)(const float* from, int64_t n, uint16_t* to);
 
-    // c[t][0 .. kWidth) = sum over i < k of a[t][i] * b[i][0 .. kWidth). b is float32 or float16. Strides are in elements.
-    // A result does not depend on how many tokens share the call.
+    // c[t][0 .. kWidth) = sum over i < k of a[t][i] * b[i][0 .. kWidth), or that added to c. b is float32 or float16.
+    // Strides are in elements. A result does not depend on how many tokens share the call, nor on whether a long sum is
+    // made in one call or in several.
     void (*product)(int format, const float* a, ptrdiff_t a_stride, int64_t tokens, const void* b, ptrdiff_t b_stride,
-                    int64_t k, float* c, ptrdiff_t c_stride);
+                    int64_t k, float* c, ptrdiff_t c_stride, bool add);
 
     // y[r] = sum over i < k of rows[r][i] * x[i], for a weight that comes from memory.
     void (*dot_rows)(int format, const void* rows, int64_t k, int64_t n_rows, const float* x, float* y);

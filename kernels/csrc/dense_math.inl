@@ -111,7 +111,7 @@ void swiglu(const float* up, int64_t n, float* gate) {
     });
 }
 
-void softmax(float* scores, int64_t n, float factor) {
+float powers(float* scores, int64_t n, float factor) {
     Floats largest = all(scores[0]);
     const Floats factors = all(factor);
     update(scores, n, scores[0], [&](int64_t, Floats v) {
@@ -128,8 +128,7 @@ void softmax(float* scores, int64_t n, float factor) {
         sums += power;
         return power;
     });
-    const Floats inverse = all(1.0f / sum_lanes(sums));
-    update(scores, n, 0.0f, [&](int64_t, Floats v) { return v * inverse; });
+    return sum_lanes(sums);
 }
 
 template <typename From>
@@ -157,10 +156,15 @@ constexpr int kTileTokens = 6;  // times 2 registers of sums: as many as 16 regi
 
 template <int kTokens, typename B>
 void product_tile(const float* a, ptrdiff_t a_stride, const B* b, ptrdiff_t b_stride, int64_t k, float* c,
-                  ptrdiff_t c_stride) {
+                  ptrdiff_t c_stride, bool add) {
     constexpr int kVectors = kTokens == 1 ? 4 : 2;
     for (int column = 0; column < kWidth; column += kVectors * kLanes) {
         Floats sum[kTokens][kVectors] = {};
+        if (add)
+#pragma GCC unroll 6
+            for (int t = 0; t < kTokens; ++t)
+#pragma GCC unroll 4
+                for (int v = 0; v < kVectors; ++v) sum[t][v] = load(c + t * c_stride + column + v * kLanes);
         for (int64_t i = 0; i < k; ++i) {
             Floats row[kVectors];
 #pragma GCC unroll 4
@@ -181,19 +185,19 @@ void product_tile(const float* a, ptrdiff_t a_stride, const B* b, ptrdiff_t b_st
 
 template <typename B>
 void product_from(const float* a, ptrdiff_t a_stride, int64_t tokens, const void* b, ptrdiff_t b_stride, int64_t k,
-                  float* c, ptrdiff_t c_stride) {
+                  float* c, ptrdiff_t c_stride, bool add) {
     constexpr decltype(&product_tile<1, B>) tiles[] = {nullptr,           product_tile<1, B>, product_tile<2, B>,
                                                        product_tile<3, B>, product_tile<4, B>, product_tile<5, B>,
                                                        product_tile<6, B>};
     for (int64_t t = 0; t < tokens; t += kTileTokens)
         tiles[tokens - t < kTileTokens ? tokens - t : kTileTokens](a + t * a_stride, a_stride, static_cast<const B*>(b),
-                                                                   b_stride, k, c + t * c_stride, c_stride);
+                                                                   b_stride, k, c + t * c_stride, c_stride, add);
 }
 
 void product(int format, const float* a, ptrdiff_t a_stride, int64_t tokens, const void* b, ptrdiff_t b_stride,
-             int64_t k, float* c, ptrdiff_t c_stride) {
+             int64_t k, float* c, ptrdiff_t c_stride, bool add) {
     const auto run = format == kFloat16 ? product_from<Half> : product_from<float>;
-    run(a, a_stride, tokens, b, b_stride, k, c, c_stride);
+    run(a, a_stride, tokens, b, b_stride, k, c, c_stride, add);
 }
 
 // How far ahead of its use a weight is fetched. Measured, as was reading one row at a time: with rows side by side, a
