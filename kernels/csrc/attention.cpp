@@ -11,8 +11,7 @@ namespace fbitrain {
 namespace {
 
 constexpr int64_t kQueries = 48;  // tokens of one head that share a pass over its keys and values
-constexpr int64_t kWidened = 7;   // from so many on, float16 is widened once for all of them
-constexpr int64_t kMixed = 64;    // positions whose values, widened, stay in the L1 cache while the queries mix them
+constexpr int64_t kMixed = 64;    // positions whose values stay in the L1 cache while the queries mix them
 constexpr int64_t kTogether = 12; // queries that leave out together what none of them sees: two tiles of `product`
 constexpr int64_t kWorth = 8;     // binary weights that take as long as one multiply-add of floats here
 constexpr int64_t kTurnWorth = 256;   // and as long as a sine and a cosine
@@ -48,18 +47,12 @@ void store(const Pass& pass, const LayerCache& cache, int64_t head, int64_t posi
     pass.math.to_half(value, cache.head_size, reinterpret_cast<uint16_t*>(cache.value(head, position)));
 }
 
-// Part of a cache, as it lies there or widened.
-struct Read {
-    const char* elements;
-    int format;
-};
-
 // The scratch of one thread, `floats` long.
 struct Scratch {
     int64_t padded_head, row;  // row: from one query's scores to the next, with a skew as between tokens (panel.h)
 
     Scratch(const LayerCache& cache) : padded_head(cache.padded_head), row(cache.capacity + kSkew / 4) {}
-    int64_t floats(int64_t queries) const { return kMixed * padded_head + queries * (padded_head + row); }
+    int64_t floats(int64_t queries) const { return queries * (padded_head + row); }
 };
 
 // A few queries of one head, on one thread.
@@ -69,8 +62,7 @@ public:
             float* scratch)
         : pass_(pass), model_(model), cache_(cache), head_(head), kv_head_(head / (model.n_heads / model.n_kv_heads)),
           begin_(begin), count_(std::min(kQueries, pass.tokens - begin)), first_(pass.first + begin),
-          row_(Scratch(cache).row), widened_(scratch), sums_(scratch + kMixed * cache.padded_head),
-          scores_(sums_ + count_ * cache.padded_head) {}
+          row_(Scratch(cache).row), sums_(scratch), scores_(sums_ + count_ * cache.padded_head) {}
 
     void run(const float* query, float* mixed) {
         score(query + begin_ * model_.width() + head_ * model_.head_size);
@@ -97,42 +89,32 @@ private:
     void score(const float* query) {
         for (int64_t block = 0; block * kWidth < seen(count_ - 1); ++block) {
             const int64_t t = std::max<int64_t>(0, block * kWidth - first_);
-            const Read keys = read(cache_.key_block(kv_head_, block), model_.head_size * kWidth);
-            pass_.math.product(keys.format, query + t * model_.width(), model_.width(), count_ - t, keys.elements,
-                               kWidth, model_.head_size, scores_ + t * row_ + block * kWidth, row_, false);
+            pass_.math.product(cache_.format, query + t * model_.width(), model_.width(), count_ - t,
+                               cache_.key_block(kv_head_, block), kWidth, model_.head_size,
+                               scores_ + t * row_ + block * kWidth, row_, false);
         }
     }
 
     void mix() {
-        const int64_t all = seen(count_ - 1), step = count_ < kWidened ? all : kMixed;
-        for (int64_t position = 0; position < all; position += step) {
-            const int64_t positions = std::min(step, all - position);
-            const Read values = read(cache_.value(kv_head_, position), positions * cache_.padded_head);
+        for (int64_t position = 0; position < seen(count_ - 1); position += kMixed)
             for (int64_t t = 0; t < count_; t += kTogether) {
-                const int64_t last = last_together(t), present = std::min(positions, seen(last) - position);
-                if (present > 0) mix(values, position, present, t, last + 1 - t);
+                const int64_t last = last_together(t), positions = std::min(kMixed, seen(last) - position);
+                if (positions > 0) mix(position, positions, t, last + 1 - t);
             }
-        }
     }
 
-    void mix(const Read& values, int64_t position, int64_t positions, int64_t t, int64_t count) {
+    void mix(int64_t position, int64_t positions, int64_t t, int64_t count) {
         for (int64_t column = 0; column < cache_.padded_head; column += kWidth)
-            pass_.math.product(values.format, scores_ + t * row_ + position, row_, count,
-                               values.elements + column * bytes_of(values.format), cache_.padded_head, positions,
-                               sums_ + t * cache_.padded_head + column, cache_.padded_head, position > 0);
-    }
-
-    Read read(const char* elements, int64_t count) const {
-        if (cache_.format == kFloat32 || count_ < kWidened) return {elements, cache_.format};
-        pass_.math.to_float(cache_.format, elements, count, widened_);
-        return {reinterpret_cast<const char*>(widened_), kFloat32};
+            pass_.math.product(cache_.format, scores_ + t * row_ + position, row_, count,
+                               cache_.value(kv_head_, position) + column * bytes_of(cache_.format), cache_.padded_head,
+                               positions, sums_ + t * cache_.padded_head + column, cache_.padded_head, position > 0);
     }
 
     const Pass& pass_;
     const DecoderModel& model_;
     const LayerCache& cache_;
     const int64_t head_, kv_head_, begin_, count_, first_, row_;
-    float *widened_, *sums_, *scores_;
+    float *sums_, *scores_;
 };
 
 }  // namespace
