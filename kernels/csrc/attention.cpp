@@ -10,9 +10,7 @@
 namespace fbitrain {
 namespace {
 
-constexpr int64_t kQueries = 48;  // tokens of one head that share a pass over its keys and values
-constexpr int64_t kMixed = 64;    // positions whose values stay in the L1 cache while the queries mix them
-constexpr int64_t kTogether = 12; // queries that leave out together what none of them sees: two tiles of `product`
+constexpr int64_t kQueries = 24;  // tokens of one head that share a pass over its keys: four tiles of `product`
 constexpr int64_t kWorth = 8;     // binary weights that take as long as one multiply-add of floats here
 constexpr int64_t kTurnWorth = 256;   // and as long as a sine and a cosine
 constexpr int64_t kRotateWorth = 64;  // and as long as turning an element and putting it into the cache
@@ -47,74 +45,58 @@ void store(const Pass& pass, const LayerCache& cache, int64_t head, int64_t posi
     pass.math.to_half(value, cache.head_size, reinterpret_cast<uint16_t*>(cache.value(head, position)));
 }
 
-// The scratch of one thread, `floats` long.
-struct Scratch {
-    int64_t padded_head, row;  // row: from one query's scores to the next, with a skew as between tokens (panel.h)
+// From one query's scores to the next, with a skew as between tokens (panel.h).
+int64_t scores_stride(int64_t capacity) { return capacity + kSkew / 4; }
 
-    Scratch(const LayerCache& cache) : padded_head(cache.padded_head), row(cache.capacity + kSkew / 4) {}
-    int64_t floats(int64_t queries) const { return queries * (padded_head + row); }
-};
-
-// A few queries of one head, on one thread.
+// A few queries of one head, on one thread. `scores` is [kQueries][stride].
 class Queries {
 public:
     Queries(const Pass& pass, const DecoderModel& model, const LayerCache& cache, int64_t head, int64_t begin,
-            float* scratch)
+            float* scores, int64_t stride)
         : pass_(pass), model_(model), cache_(cache), head_(head), kv_head_(head / (model.n_heads / model.n_kv_heads)),
-          begin_(begin), count_(std::min(kQueries, pass.tokens - begin)), first_(pass.first + begin),
-          row_(Scratch(cache).row), sums_(scratch), scores_(sums_ + count_ * cache.padded_head) {}
+          begin_(begin), count_(std::min(kQueries, pass.tokens - begin)), end_(pass.first + begin + count_),
+          scores_(scores), stride_(stride) {}
 
     void run(const float* query, float* mixed) {
         score(query + begin_ * model_.width() + head_ * model_.head_size);
-        float totals[kQueries];
         for (int64_t t = 0; t < count_; ++t) {
-            float* row = scores_ + t * row_;
-            totals[t] = pass_.math.powers(row, seen(t), 1.0f / std::sqrt(static_cast<float>(model_.head_size)));
-            std::fill(row + seen(t), row + seen(last_together(t)), 0.0f);
+            float* row = scores_ + t * stride_;
+            const int64_t seen = pass_.first + begin_ + t + 1;
+            sums_[t] = pass_.math.powers(row, seen, 1.0f / std::sqrt(static_cast<float>(model_.head_size)));
+            std::fill(row + seen, row + end_, 0.0f);
         }
-        mix();
-        mixed += begin_ * model_.width() + head_ * model_.head_size;
-        for (int64_t t = 0; t < count_; ++t) {
-            const float inverse = 1.0f / totals[t];
-            for (int64_t i = 0; i < model_.head_size; ++i)
-                mixed[t * model_.width() + i] = sums_[t * cache_.padded_head + i] * inverse;
-        }
+        mix(mixed + begin_ * model_.width() + head_ * model_.head_size);
     }
 
 private:
-    int64_t seen(int64_t t) const { return first_ + t + 1; }  // positions that query t sees
-    int64_t last_together(int64_t t) const { return std::min(t / kTogether * kTogether + kTogether, count_) - 1; }
-
-    // Blocks of keys times the queries that see them.
     void score(const float* query) {
-        for (int64_t block = 0; block * kWidth < seen(count_ - 1); ++block) {
-            const int64_t t = std::max<int64_t>(0, block * kWidth - first_);
-            pass_.math.product(cache_.format, query + t * model_.width(), model_.width(), count_ - t,
-                               cache_.key_block(kv_head_, block), kWidth, model_.head_size,
-                               scores_ + t * row_ + block * kWidth, row_, false);
-        }
+        for (int64_t block = 0; block * kWidth < end_; ++block)
+            pass_.math.product(cache_.format, query, model_.width(), count_, cache_.key_block(kv_head_, block), kWidth,
+                               model_.head_size, scores_ + block * kWidth, stride_);
     }
 
-    void mix() {
-        for (int64_t position = 0; position < seen(count_ - 1); position += kMixed)
-            for (int64_t t = 0; t < count_; t += kTogether) {
-                const int64_t last = last_together(t), positions = std::min(kMixed, seen(last) - position);
-                if (positions > 0) mix(position, positions, t, last + 1 - t);
+    void mix(float* mixed) {
+        alignas(64) float columns[kQueries][kWidth];
+        for (int64_t column = 0; column < model_.head_size; column += kWidth) {
+            const char* values = cache_.value(kv_head_, 0) + column * bytes_of(cache_.format);
+            pass_.math.product(cache_.format, scores_, stride_, count_, values, cache_.padded_head, end_,
+                               columns[0], kWidth);
+            const int64_t present = std::min<int64_t>(kWidth, model_.head_size - column);
+            for (int64_t t = 0; t < count_; ++t) {
+                const float inverse = 1.0f / sums_[t];
+                for (int64_t i = 0; i < present; ++i) mixed[t * model_.width() + column + i] = columns[t][i] * inverse;
             }
-    }
-
-    void mix(int64_t position, int64_t positions, int64_t t, int64_t count) {
-        for (int64_t column = 0; column < cache_.padded_head; column += kWidth)
-            pass_.math.product(cache_.format, scores_ + t * row_ + position, row_, count,
-                               cache_.value(kv_head_, position) + column * bytes_of(cache_.format), cache_.padded_head,
-                               positions, sums_ + t * cache_.padded_head + column, cache_.padded_head, position > 0);
+        }
     }
 
     const Pass& pass_;
     const DecoderModel& model_;
     const LayerCache& cache_;
-    const int64_t head_, kv_head_, begin_, count_, first_, row_;
-    float *sums_, *scores_;
+    const int64_t head_, kv_head_, begin_, count_;
+    const int64_t end_;  // positions that the last query sees
+    float* scores_;
+    const int64_t stride_;
+    float sums_[kQueries];
 };
 
 }  // namespace
@@ -159,17 +141,17 @@ void store_keys(const Pass& pass, const DecoderModel& model, const LayerCache& c
     });
 }
 
-int64_t attention_scratch(const DecoderModel& model, const DecoderCache& cache, int64_t tokens) {
-    return Scratch(LayerCache(model, cache, 0)).floats(std::min(kQueries, tokens));
+int64_t scores_per_thread(int64_t tokens, int64_t capacity) {
+    return std::min(kQueries, tokens) * scores_stride(capacity);
 }
 
-void attend(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* query, float* scratch,
+void attend(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* query, float* scores,
             float* mixed) {
-    const int64_t each = Scratch(cache).floats(std::min(kQueries, pass.tokens));
+    const int64_t stride = scores_stride(cache.capacity), each = scores_per_thread(pass.tokens, cache.capacity);
     const int64_t blocks = (pass.tokens + kQueries - 1) / kQueries;
     const int64_t work = kWorth * pass.tokens * (pass.first + pass.tokens) * model.width();
     parallel_for(useful_threads(pass.threads, work), model.n_heads * blocks, [&](int64_t task, int thread) {
-        Queries(pass, model, cache, task / blocks, task % blocks * kQueries, scratch + thread * each)
+        Queries(pass, model, cache, task / blocks, task % blocks * kQueries, scores + thread * each, stride)
             .run(query, mixed);
     });
 }

@@ -21,9 +21,9 @@ struct Rows {
     int64_t begin, count;
 };
 
-// What the layers need beside the model, each [tokens][width] but for the scratch of attention.
+// What the layers need beside the model, each [tokens][width] but for the scratch of attention, `scores`.
 struct Activations {
-    Buffer<float> residual, normed, query, key, value, mixed, gate, up, turns, scratch;
+    Buffer<float> residual, normed, query, key, value, mixed, gate, up, turns, scores;
 
     Activations(const DecoderModel& m, const DecoderCache& cache, int threads, int64_t tokens)
         : residual(allocate<float>(tokens * m.d_model)), normed(allocate<float>(tokens * m.d_model)),
@@ -31,7 +31,7 @@ struct Activations {
           value(allocate<float>(tokens * m.kv_width())), mixed(allocate<float>(tokens * m.width())),
           gate(allocate<float>(tokens * m.d_ff)), up(allocate<float>(tokens * m.d_ff)),
           turns(allocate<float>(tokens * m.head_size)),
-          scratch(allocate<float>(threads * attention_scratch(m, cache, tokens))) {}
+          scores(allocate<float>(threads * scores_per_thread(tokens, cache.capacity))) {}
 };
 
 // A piece of a text on its way through the layers.
@@ -87,7 +87,7 @@ private:
         const Pass pass{pass_.math, pass_.threads, pass_.first + rows.begin, rows.count};
         float* query = a_.query.get() + rows.begin * model_.width();
         rotate_queries(pass, model_, a_.turns.get() + rows.begin * model_.head_size, query);
-        attend(pass, model_, cache, query, a_.scratch.get(), a_.mixed.get() + rows.begin * model_.width());
+        attend(pass, model_, cache, query, a_.scores.get(), a_.mixed.get() + rows.begin * model_.width());
         return add(w.output, a_.mixed, model_.width(), rows);
     }
 
@@ -178,7 +178,7 @@ void head_block(const DecoderModel& model, const Pass& pass, int64_t begin, cons
         pass.math.to_float(model.format, from + r * k * bytes_of(model.format), k, widened);
         for (int64_t i = 0; i < k; ++i) scratch[i * kWidth + r] = widened[i];
     }
-    pass.math.product(kFloat32, hidden, k, pass.tokens, scratch, kWidth, k, columns, kWidth, false);
+    pass.math.product(kFloat32, hidden, k, pass.tokens, scratch, kWidth, k, columns, kWidth);
     for (int64_t t = 0; t < pass.tokens; ++t)
         std::memcpy(logits + t * model.vocab_size + begin, columns + t * kWidth, sizeof(float) * rows);
 }

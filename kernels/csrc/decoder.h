@@ -74,10 +74,10 @@ void rotate_queries(const Pass& pass, const DecoderModel& model, const float* tu
 void store_keys(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* turns, float* key,
                 const float* value);
 
-// mixed [tokens][n_heads * head_size] = causal softmax attention of query over the cache. `scratch` is
-// pass.threads * attention_scratch floats.
-void attend(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* query, float* scratch,
+// mixed [tokens][n_heads * head_size] = causal softmax attention of query over the cache. `scores` is scratch of
+// pass.threads * scores_per_thread elements.
+void attend(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* query, float* scores,
             float* mixed);
-int64_t attention_scratch(const DecoderModel& model, const DecoderCache& cache, int64_t tokens);
+int64_t scores_per_thread(int64_t tokens, int64_t capacity);
 
 }  // namespace fbitrain

@@ -157,15 +157,10 @@ constexpr int kTileTokens = 6;  // times 2 registers of sums: as many as 16 regi
 
 template <int kTokens, typename B>
 void product_tile(const float* a, ptrdiff_t a_stride, const B* b, ptrdiff_t b_stride, int64_t k, float* c,
-                  ptrdiff_t c_stride, bool add) {
+                  ptrdiff_t c_stride) {
     constexpr int kVectors = kTokens == 1 ? 4 : 2;
     for (int column = 0; column < kWidth; column += kVectors * kLanes) {
         Floats sum[kTokens][kVectors] = {};
-        if (add)
-#pragma GCC unroll 6
-            for (int t = 0; t < kTokens; ++t)
-#pragma GCC unroll 4
-                for (int v = 0; v < kVectors; ++v) sum[t][v] = load(c + t * c_stride + column + v * kLanes);
         for (int64_t i = 0; i < k; ++i) {
             Floats row[kVectors];
 #pragma GCC unroll 4
@@ -186,19 +181,19 @@ void product_tile(const float* a, ptrdiff_t a_stride, const B* b, ptrdiff_t b_st
 
 template <typename B>
 void product_from(const float* a, ptrdiff_t a_stride, int64_t tokens, const void* b, ptrdiff_t b_stride, int64_t k,
-                  float* c, ptrdiff_t c_stride, bool add) {
+                  float* c, ptrdiff_t c_stride) {
     constexpr decltype(&product_tile<1, B>) tiles[] = {nullptr,           product_tile<1, B>, product_tile<2, B>,
                                                        product_tile<3, B>, product_tile<4, B>, product_tile<5, B>,
                                                        product_tile<6, B>};
     for (int64_t t = 0; t < tokens; t += kTileTokens)
         tiles[tokens - t < kTileTokens ? tokens - t : kTileTokens](a + t * a_stride, a_stride, static_cast<const B*>(b),
-                                                                   b_stride, k, c + t * c_stride, c_stride, add);
+                                                                   b_stride, k, c + t * c_stride, c_stride);
 }
 
 void product(int format, const float* a, ptrdiff_t a_stride, int64_t tokens, const void* b, ptrdiff_t b_stride,
-             int64_t k, float* c, ptrdiff_t c_stride, bool add) {
+             int64_t k, float* c, ptrdiff_t c_stride) {
     const auto run = format == kFloat16 ? product_from<Half> : product_from<float>;
-    run(a, a_stride, tokens, b, b_stride, k, c, c_stride, add);
+    run(a, a_stride, tokens, b, b_stride, k, c, c_stride);
 }
 
 // How far ahead of its use a weight is fetched. Measured, as was reading one row at a time: with rows side by side, a
