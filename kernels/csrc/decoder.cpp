@@ -12,7 +12,7 @@ namespace fbitrain {
 namespace {
 
 constexpr int64_t kPiece = 128;        // tokens that go through the layers together: what they need stays in the caches
-constexpr int64_t kHeadRows = 64;      // rows of the head per task
+constexpr int64_t kHeadRows = 16;      // rows of the head per task and stream
 constexpr int64_t kDenseTokens = 4;    // from here on a block of the head is widened to float32 once for all tokens
 constexpr int64_t kWorth = 16;         // binary weights that take as long to read as one weight of 16 bits
 
@@ -194,12 +194,16 @@ void head(const DecoderModel& model, const Pass& pass, const float* hidden, floa
         });
         return;
     }
-    parallel_for(threads, (model.vocab_size + kHeadRows - 1) / kHeadRows, [&](int64_t task, int) {
-        const int64_t begin = task * kHeadRows, rows = std::min(kHeadRows, model.vocab_size - begin);
+    const int64_t apart = model.vocab_size / kStreams, rest = apart * kStreams;
+    const auto dot = [&](int64_t begin, int64_t stride, int64_t rows) {
         for (int64_t t = 0; t < pass.tokens; ++t)
-            pass.math.dot_rows(model.format, static_cast<const char*>(model.head) + begin * row, k, rows, hidden + t * k,
-                               logits + t * model.vocab_size + begin);
+            pass.math.dot_rows(model.format, static_cast<const char*>(model.head) + begin * row, stride, k, rows,
+                               hidden + t * k, logits + t * model.vocab_size + begin);
+    };
+    parallel_for(threads, (apart + kHeadRows - 1) / kHeadRows, [&](int64_t task, int) {
+        dot(task * kHeadRows, apart, std::min(kHeadRows, apart - task * kHeadRows));
     });
+    dot(rest, 0, model.vocab_size - rest);
 }
 
 bool is_format(int format) { return format >= kFloat32 && format <= kFloat16; }
