@@ -11,7 +11,7 @@
 namespace fbitrain {
 namespace {
 
-constexpr int64_t kPiece = 128;        // tokens that go through the layers together: what they need stays in the caches
+constexpr int64_t kPiece = 4 * kMaxTokens;  // tokens that go through the layers together: full blocks of the products
 constexpr int64_t kHeadRows = 16;      // rows of the head per task and stream
 constexpr int64_t kDenseTokens = 4;    // from here on a block of the head is widened to float32 once for all tokens
 constexpr int64_t kWorth = 16;         // binary weights that take as long to read as one weight of 16 bits

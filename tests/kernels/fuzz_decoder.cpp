@@ -87,7 +87,7 @@ struct Random {
         }
         model.final_norm = floats(model.d_model);
         model.frequencies = floats(model.head_size / 2);
-        cache.capacity = 32 * pick(1, 6);
+        cache.capacity = 32 * pick(1, 9);
         cache.format = pick(0, 1) ? kFloat16 : kFloat32;
         const int64_t positions = model.n_layers * model.n_kv_heads * cache.capacity * bytes_of(cache.format);
         cache.keys = array<char>(positions * model.head_size, false);
