@@ -155,10 +155,10 @@ def test_how_a_text_is_cut_changes_nothing(name: str, activations: str, monkeypa
     decoder = Decoder(shape, model_of(shape, True)[0], activations)
     ids = ids_of(250)  # more than go through the layers together
     whole = decoder.hidden(ids, decoder.new_cache(250))
-    for cuts in ([1] * 250, [33, 1, 216], [64, 186]):
+    for cuts in ([1] * 70 + [180], [33, 1, 216], [64, 186]):
         cache = decoder.new_cache(250)
         assert torch.equal(torch.cat([decoder.hidden(part, cache) for part in ids.split(cuts)]), whole)
-    assert torch.equal(decoder.hidden(ids, decoder.new_cache(200)), whole)
+    assert torch.equal(decoder.hidden(ids, decoder.new_cache(300)), whole)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(decoder.hidden(ids, decoder.new_cache(250)), whole)
 
