@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -29,10 +30,15 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{folder} is damaged: {fault}; choose another checkpoint")
     reader = ShardReader(folder)
     weights = {}
-    for name, shape in json.loads((folder / "trainer.json").read_text())["shapes"].items():
+    for name, shape in _trained_shapes(folder).items():
         weights[name] = torch.empty(shape, dtype=torch.float32)
         reader.read_into(weights[name].view(-1), "weight", name, 0)
     return weights | fixed_tensors(folder)
+
+
+def trained_parameters(folder: Path) -> int:
+    """How many numbers of its model a checkpoint's run trains, by its trainer.json; raises what reading that raises."""
+    return sum(map(math.prod, _trained_shapes(folder).values()))
 
 
 def fixed_tensors(folder: Path) -> dict[str, Tensor]:
@@ -66,6 +72,11 @@ class ShardReader:
             raise UserError(
                 f"{self._folder} does not hold elements {start} to {stop} of {kind} {name}; it is not of this model"
             )
+
+
+def _trained_shapes(folder: Path) -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = json.loads((folder / "trainer.json").read_text())["shapes"]
+    return shapes
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -10,12 +10,13 @@ import psutil
 import torch
 
 from fbitrain.build import check_vocabularies
+from fbitrain.checkpoint_files import trained_parameters
 from fbitrain.config import Config
 from fbitrain.data.errors import DataError
 from fbitrain.engine import resolve_precision
 from fbitrain.errors import UserError
 from fbitrain.estimate import RankMemory, TeacherSize, rank_memory, read_teacher_size, tokens_in_total
-from fbitrain.fine_tune import with_known_sizes
+from fbitrain.fine_tune import own_checkpoint, with_known_sizes
 from fbitrain.model.size import ParameterCount, count_parameters
 from fbitrain.preflight_data import look_at_data
 from fbitrain.release_tokenizer import tokenizer_source
@@ -67,12 +68,21 @@ def _describe_pretrained(report: Report, config: Config) -> int:
     """The parameters of the model that fine-tuning starts from; 0 where they cannot be counted without loading it."""
     report.add("model", f"{config.model.pretrained}, binarize.method={config.binarize.method}")
     try:
-        size = read_teacher_size(Path(config.model.pretrained))
+        n_parameters = _count_pretrained(config.model.pretrained)
+    except UserError as error:
+        report.problems.append(str(error))
+        return 0
     except (OSError, ValueError, KeyError):
         report.add("", "memory and disk not counted: it is not a local folder with safetensors files")
         return 0
-    report.add("", f"{size.n_parameters:,} parameters")
-    return size.n_parameters
+    report.add("", f"{n_parameters:,} parameters")
+    return n_parameters
+
+
+def _count_pretrained(pretrained: str) -> int:
+    """Of a checkpoint of ours what it trains, of a folder all. Raises UserError for a run that has no checkpoint."""
+    checkpoint = own_checkpoint(pretrained)
+    return trained_parameters(checkpoint) if checkpoint else read_teacher_size(Path(pretrained)).n_parameters
 
 
 def _describe_model(report: Report, count: ParameterCount) -> int:

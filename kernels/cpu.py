@@ -41,7 +41,7 @@ _ARGUMENTS = {
     "pack_signs": [_INT] * 3 + [_POINTER] * 2 + [_SIZE] * 2,
     "unpack_signs": [_INT] * 3 + [_POINTER] * 2 + [_SIZE] * 2,
     "transpose_signs": [_INT] + [_POINTER] * 2 + [_SIZE] * 2,
-    "decoder_hidden": [_INT] * 3 + [_POINTER] * 3 + [_SIZE] * 2 + [_POINTER],
+    "decoder_hidden": [_INT] * 3 + [_POINTER] * 3 + [_SIZE] * 3 + [_POINTER],
     "decoder_logits": [_INT] * 2 + [_POINTER] * 2 + [_SIZE] + [_POINTER],
 }
 

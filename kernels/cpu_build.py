@@ -1,6 +1,6 @@
 """Compiles kernels/csrc into a shared library, once per machine, and finds it again.
 
-    python -m fbitrain.kernels.cpu_build      builds it now, as launch/setup_env.sh does, rather than on first use
+    python -m fbitrain.kernels.cpu_build      builds it now, as setup.py does during installation, not on first use
 
 The library lies in $FBITRAIN_KERNEL_CACHE, or $XDG_CACHE_HOME/fbitrain/kernels, or ~/.cache/fbitrain/kernels, under a
 name made of the sources, the compiler and the flags: whatever changes, a new file is built. It is built under a lock

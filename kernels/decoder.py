@@ -9,7 +9,6 @@ Letters: M tokens, D d_model, F d_ff, V vocabulary, N and K out_features and in_
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -31,7 +30,6 @@ _WIDTH = 32  # kWidth of csrc/dense_math.h: positions per block of the cache
 # The cache is as exact as the products around it: fp16 rounds to 2^-11, int8 activations to 2^-8.
 _CACHE_DTYPE = {"float": torch.float32, "int8": torch.float16}
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-MAX_TOKENS = 480  # tokens per call, as many as csrc/binary_linear.cpp makes ready at a time; more only take more memory
 
 
 class NotFiniteError(ValueError):
@@ -125,19 +123,35 @@ class Decoder:
         """An empty cache for `capacity` tokens, fp32 for float activations and fp16 for int8."""
         return Cache(self._layout, capacity)
 
-    def hidden(self, ids: Tensor, cache: Cache) -> Tensor:
+    def hidden(self, ids: Tensor, cache: Cache, last: int | None = None) -> Tensor:
         """ids int [M], the tokens after those in `cache`, which it adds -> what the head is given, fp32 [M,D].
 
-        The result for a token does not depend on how a text is cut into calls. Raises ValueError for ids that are not
-        in the vocabulary, too many tokens for the cache and the cache of another decoder; NotFiniteError with int8
-        activations.
+        With `last`, only of that many tokens at the end, [last,D]: the last layer then computes no more of the others
+        than keys and values. The result for a token does not depend on how a text is cut into calls. Raises ValueError
+        for ids that are not in the vocabulary, too many tokens for the cache and the cache of another decoder;
+        NotFiniteError with int8 activations.
         """
         self._check_tokens(ids, cache)
+        wanted = ids.numel() if last is None else min(last, ids.numel())
         ids = ids.to(torch.int32).resolve_neg().contiguous()
-        hidden = torch.empty((ids.numel(), self.shape.d_model), dtype=torch.float32, device="cpu")
-        for start, stop in _pieces(ids.numel()):
-            # Addresses, not slices: a slice costs as much time as a small layer.
-            self._run(ids.data_ptr() + 4 * start, stop - start, cache, hidden.data_ptr() + 4 * start * hidden.shape[1])
+        hidden = torch.empty((wanted, self.shape.d_model), dtype=torch.float32, device="cpu")
+        status = self._library.decoder_hidden(
+            self._level,
+            torch.get_num_threads(),
+            self._mode,
+            ctypes.addressof(self._described),
+            ctypes.addressof(cache.described),
+            ids.data_ptr(),
+            cache.length,
+            ids.numel(),
+            wanted,
+            hidden.data_ptr(),
+        )
+        if status > 0:
+            position = cache.length + status - 1
+            raise NotFiniteError(f"int8 activations must be finite, and those of position {position} are not")
+        cpu.require_ok(status, "decoder_hidden")
+        cache.length += ids.numel()
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -175,25 +189,6 @@ class Decoder:
                 f"a vocabulary of {self.shape.vocab_size}"
             )
 
-    def _run(self, ids: int, n_tokens: int, cache: Cache, hidden: int) -> None:
-        """ids and hidden are addresses."""
-        status = self._library.decoder_hidden(
-            self._level,
-            torch.get_num_threads(),
-            self._mode,
-            ctypes.addressof(self._described),
-            ctypes.addressof(cache.described),
-            ids,
-            cache.length,
-            n_tokens,
-            hidden,
-        )
-        if status > 0:
-            position = cache.length + status - 1
-            raise NotFiniteError(f"int8 activations must be finite, and those of position {position} are not")
-        cpu.require_ok(status, "decoder_hidden")
-        cache.length += n_tokens
-
     def _describe(self, tensors: DecoderTensors) -> _Model:
         layers = (_LayerWeights * self.shape.n_layers)()
         for described, layer in zip(layers, tensors.layers, strict=True):
@@ -227,13 +222,6 @@ def compiled_level(scale: str, group_size: int) -> str:
     call = Call("binary_linear", "cpu", torch.float32, group_size if scale == "group" else 0)
     backend = select_backend(call).backend
     return backend if backend in cpu.LEVELS else ""
-
-
-def _pieces(n_tokens: int) -> Iterator[tuple[int, int]]:
-    """Start and stop of equal pieces of at most MAX_TOKENS."""
-    count = -(-n_tokens // MAX_TOKENS)
-    for piece in range(count):
-        yield piece * n_tokens // count, (piece + 1) * n_tokens // count
 
 
 def _round_up(value: int, step: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -34,7 +35,8 @@ def main(arguments: argparse.Namespace) -> int:
     if not arguments.table:
         todo = [each for each in wanted if not is_finished(each)]
         with ThreadPoolExecutor(arguments.jobs) as jobs:
-            failed = [problem for problem in jobs.map(lambda each: train(study, each, arguments.jobs), todo) if problem]
+            problems = list(jobs.map(lambda each: train(study, each, arguments.jobs, arguments.discard), todo))
+        failed = [problem for problem in problems if problem]
     results = outcomes(study, folder)
     if not results:
         raise UserError("; ".join(failed) or f"nothing of {arguments.study} has finished in {folder}")
@@ -47,7 +49,7 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def train(study: Study, one: Run, jobs: int) -> str:
+def train(study: Study, one: Run, jobs: int, discard: bool) -> str:
     """One run to its end, its output in its folder; returns a sentence if it failed, else an empty one."""
     one.folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -70,6 +72,8 @@ def train(study: Study, one: Run, jobs: int) -> str:
     add_seconds(one, time.perf_counter() - started)
     if done.returncode or not is_finished(one):
         return f"{one.folder.name} failed with exit code {done.returncode}, see {log}"
+    if discard:
+        shutil.rmtree(one.folder / "checkpoints")
     return ""
 
 
@@ -116,6 +120,9 @@ def parser() -> argparse.ArgumentParser:
     commands.add_argument("--only", default="", metavar="TEXT", help="only the variants with TEXT in their name")
     commands.add_argument("--table", action="store_true", help="run nothing, only sum up what is finished")
     commands.add_argument("--jobs", type=positive, default=1, help="runs at one time; they share the cores (default 1)")
+    commands.add_argument(
+        "--discard", action="store_true", help="remove a run's checkpoints once it is finished: they are most of it"
+    )
     commands.add_argument(
         "--runs", type=Path, default=Path("runs/studies"), help="where runs live (default runs/studies)"
     )

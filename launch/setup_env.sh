@@ -103,9 +103,6 @@ make_venv() {
     pip_install "build tools" pip setuptools wheel ninja
     # DeepSpeed comes as source, and its setup looks at torch: torch goes first, and the build sees this environment.
     pip_install "torch (the largest download)" torch numpy
-    pip_install "deepspeed, transformers and the rest" --no-build-isolation -e '.[dev,eval]'
-    # Now, so that the first command need not wait for it; what fails here is tried again, and explained, on first use.
-    printf '  the CPU kernels\n'
-    run_logged "$VENV/bin/python" -m fbitrain.kernels.cpu_build || true
+    pip_install "deepspeed, transformers and the rest, and the CPU kernels" --no-build-isolation -e '.[dev,eval]'
     wanted_stamp >"$STAMP"
 }

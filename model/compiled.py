@@ -95,9 +95,8 @@ class PackedLlama:
 
         def next_logits(ids: list[int]) -> Tensor:
             with _refusing_non_finite():
-                return self.decoder.logits(
-                    self.decoder.hidden(torch.tensor(ids, dtype=torch.int64, device="cpu"), cache)[-1:]
-                )[0]
+                new = torch.tensor(ids, dtype=torch.int64, device="cpu")
+                return self.decoder.logits(self.decoder.hidden(new, cache, last=1))[0]
 
         return next_logits
 

@@ -12,7 +12,8 @@ namespace {
 
 constexpr int64_t kQueries = 24;  // tokens of one head that share a pass over its keys: four tiles of `product`
 constexpr int64_t kWorth = 8;     // binary weights that take as long as one multiply-add of floats here
-constexpr int64_t kTurnWorth = 256;  // and as long as a sine and a cosine
+constexpr int64_t kTurnWorth = 256;   // and as long as a sine and a cosine
+constexpr int64_t kRotateWorth = 64;  // and as long as turning an element and putting it into the cache
 
 // The rotation of Hugging Face's Llama: element i turns with element i + head_size / 2. `turn` holds the cosines of all i,
 // then the sines.
@@ -44,21 +45,24 @@ void store(const Pass& pass, const LayerCache& cache, int64_t head, int64_t posi
     pass.math.to_half(value, cache.head_size, reinterpret_cast<uint16_t*>(cache.value(head, position)));
 }
 
-// A few queries of one head, on one thread. `scores` is [kQueries][capacity].
+// From one query's scores to the next, with a skew as between tokens (panel.h).
+int64_t scores_stride(int64_t capacity) { return capacity + kSkew / 4; }
+
+// A few queries of one head, on one thread. `scores` is [kQueries][stride].
 class Queries {
 public:
     Queries(const Pass& pass, const DecoderModel& model, const LayerCache& cache, int64_t head, int64_t begin,
-            float* scores)
+            float* scores, int64_t stride)
         : pass_(pass), model_(model), cache_(cache), head_(head), kv_head_(head / (model.n_heads / model.n_kv_heads)),
           begin_(begin), count_(std::min(kQueries, pass.tokens - begin)), end_(pass.first + begin + count_),
-          scores_(scores) {}
+          scores_(scores), stride_(stride) {}
 
     void run(const float* query, float* mixed) {
         score(query + begin_ * model_.width() + head_ * model_.head_size);
         for (int64_t t = 0; t < count_; ++t) {
-            float* row = scores_ + t * cache_.capacity;
+            float* row = scores_ + t * stride_;
             const int64_t seen = pass_.first + begin_ + t + 1;
-            pass_.math.softmax(row, seen, 1.0f / std::sqrt(static_cast<float>(model_.head_size)));
+            sums_[t] = pass_.math.powers(row, seen, 1.0f / std::sqrt(static_cast<float>(model_.head_size)));
             std::fill(row + seen, row + end_, 0.0f);
         }
         mix(mixed + begin_ * model_.width() + head_ * model_.head_size);
@@ -68,18 +72,20 @@ private:
     void score(const float* query) {
         for (int64_t block = 0; block * kWidth < end_; ++block)
             pass_.math.product(cache_.format, query, model_.width(), count_, cache_.key_block(kv_head_, block), kWidth,
-                               model_.head_size, scores_ + block * kWidth, cache_.capacity);
+                               model_.head_size, scores_ + block * kWidth, stride_);
     }
 
     void mix(float* mixed) {
         alignas(64) float columns[kQueries][kWidth];
         for (int64_t column = 0; column < model_.head_size; column += kWidth) {
             const char* values = cache_.value(kv_head_, 0) + column * bytes_of(cache_.format);
-            pass_.math.product(cache_.format, scores_, cache_.capacity, count_, values, cache_.padded_head, end_,
+            pass_.math.product(cache_.format, scores_, stride_, count_, values, cache_.padded_head, end_,
                                columns[0], kWidth);
             const int64_t present = std::min<int64_t>(kWidth, model_.head_size - column);
-            for (int64_t t = 0; t < count_; ++t)
-                std::memcpy(mixed + t * model_.width() + column, columns[t], sizeof(float) * present);
+            for (int64_t t = 0; t < count_; ++t) {
+                const float inverse = 1.0f / sums_[t];
+                for (int64_t i = 0; i < present; ++i) mixed[t * model_.width() + column + i] = columns[t][i] * inverse;
+            }
         }
     }
 
@@ -89,6 +95,8 @@ private:
     const int64_t head_, kv_head_, begin_, count_;
     const int64_t end_;  // positions that the last query sees
     float* scores_;
+    const int64_t stride_;
+    float sums_[kQueries];
 };
 
 }  // namespace
@@ -112,34 +120,38 @@ void find_turns(const Pass& pass, const DecoderModel& model, float* turns) {
     });
 }
 
-void rotate_and_store(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* turns,
-                      float* query, float* key, const float* value) {
-    const int64_t heads = model.n_heads + model.n_kv_heads, half = model.head_size / 2;
-    const int64_t work = kWorth * kWorth * pass.tokens * heads * model.head_size;
+void rotate_queries(const Pass& pass, const DecoderModel& model, const float* turns, float* query) {
+    const int64_t work = kRotateWorth * pass.tokens * model.width();
+    parallel_for(useful_threads(pass.threads, work), pass.tokens, [&](int64_t t, int) {
+        for (int64_t head = 0; head < model.n_heads; ++head)
+            rotate(model.head_size / 2, turns + t * model.head_size, query + t * model.width() + head * model.head_size);
+    });
+}
+
+void store_keys(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* turns, float* key,
+                const float* value) {
+    const int64_t work = kRotateWorth * pass.tokens * model.kv_width();
     // Heads, not tokens, are the tasks: neighbouring positions share cache lines of the keys.
-    parallel_for(useful_threads(pass.threads, work), heads, [&](int64_t task, int) {
+    parallel_for(useful_threads(pass.threads, work), model.n_kv_heads, [&](int64_t head, int) {
         for (int64_t t = 0; t < pass.tokens; ++t) {
-            const float* turn = turns + t * model.head_size;
-            if (task < model.n_heads) {
-                rotate(half, turn, query + t * model.width() + task * model.head_size);
-            } else {
-                const int64_t head = task - model.n_heads, at = t * model.kv_width() + head * model.head_size;
-                rotate(half, turn, key + at);
-                store(pass, cache, head, pass.first + t, key + at, value + at);
-            }
+            const int64_t at = t * model.kv_width() + head * model.head_size;
+            rotate(model.head_size / 2, turns + t * model.head_size, key + at);
+            store(pass, cache, head, pass.first + t, key + at, value + at);
         }
     });
 }
 
-int64_t scores_per_thread(const Pass& pass, int64_t capacity) { return std::min(kQueries, pass.tokens) * capacity; }
+int64_t scores_per_thread(int64_t tokens, int64_t capacity) {
+    return std::min(kQueries, tokens) * scores_stride(capacity);
+}
 
 void attend(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* query, float* scores,
             float* mixed) {
-    const int64_t each = scores_per_thread(pass, cache.capacity);
+    const int64_t stride = scores_stride(cache.capacity), each = scores_per_thread(pass.tokens, cache.capacity);
     const int64_t blocks = (pass.tokens + kQueries - 1) / kQueries;
     const int64_t work = kWorth * pass.tokens * (pass.first + pass.tokens) * model.width();
     parallel_for(useful_threads(pass.threads, work), model.n_heads * blocks, [&](int64_t task, int thread) {
-        Queries(pass, model, cache, task / blocks, task % blocks * kQueries, scores + thread * each)
+        Queries(pass, model, cache, task / blocks, task % blocks * kQueries, scores + thread * each, stride)
             .run(query, mixed);
     });
 }

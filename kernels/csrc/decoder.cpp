@@ -11,30 +11,39 @@
 namespace fbitrain {
 namespace {
 
-constexpr int64_t kHeadRows = 64;      // rows of the head per task
+constexpr int64_t kPiece = 4 * kMaxTokens;  // tokens that go through the layers together: full blocks of the products
+constexpr int64_t kHeadRows = 16;      // rows of the head per task and stream
 constexpr int64_t kDenseTokens = 4;    // from here on a block of the head is widened to float32 once for all tokens
 constexpr int64_t kWorth = 16;         // binary weights that take as long to read as one weight of 16 bits
 
-// What a pass needs beside the model, each [tokens][width] but for the scratch of attention, `scores`.
+// Some of the tokens of a piece.
+struct Rows {
+    int64_t begin, count;
+};
+
+// What the layers need beside the model, each [tokens][width] but for the scratch of attention, `scores`.
 struct Activations {
     Buffer<float> residual, normed, query, key, value, mixed, gate, up, turns, scores;
 
-    Activations(const DecoderModel& m, const DecoderCache& cache, const Pass& pass)
-        : residual(allocate<float>(pass.tokens * m.d_model)), normed(allocate<float>(pass.tokens * m.d_model)),
-          query(allocate<float>(pass.tokens * m.width())), key(allocate<float>(pass.tokens * m.kv_width())),
-          value(allocate<float>(pass.tokens * m.kv_width())), mixed(allocate<float>(pass.tokens * m.width())),
-          gate(allocate<float>(pass.tokens * m.d_ff)), up(allocate<float>(pass.tokens * m.d_ff)),
-          turns(allocate<float>(pass.tokens * m.head_size)),
-          scores(allocate<float>(pass.threads * scores_per_thread(pass, cache.capacity))) {}
+    Activations(const DecoderModel& m, const DecoderCache& cache, int threads, int64_t tokens)
+        : residual(allocate<float>(tokens * m.d_model)), normed(allocate<float>(tokens * m.d_model)),
+          query(allocate<float>(tokens * m.width())), key(allocate<float>(tokens * m.kv_width())),
+          value(allocate<float>(tokens * m.kv_width())), mixed(allocate<float>(tokens * m.width())),
+          gate(allocate<float>(tokens * m.d_ff)), up(allocate<float>(tokens * m.d_ff)),
+          turns(allocate<float>(tokens * m.head_size)),
+          scores(allocate<float>(threads * scores_per_thread(tokens, cache.capacity))) {}
 };
 
-class Decoder {
+// A piece of a text on its way through the layers.
+class Piece {
 public:
-    Decoder(const DecoderModel& model, const DecoderCache& cache, const KernelSet& set, const Pass& pass, int mode)
-        : model_(model), cache_(cache), set_(set), pass_(pass), mode_(mode), a_(model, cache, pass) {}
+    Piece(const DecoderModel& model, const DecoderCache& cache, const KernelSet& set, const Pass& pass, int mode,
+          const Activations& activations)
+        : model_(model), cache_(cache), set_(set), pass_(pass), mode_(mode), a_(activations) {}
 
-    // Returns what `multiply` does.
-    int64_t run(const int32_t* ids, float* hidden) {
+    // hidden [count - unwanted][d_model]: of the tokens after the first `unwanted`, of which the last layer needs no more
+    // than keys and values. Returns what `multiply` does.
+    int64_t run(const int32_t* ids, int64_t unwanted, float* hidden) {
         const int64_t row = model_.d_model * bytes_of(model_.format);
         for (int64_t t = 0; t < pass_.tokens; ++t)
             pass_.math.to_float(model_.format, static_cast<const char*>(model_.embedding) + ids[t] * row,
@@ -42,42 +51,62 @@ public:
         find_turns(pass_, model_, a_.turns.get());
         for (int64_t layer = 0; layer < model_.n_layers; ++layer) {
             const LayerWeights& weights = model_.layers[layer];
-            if (const int64_t status = attention(weights, LayerCache(model_, cache_, layer))) return status;
-            if (const int64_t status = mlp(weights)) return status;
+            const LayerCache cache(model_, cache_, layer);
+            const int64_t begin = layer + 1 == model_.n_layers ? unwanted : 0;
+            const Rows rows{begin, pass_.tokens - begin};
+            if (const int64_t status = inputs(weights, cache, rows)) return status;
+            if (rows.count == 0) return kOk;
+            if (const int64_t status = attention(weights, cache, rows)) return status;
+            if (const int64_t status = mlp(weights, rows)) return status;
         }
-        normalize(model_.final_norm, hidden);
+        const Rows wanted{unwanted, pass_.tokens - unwanted};
+        normalize(model_.final_norm, wanted);
+        std::copy_n(a_.normed.get() + wanted.begin * model_.d_model, wanted.count * model_.d_model, hidden);
         return kOk;
     }
 
 private:
-    int64_t attention(const LayerWeights& w, const LayerCache& cache) {
-        normalize(w.attention_norm, a_.normed.get());
-        const float* x = a_.normed.get();
-        const Linear inputs[] = {linear(w.query, x, model_.d_model, a_.query.get(), model_.width()),
-                                 linear(w.key, x, model_.d_model, a_.key.get(), model_.kv_width()),
-                                 linear(w.value, x, model_.d_model, a_.value.get(), model_.kv_width())};
-        if (const int64_t status = multiply(inputs, 3)) return status;
-        rotate_and_store(pass_, model_, cache, a_.turns.get(), a_.query.get(), a_.key.get(), a_.value.get());
-        attend(pass_, model_, cache, a_.query.get(), a_.scores.get(), a_.mixed.get());
-        return add(w.output, a_.mixed.get(), model_.width());
+    // The queries of some tokens; keys and values of all, which go into the cache.
+    int64_t inputs(const LayerWeights& w, const LayerCache& cache, Rows rows) {
+        const Rows all{0, pass_.tokens};
+        normalize(w.attention_norm, all);
+        const Linear products[] = {linear(w.query, a_.normed, model_.d_model, a_.query, model_.width(), rows),
+                                   linear(w.key, a_.normed, model_.d_model, a_.key, model_.kv_width(), all),
+                                   linear(w.value, a_.normed, model_.d_model, a_.value, model_.kv_width(), all)};
+        if (rows.count == all.count) {
+            if (const int64_t status = product(products, 3, all)) return status;
+        } else {
+            if (const int64_t status = product(products + 1, 2, all)) return status;
+            if (const int64_t status = product(products, 1, rows)) return status;
+        }
+        store_keys(pass_, model_, cache, a_.turns.get(), a_.key.get(), a_.value.get());
+        return kOk;
     }
 
-    int64_t mlp(const LayerWeights& w) {
-        normalize(w.mlp_norm, a_.normed.get());
-        const Linear inputs[] = {linear(w.gate, a_.normed.get(), model_.d_model, a_.gate.get(), model_.d_ff),
-                                 linear(w.up, a_.normed.get(), model_.d_model, a_.up.get(), model_.d_ff)};
-        if (const int64_t status = multiply(inputs, 2)) return status;
-        by_token(model_.d_ff, [&](int64_t t) {
+    int64_t attention(const LayerWeights& w, const LayerCache& cache, Rows rows) {
+        const Pass pass{pass_.math, pass_.threads, pass_.first + rows.begin, rows.count};
+        float* query = a_.query.get() + rows.begin * model_.width();
+        rotate_queries(pass, model_, a_.turns.get() + rows.begin * model_.head_size, query);
+        attend(pass, model_, cache, query, a_.scores.get(), a_.mixed.get() + rows.begin * model_.width());
+        return add(w.output, a_.mixed, model_.width(), rows);
+    }
+
+    int64_t mlp(const LayerWeights& w, Rows rows) {
+        normalize(w.mlp_norm, rows);
+        const Linear products[] = {linear(w.gate, a_.normed, model_.d_model, a_.gate, model_.d_ff, rows),
+                                   linear(w.up, a_.normed, model_.d_model, a_.up, model_.d_ff, rows)};
+        if (const int64_t status = product(products, 2, rows)) return status;
+        by_token(model_.d_ff, rows, [&](int64_t t) {
             pass_.math.swiglu(a_.up.get() + t * model_.d_ff, model_.d_ff, a_.gate.get() + t * model_.d_ff);
         });
-        return add(w.down, a_.gate.get(), model_.d_ff);
+        return add(w.down, a_.gate, model_.d_ff, rows);
     }
 
     // residual += x times the weight.
-    int64_t add(const BinaryWeight& weight, const float* x, int64_t k) {
-        const Linear product = linear(weight, x, k, a_.normed.get(), model_.d_model);
-        if (const int64_t status = multiply(&product, 1)) return status;
-        by_token(model_.d_model, [&](int64_t t) {
+    int64_t add(const BinaryWeight& weight, const Buffer<float>& x, int64_t k, Rows rows) {
+        const Linear linear_of_x = linear(weight, x, k, a_.normed, model_.d_model, rows);
+        if (const int64_t status = product(&linear_of_x, 1, rows)) return status;
+        by_token(model_.d_model, rows, [&](int64_t t) {
             float* residual = a_.residual.get() + t * model_.d_model;
             const float* y = a_.normed.get() + t * model_.d_model;
             for (int64_t i = 0; i < model_.d_model; ++i) residual[i] += y[i];
@@ -85,23 +114,31 @@ private:
         return kOk;
     }
 
-    void normalize(const float* weight, float* y) const {
-        by_token(model_.d_model, [&](int64_t t) {
-            pass_.math.rms_norm(a_.residual.get() + t * model_.d_model, weight, model_.epsilon, model_.d_model,
-                                y + t * model_.d_model);
+    void normalize(const float* weight, Rows rows) const {
+        by_token(model_.d_model, rows, [&](int64_t t) {
+            const int64_t at = t * model_.d_model;
+            pass_.math.rms_norm(a_.residual.get() + at, weight, model_.epsilon, model_.d_model, a_.normed.get() + at);
         });
     }
 
     template <typename Body>
-    void by_token(int64_t width, const Body& body) const {
-        const int64_t work = kWorth * pass_.tokens * width;
-        parallel_for(useful_threads(pass_.threads, work), pass_.tokens, [&](int64_t t, int) { body(t); });
+    void by_token(int64_t width, Rows rows, const Body& body) const {
+        const int64_t work = kWorth * rows.count * width;
+        parallel_for(useful_threads(pass_.threads, work), rows.count, [&](int64_t t, int) { body(rows.begin + t); });
     }
 
-    Linear linear(const BinaryWeight& w, const float* x, int64_t k, float* y, int64_t n) const {
+    // What `multiply` returns, a token's number being the one in the piece.
+    int64_t product(const Linear* linears, int count, Rows rows) const {
+        if (rows.count == 0) return kOk;
+        const int64_t status = multiply(linears, count);
+        return status > 0 ? rows.begin + status : status;
+    }
+
+    Linear linear(const BinaryWeight& w, const Buffer<float>& x, int64_t k, const Buffer<float>& y, int64_t n,
+                  Rows rows) const {
         const Weight weight{w.words, n, (k + kWordBits - 1) / kWordBits};
-        return {set_,    pass_.threads, mode_,  0, model_.scale, x, weight,
-                w.alpha, w.beta,        y, pass_.tokens, k, model_.group_size};
+        return {set_,    pass_.threads, mode_, 0, model_.scale, x.get() + rows.begin * k, weight, w.alpha, w.beta,
+                y.get() + rows.begin * n, rows.count, k, model_.group_size};
     }
 
     const DecoderModel& model_;
@@ -109,8 +146,25 @@ private:
     const KernelSet& set_;
     const Pass& pass_;
     const int mode_;
-    Activations a_;
+    const Activations& a_;
 };
+
+// hidden [wanted][d_model] of the last tokens. Returns what `multiply` does.
+int64_t read(const DecoderModel& model, const DecoderCache& cache, const KernelSet& set, const Pass& pass, int mode,
+             const int32_t* ids, int64_t wanted, float* hidden) {
+    const int64_t pieces = (pass.tokens + kPiece - 1) / kPiece;
+    const Activations activations(model, cache, pass.threads, (pass.tokens + pieces - 1) / pieces);
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t begin = piece * pass.tokens / pieces, end = (piece + 1) * pass.tokens / pieces;
+        const int64_t unwanted = std::min(std::max(pass.tokens - wanted, begin), end) - begin;
+        const Pass part{pass.math, pass.threads, pass.first + begin, end - begin};
+        const int64_t status =
+            Piece(model, cache, set, part, mode, activations).run(ids + begin, unwanted, hidden);
+        if (status) return status > 0 ? begin + status : status;
+        hidden += (end - begin - unwanted) * model.d_model;
+    }
+    return kOk;
+}
 
 // Logits of kWidth rows of the head, for many tokens: the rows are widened to columns of float32, then they are multiplied
 // as attention multiplies its blocks. `scratch` holds (d_model + tokens) * kWidth + d_model elements.
@@ -140,12 +194,16 @@ void head(const DecoderModel& model, const Pass& pass, const float* hidden, floa
         });
         return;
     }
-    parallel_for(threads, (model.vocab_size + kHeadRows - 1) / kHeadRows, [&](int64_t task, int) {
-        const int64_t begin = task * kHeadRows, rows = std::min(kHeadRows, model.vocab_size - begin);
+    const int64_t apart = model.vocab_size / kStreams, rest = apart * kStreams;
+    const auto dot = [&](int64_t begin, int64_t stride, int64_t rows) {
         for (int64_t t = 0; t < pass.tokens; ++t)
-            pass.math.dot_rows(model.format, static_cast<const char*>(model.head) + begin * row, k, rows, hidden + t * k,
-                               logits + t * model.vocab_size + begin);
+            pass.math.dot_rows(model.format, static_cast<const char*>(model.head) + begin * row, stride, k, rows,
+                               hidden + t * k, logits + t * model.vocab_size + begin);
+    };
+    parallel_for(threads, (apart + kHeadRows - 1) / kHeadRows, [&](int64_t task, int) {
+        dot(task * kHeadRows, apart, std::min(kHeadRows, apart - task * kHeadRows));
     });
+    dot(rest, 0, model.vocab_size - rest);
 }
 
 bool is_format(int format) { return format >= kFloat32 && format <= kFloat16; }
@@ -170,26 +228,28 @@ bool is_cache(const DecoderCache* c) {
 }  // namespace
 }  // namespace fbitrain
 
-// hidden [tokens][d_model]: what the head is given for the tokens `ids`, which stand at positions first, first + 1 and so
-// on; the cache holds all positions before and receives these. Returns a Status, or 1 + the number of the first token whose
-// activations are NaN or infinite, in int8 mode; hidden and these positions of the cache are then unspecified.
+// hidden [wanted][d_model]: what the head is given for the last `wanted` of the tokens `ids`, which stand at positions
+// first, first + 1 and so on; the cache holds all positions before and receives these. Returns a Status, or 1 + the number
+// of the first token found whose activations are NaN or infinite, in int8 mode; hidden and these positions of the cache
+// are then unspecified.
 extern "C" FBITRAIN_EXPORT int64_t fbitrain_decoder_hidden(int level, int threads, int mode,
                                                            const fbitrain::DecoderModel* model,
                                                            const fbitrain::DecoderCache* cache, const int32_t* ids,
-                                                           int64_t first, int64_t tokens, float* hidden) noexcept {
+                                                           int64_t first, int64_t tokens, int64_t wanted,
+                                                           float* hidden) noexcept {
     using namespace fbitrain;
     const KernelSet* set = kernel_set(level);
     if (!set) return kNoLevel;
     if (!is_model(model) || !is_cache(cache) || threads < 1 || (mode != kFloatMode && mode != kInt8Mode))
         return kBadArgument;
-    if (first < 0 || tokens < 0 || tokens > cache->capacity - first) return kBadArgument;
+    if (first < 0 || tokens < 0 || tokens > cache->capacity - first || wanted < 0 || wanted > tokens)
+        return kBadArgument;
     if (tokens == 0) return kOk;
-    if (!ids || !hidden) return kBadArgument;
+    if (!ids || (wanted && !hidden)) return kBadArgument;
     for (int64_t t = 0; t < tokens; ++t)
         if (ids[t] < 0 || ids[t] >= model->vocab_size) return kBadArgument;
     try {
-        const Pass pass{math_set(level), threads, first, tokens};
-        return Decoder(*model, *cache, *set, pass, mode).run(ids, hidden);
+        return read(*model, *cache, *set, {math_set(level), threads, first, tokens}, mode, ids, wanted, hidden);
     } catch (const std::bad_alloc&) {
         return kNoMemory;
     }

@@ -67,15 +67,17 @@ struct Pass {
 // turns [tokens][head_size]: cosines, then sines, of the angles by which rotary embedding turns each position.
 void find_turns(const Pass& pass, const DecoderModel& model, float* turns);
 
-// Turns query [tokens][n_heads * head_size] and key [tokens][n_kv_heads * head_size], then puts key and value of the same
-// shape into the cache.
-void rotate_and_store(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* turns,
-                      float* query, float* key, const float* value);
+// Turns query [tokens][n_heads * head_size].
+void rotate_queries(const Pass& pass, const DecoderModel& model, const float* turns, float* query);
+
+// Turns key [tokens][n_kv_heads * head_size], then puts it and value of the same shape into the cache.
+void store_keys(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* turns, float* key,
+                const float* value);
 
 // mixed [tokens][n_heads * head_size] = causal softmax attention of query over the cache. `scores` is scratch of
 // pass.threads * scores_per_thread elements.
 void attend(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* query, float* scores,
             float* mixed);
-int64_t scores_per_thread(const Pass& pass, int64_t capacity);
+int64_t scores_per_thread(int64_t tokens, int64_t capacity);
 
 }  // namespace fbitrain

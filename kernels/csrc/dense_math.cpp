@@ -41,7 +41,7 @@ void floats_to_halves(Four v, uint16_t* p) {
 
 }  // namespace
 
-const MathSet kMathPortable = {rms_norm, swiglu, softmax, to_float, to_half, product, dot_rows};
+const MathSet kMathPortable = {rms_norm, swiglu, powers, to_float, to_half, product, dot_rows};
 
 const MathSet& math_set(int level) {
 #if defined(FBITRAIN_DENSE_MATH_AVX2)

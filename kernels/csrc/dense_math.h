@@ -12,6 +12,7 @@ enum Format { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };  // as in pack.inl
 inline int64_t bytes_of(int format) { return format == kFloat32 ? 4 : 2; }
 
 constexpr int kWidth = 32;  // columns per call of `product`
+constexpr int kStreams = 4;  // rows far apart that `dot_rows` reads side by side
 
 struct MathSet {
     // y = x / sqrt(mean of x^2 + epsilon) * weight, all [n].
@@ -20,8 +21,8 @@ struct MathSet {
     // gate = silu(gate) * up, both [n].
     void (*swiglu)(const float* up, int64_t n, float* gate);
 
-    // scores [n] = softmax(factor * scores).
-    void (*softmax)(float* scores, int64_t n, float factor);
+    // scores [n] = e^(factor * (scores - the largest of them)); returns their sum, by which softmax divides them.
+    float (*powers)(float* scores, int64_t n, float factor);
 
     void (*to_float)(int format, const void* from, int64_t n, float* to);
     void (*to_half)(const float* from, int64_t n, uint16_t* to);
@@ -31,8 +32,9 @@ struct MathSet {
     void (*product)(int format, const float* a, ptrdiff_t a_stride, int64_t tokens, const void* b, ptrdiff_t b_stride,
                     int64_t k, float* c, ptrdiff_t c_stride);
 
-    // y[r] = sum over i < k of rows[r][i] * x[i], for a weight that comes from memory.
-    void (*dot_rows)(int format, const void* rows, int64_t k, int64_t n_rows, const float* x, float* y);
+    // y[r] = sum over i < k of rows[r][i] * x[i] for r < n_rows, for a weight that comes from memory; and the same for
+    // the rows `apart`, 2 * apart and so on after each, kStreams in all, if apart is not 0. A row's result is the same.
+    void (*dot_rows)(int format, const void* rows, int64_t apart, int64_t k, int64_t n_rows, const float* x, float* y);
 };
 
 extern const MathSet kMathPortable;

@@ -20,6 +20,6 @@ void floats_to_halves(__m256 v, uint16_t* p) {
 
 }  // namespace
 
-const MathSet kMathAvx2 = {rms_norm, swiglu, softmax, to_float, to_half, product, dot_rows};
+const MathSet kMathAvx2 = {rms_norm, swiglu, powers, to_float, to_half, product, dot_rows};
 
 }  // namespace fbitrain

@@ -100,7 +100,7 @@ def test_a_run_with_other_settings_than_the_study_has_now_is_refused(study: Stud
     changed = replace(study, variants=(replace(study.variants[0], overrides=("binarize.method=xnor",)),))
     with pytest.raises(UserError, match=r"onebit-seed0 has other settings than the study now"):
         outcomes(changed, tmp_path)
-    assert "onebit-seed0 has other settings" in compare.train(changed, runs(changed, tmp_path)[0], 1)
+    assert "onebit-seed0 has other settings" in compare.train(changed, runs(changed, tmp_path)[0], 1, discard=False)
 
 
 def test_a_run_is_timed_only_if_all_its_attempts_were(study: Study, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ using namespace fbitrain;
 extern "C" int fbitrain_supports(int level) noexcept;
 extern "C" int64_t fbitrain_decoder_hidden(int level, int threads, int mode, const DecoderModel* model,
                                            const DecoderCache* cache, const int32_t* ids, int64_t first, int64_t tokens,
-                                           float* hidden) noexcept;
+                                           int64_t wanted, float* hidden) noexcept;
 extern "C" int64_t fbitrain_decoder_logits(int level, int threads, const DecoderModel* model, const float* hidden,
                                            int64_t tokens, float* logits) noexcept;
 
@@ -87,7 +87,7 @@ struct Random {
         }
         model.final_norm = floats(model.d_model);
         model.frequencies = floats(model.head_size / 2);
-        cache.capacity = 32 * pick(1, 3);
+        cache.capacity = 32 * pick(1, 9);
         cache.format = pick(0, 1) ? kFloat16 : kFloat32;
         const int64_t positions = model.n_layers * model.n_kv_heads * cache.capacity * bytes_of(cache.format);
         cache.keys = array<char>(positions * model.head_size, false);
@@ -108,14 +108,15 @@ void valid() {
             const int64_t count = pick(1, total - first);
             std::unique_ptr<int32_t[]> some(new int32_t[count]);
             std::copy(ids.get() + first, ids.get() + first + count, some.get());
-            std::unique_ptr<float[]> hidden(new float[count * model.d_model]);
-            std::unique_ptr<float[]> logits(new float[count * model.vocab_size]);
-            check(fbitrain_decoder_hidden(level, threads, mode, &model, &random.cache, some.get(), first, count,
+            const int64_t wanted = pick(0, count);
+            std::unique_ptr<float[]> hidden(new float[wanted * model.d_model]);
+            std::unique_ptr<float[]> logits(new float[wanted * model.vocab_size]);
+            check(fbitrain_decoder_hidden(level, threads, mode, &model, &random.cache, some.get(), first, count, wanted,
                                           hidden.get()) == 0,
                   "decoder_hidden refused valid arguments");
-            check(fbitrain_decoder_logits(level, threads, &model, hidden.get(), count, logits.get()) == 0,
+            check(fbitrain_decoder_logits(level, threads, &model, hidden.get(), wanted, logits.get()) == 0,
                   "decoder_logits refused valid arguments");
-            for (int64_t i = 0; i < count * model.vocab_size; ++i) check(std::isfinite(logits[i]), "logits not finite");
+            for (int64_t i = 0; i < wanted * model.vocab_size; ++i) check(std::isfinite(logits[i]), "logits not finite");
             first += count;
         }
     }
@@ -128,7 +129,8 @@ void refused() {
     int32_t id = 0;
     int64_t first = 0, tokens = 1;
     std::unique_ptr<float[]> hidden(new float[model.d_model]);
-    switch (pick(0, 9)) {
+    int64_t wanted = 1;
+    switch (pick(0, 10)) {
         case 0: model.layers = nullptr; break;
         case 1: model.head_size += 1; break;
         case 2: model.n_layers = -pick(0, 9); break;
@@ -139,8 +141,9 @@ void refused() {
         case 7: id = static_cast<int32_t>(pick(0, 1) ? -1 : model.vocab_size); break;
         case 8: first = pick(0, 1) ? cache.capacity : -1; break;
         case 9: tokens = pick(0, 1) ? cache.capacity + 1 : -1; break;
+        case 10: wanted = pick(0, 1) ? 2 : -1; break;
     }
-    check(fbitrain_decoder_hidden(0, 1, 0, &model, &cache, &id, first, tokens, hidden.get()) == -1,
+    check(fbitrain_decoder_hidden(0, 1, 0, &model, &cache, &id, first, tokens, wanted, hidden.get()) == -1,
           "decoder_hidden took wrong arguments");
 }
 
@@ -153,7 +156,7 @@ int main(int argc, char** argv) {
         valid();
         refused();
     }
-    check(fbitrain_decoder_hidden(0, 1, 0, nullptr, nullptr, nullptr, 0, 1, nullptr) == -1, "null model taken");
+    check(fbitrain_decoder_hidden(0, 1, 0, nullptr, nullptr, nullptr, 0, 1, 1, nullptr) == -1, "null model taken");
     check(fbitrain_decoder_logits(0, 1, nullptr, nullptr, 1, nullptr) == -1, "null model taken");
     std::printf("%d rounds\n", rounds);
 }

@@ -107,6 +107,20 @@ def test_the_command_builds_or_says_why_not(empty_cache: Path, compiler: Path, m
     assert say().startswith("the kernels are not built: the C++ compiler no-such-compiler cannot be run")
 
 
+def test_installing_builds_and_goes_on_without_a_compiler(
+    empty_cache: Path, compiler: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    root = Path(__file__).parents[2]
+    folder = ["--build-lib", str(tmp_path / "installed"), "egg_info", "--egg-base", str(tmp_path)]
+    command = [sys.executable, "setup.py", "-q", "build_py", *folder]
+    subprocess.run(command, cwd=root, check=True, timeout=60, capture_output=True)
+    assert next(empty_cache.glob("cpu-*.so")) == build()
+    assert (tmp_path / "installed" / "fbitrain" / "kernels" / "csrc" / "avx2.cpp").is_file()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = subprocess.run(command, cwd=root, check=True, timeout=60, capture_output=True, text=True)
+    assert "the kernels are not built: the C++ compiler no-such-compiler cannot be run" in done.stdout
+
+
 def test_two_processes_build_once(empty_cache: Path, compiler: Path) -> None:
     command = [sys.executable, "-c", "from fbitrain.kernels.cpu_build import build; print(build())"]
     environment = {**os.environ, "PAUSE": "0.05"}

@@ -153,15 +153,27 @@ def test_embedding_and_head_in_every_dtype(dtype: torch.dtype, tied: bool) -> No
 def test_how_a_text_is_cut_changes_nothing(name: str, activations: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = shape_of(name, "column")
     decoder = Decoder(shape, model_of(shape, True)[0], activations)
-    ids = ids_of(70)
-    whole = decoder.hidden(ids, decoder.new_cache(70))
-    for cuts in ([1] * 70, [33, 1, 36], [64, 6]):
-        cache = decoder.new_cache(70)
+    ids = ids_of(250)  # more than go through the layers together
+    whole = decoder.hidden(ids, decoder.new_cache(250))
+    for cuts in ([1] * 70 + [180], [33, 1, 216], [64, 186]):
+        cache = decoder.new_cache(250)
         assert torch.equal(torch.cat([decoder.hidden(part, cache) for part in ids.split(cuts)]), whole)
-    monkeypatch.setattr("fbitrain.kernels.decoder.MAX_TOKENS", 32)
-    assert torch.equal(decoder.hidden(ids, decoder.new_cache(200)), whole)
+    assert torch.equal(decoder.hidden(ids, decoder.new_cache(300)), whole)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert torch.equal(decoder.hidden(ids, decoder.new_cache(70)), whole)
+    assert torch.equal(decoder.hidden(ids, decoder.new_cache(250)), whole)
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_only_the_last_tokens_may_be_asked_for(activations: str) -> None:
+    """The others are still there for the tokens that follow."""
+    shape = shape_of("grouped heads", "column")
+    decoder = Decoder(shape, model_of(shape, True)[0], activations)
+    ids = ids_of(250)
+    whole = decoder.hidden(ids, decoder.new_cache(250))
+    for last in (0, 1, 2, 130, 242):  # the last piece, parts of it and more
+        cache = decoder.new_cache(250)
+        assert torch.equal(decoder.hidden(ids[:243], cache, last), whole[243 - last : 243])
+        assert torch.equal(decoder.hidden(ids[243:], cache, last), whole[250 - min(last, 7) :])
 
 
 @pytest.mark.parametrize("backend", ["portable", "avx2"])

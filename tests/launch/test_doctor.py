@@ -87,6 +87,22 @@ def test_fine_tuning_is_added_up_from_the_pretrained_model(
     assert ("per rank" in out) == known
 
 
+def test_continuing_a_run_is_added_up_from_its_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = folder / "earlier" / "checkpoints" / "step_00000003"
+    checkpoint.mkdir(parents=True)
+    for place in (checkpoint, folder / "earlier"):
+        (place / "config.yaml").write_text((folder / "tiny.yaml").read_text())
+    text = (folder / "tiny.yaml").read_text().splitlines()
+    text = [f"model: {{pretrained: {folder}/earlier}}" if line.startswith("model:") else line for line in text]
+    (folder / "tiny.yaml").write_text("\n".join(text))
+    assert examine(folder) == 1
+    assert "is a run without a complete checkpoint; train it first" in capsys.readouterr().err
+    (checkpoint / "trainer.json").write_text(json.dumps({"shapes": {"a": [3, 5], "b": [7]}}))
+    (checkpoint / "COMPLETE.json").write_text("{}")
+    examine(folder)
+    assert "22 parameters" in capsys.readouterr().out
+
+
 def test_a_run_that_fits_is_added_up(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert examine(folder, "--world-size", "4", "engine.precision=fp32") == 0
     captured = capsys.readouterr()
