@@ -92,7 +92,9 @@ Plan plan_tokens(const Linear& p) {
     if (p.m <= kRowTokens || !p.set.lookup_block) return {Form::kInt8Block, p.padded() + kSkew, slab};
     const int64_t stride = n_words * p.set.lookup_bytes + kSkew;
     const int64_t most = std::clamp(kLookupBytes / stride / kSalientLanes * kSalientLanes, kLeastLookups, kMostLookups);
-    return {Form::kLookupBlock, stride, std::min(p.m, most)};
+    // Slabs of one size: one of a few tokens would read the whole weight for them.
+    const int64_t slabs = (p.m + most - 1) / most, equal = round_up((p.m + slabs - 1) / slabs, kSalientLanes);
+    return {Form::kLookupBlock, stride, std::min(p.m, equal)};
 }
 
 Ready::Ready(const Linear& p, const Plan& plan)
