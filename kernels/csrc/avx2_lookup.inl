@@ -89,16 +89,21 @@ void lookup_tile(const __m256i* nibbles, int n_words, const uint8_t* tables, ptr
                 add_words(sums + t * kRows + g * kRows / 2 + half * kRows / 4, sum[t][g][half]);
 }
 
-void lookup_block(const uint32_t* panel, int n_words, const uint8_t* tables, ptrdiff_t stride, int tokens,
-                  int32_t* sums) {
-    constexpr int kTogether = 2;  // more do not fit the registers
-    __m256i nibbles[kBlockWords * kNibbles * 2];
-    split_nibbles(panel, n_words, nibbles, 2);
-    split_nibbles(panel + kRows / 2, n_words, nibbles + 1, 2);
-    for (int t = 0; t < tokens; t += kTogether)
+void lookup_block(const uint32_t* const* panels, int n_panels, int n_words, const uint8_t* tables, ptrdiff_t stride,
+                  int tokens, int32_t* const* sums) {
+    constexpr int kTogether = 2;  // more tokens do not fit the registers
+    __m256i nibbles[2][kBlockWords * kNibbles * 2];
+    for (int p = 0; p < n_panels; ++p) {
+        split_nibbles(panels[p], n_words, nibbles[p], 2);
+        split_nibbles(panels[p] + kRows / 2, n_words, nibbles[p] + 1, 2);
+    }
+    for (int t = 0; t < tokens; t += kTogether) {
+        const auto tile = tokens - t < kTogether ? lookup_tile<1> : lookup_tile<kTogether>;
         for (int w = 0; w < n_words; w += kLookupWords) {
             const int width = n_words - w < kLookupWords ? n_words - w : kLookupWords;
-            const auto tile = tokens - t < kTogether ? lookup_tile<1> : lookup_tile<kTogether>;
-            tile(nibbles + w * kNibbles * 2, width, tables + t * stride + w * kLookupBytes, stride, sums + t * kRows);
+            const uint8_t* from = tables + t * stride + w * kLookupBytes;
+            for (int p = 0; p < n_panels; ++p)
+                tile(nibbles[p] + w * kNibbles * 2, width, from, stride, sums[p] + t * kRows);
         }
+    }
 }

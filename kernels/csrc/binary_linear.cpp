@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <initializer_list>
 #include <optional>
 #include <vector>
 
@@ -33,11 +34,38 @@ public:
             add_rows();
         else
             add_blocks();
-        for (int t = 0; t < tokens_; ++t) write(t, row_of_y + first_ + t);
+        write_all(row_of_y);
         return entries_hold_;
     }
 
+    // The same for this panel and another one of its weight, by lookups without groups and salient weights.
+    void run_with(PanelSums& other, int64_t row_of_y) {
+        clear();
+        other.clear();
+        for (int64_t word = 0; word < p_.weight.padded_words();) {
+            const int n_words = p_.weight.read(p_.set, panel_, word, bits_);
+            p_.weight.read(p_.set, other.panel_, word, other.bits_);
+            for (int begin = 0; begin < n_words; begin += kBlockWords)
+                look_up({bits_ + begin * kRows, other.bits_ + begin * kRows}, word + begin,
+                        std::min(kBlockWords, n_words - begin), {&sums_.ints[0][0], &other.sums_.ints[0][0]});
+            word += n_words;
+        }
+        write_all(row_of_y);
+        other.write_all(row_of_y);
+    }
+
 private:
+    void look_up(std::initializer_list<const uint32_t*> panels, int64_t word, int n_words,
+                 std::initializer_list<int32_t*> sums) const {
+        const int64_t stride = ready_.plan.stride;
+        const uint8_t* tables = ready_.lookups.get() + first_ * stride + word * p_.set.lookup_bytes;
+        p_.set.lookup_block(panels.begin(), static_cast<int>(panels.size()), n_words, tables, stride, tokens_, sums.begin());
+    }
+
+    void write_all(int64_t row_of_y) {
+        for (int t = 0; t < tokens_; ++t) write(t, row_of_y + first_ + t);
+    }
+
     void clear() { std::memset(&sums_, 0, sizeof(int32_t) * tokens_ * kRows); }
 
     void add_rows() {
@@ -65,8 +93,7 @@ private:
     void add(const uint32_t* bits, int64_t word, int n_words) {
         const int64_t stride = ready_.plan.stride, start = first_ * stride;
         if (ready_.plan.form == Form::kLookupBlock)
-            p_.set.lookup_block(bits, n_words, ready_.lookups.get() + start + word * p_.set.lookup_bytes, stride, tokens_,
-                                &sums_.ints[0][0]);
+            look_up({bits}, word, n_words, {&sums_.ints[0][0]});
         else if (p_.mode == kInt8Mode)
             p_.set.int8_block(bits, n_words, ready_.quantized.get() + start + word * kWordBits, stride, tokens_,
                               &sums_.ints[0][0]);
@@ -212,10 +239,12 @@ int64_t multiply(const Linear* linears, int count) {
     const Linear& p = linears[0];
     const Linear* shared = std::find_if(linears, linears + count, [](const Linear& linear) { return linear.beta; });
     if (p.scale == kColumn || shared == linears + count) shared = linears;
-    int64_t panels = 0, rows = 0;
-    for (int i = 0; i < count; ++i) panels += linears[i].weight.panels(), rows += linears[i].weight.n;
     const int n_ready = p.scale == kColumn ? count : 1;
     const Plan plan = plan_tokens(p);
+    const int64_t together = plan.form == Form::kLookupBlock && p.scale != kGroup && !p.salient ? 2 : 1;  // panels of a task
+    const auto groups_of = [=](const Linear& linear) { return (linear.weight.panels() + together - 1) / together; };
+    int64_t groups = 0, rows = 0;
+    for (int i = 0; i < count; ++i) groups += groups_of(linears[i]), rows += linears[i].weight.n;
     std::vector<Ready> ready;
     for (int i = 0; i < n_ready; ++i) ready.emplace_back(shared[i], plan);
     for (int64_t first = 0; first < p.m; first += plan.slab) {
@@ -229,13 +258,20 @@ int64_t multiply(const Linear* linears, int count) {
         if (refused < tokens) return first + refused + 1;
         const int64_t block = p.salient ? kSalientTokens : kMaxTokens, token_blocks = (tokens + block - 1) / block;
         std::atomic<bool> entries_hold{true};
-        parallel_for(useful_threads(p.threads, work * rows), panels * token_blocks, [&](int64_t task, int) {
+        parallel_for(useful_threads(p.threads, work * rows), groups * token_blocks, [&](int64_t task, int) {
             const int64_t begin = task % token_blocks * block;
-            int64_t panel = task / token_blocks, i = 0;
-            for (; panel >= linears[i].weight.panels(); ++i) panel -= linears[i].weight.panels();
+            int64_t group = task / token_blocks, i = 0;
+            for (; group >= groups_of(linears[i]); ++i) group -= groups_of(linears[i]);
             const int in_block = static_cast<int>(std::min<int64_t>(block, tokens - begin));
-            PanelSums sums(linears[i], ready[n_ready == 1 ? 0 : i], panel, begin, in_block);
-            if (!sums.run(first)) entries_hold = false;
+            const Ready& made = ready[n_ready == 1 ? 0 : i];
+            const int64_t panel = group * together;
+            PanelSums sums(linears[i], made, panel, begin, in_block);
+            if (together == 2 && panel + 1 < linears[i].weight.panels()) {
+                PanelSums next(linears[i], made, panel + 1, begin, in_block);
+                sums.run_with(next, first);
+            } else if (!sums.run(first)) {
+                entries_hold = false;
+            }
         });
         if (!entries_hold) return kBadEntries;
     }
