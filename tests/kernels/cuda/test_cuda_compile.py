@@ -12,7 +12,7 @@ import pytest
 from fbitrain.kernels.cuda_source import source_names, source_text
 from tests.kernels.cuda.sass import Kernel, compiled, disassembler
 
-# All sources for all six take about 90 s of CPU time.
+# All sources for all of them take about two minutes of CPU time.
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 BITS, BYTES = "BMMA", "IMMA"
 
