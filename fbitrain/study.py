@@ -9,8 +9,9 @@
     expect:                                 orderings of the held-out perplexity that the papers claim
       - [PB-LLM 10 % Hessian, PB-LLM 10 % magnitude]
 
-A variant whose run is finished is not run again, so a study that was interrupted goes on where it was. Beside each run
-lies study.json: the configuration that it was started with, and the seconds it took, over all attempts.
+A seed draws the weights that are random and orders the data. A variant whose run is finished is not run again, so a
+study that was interrupted goes on where it was. Beside each run lies study.json: the configuration that it was started
+with, and the seconds it took, over all attempts.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class Run:
 
     @property
     def overrides(self) -> list[str]:
-        place = [f"run.dir={self.folder.parent}", f"run.name={self.folder.name}", f"train.seed={self.seed}"]
-        return [*self.variant.overrides, *place]
+        place = [f"run.dir={self.folder.parent}", f"run.name={self.folder.name}"]
+        return [*self.variant.overrides, *place, f"train.seed={self.seed}", f"data.seed={self.seed}"]
 
     def config(self, base: str) -> str:
         """The resolved configuration as YAML. Raises ConfigError."""
@@ -138,14 +139,14 @@ def add_seconds(run: Run, seconds: float) -> None:
 
 
 def outcomes(study: Study, folder: Path) -> list[Outcome]:
-    """The results of the variants of which all runs are finished, in the order of the study.
+    """The results of the variants that have a finished run, in the order of the study, by their finished runs.
 
     Raises UserError for a run with other settings than the study has now.
     """
     by_name: dict[str, list[Run]] = {}
     for run in runs(study, folder):
         by_name.setdefault(run.variant.name, []).append(run)
-    finished = [some for some in (by_name[variant.name] for variant in study.variants) if all(map(is_finished, some))]
+    finished = [some for variant in study.variants if (some := list(filter(is_finished, by_name[variant.name])))]
     for run in (run for some in finished for run in some):
         _require_same_settings(run, study.base)
     return [_outcome(some) for some in finished]

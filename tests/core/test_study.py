@@ -66,7 +66,7 @@ def test_runs_of_all_variants_come_with_their_first_seed_first(study: Study, tmp
     assert names == "onebit-seed0 mos-4-experts-seed0 full-precision-seed0 onebit-seed1 mos-4-experts-seed1"
     run = runs(study, tmp_path)[3]
     assert run.overrides[0] == "binarize.method=onebit"
-    assert set(run.overrides[1:]) == {f"run.dir={tmp_path}", "run.name=onebit-seed1", "train.seed=1"}
+    assert set(run.overrides[1:]) == {f"run.dir={tmp_path}", "run.name=onebit-seed1", "train.seed=1", "data.seed=1"}
 
 
 def test_an_ordering_holds_only_beyond_the_seeds(study: Study, tmp_path: Path) -> None:
@@ -84,6 +84,13 @@ def test_overlapping_seeds_are_noise_and_unfinished_variants_are_left_out(study:
     assert "| OneBit | 30.00, 21.00 | 1.50 | 512 | 1.5 |" in text
     compare.draw(results, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_variant_counts_by_the_seeds_that_are_finished(study: Study, tmp_path: Path) -> None:
+    finish(study, tmp_path, [30.0, 20.0, 15.0, 31.0, -1.0])
+    results = outcomes(study, tmp_path)
+    assert [outcome.perplexities for outcome in results] == [(30.0, 31.0), (20.0,), (15.0,)]
+    assert [verdict for *_, verdict in verdicts(study, results)] == ["holds", "holds (one run each)"]
 
 
 def test_a_run_that_diverged_is_above_all_others_and_one_run_is_said_to_be_one(study: Study, tmp_path: Path) -> None:
