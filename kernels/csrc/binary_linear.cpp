@@ -26,32 +26,19 @@ public:
     }
 
     // Writes the panel's part of y; `row_of_y` is the number of the slab's first token. False if salient entries are no
-    // rows.
-    bool run(int64_t row_of_y) {
+    // rows. With lookups and without groups and salient weights, `beside` may be another panel of the weight, to be done
+    // in the same pass.
+    bool run(int64_t row_of_y, PanelSums* beside = nullptr) {
         clear();
+        if (beside) beside->clear();
         if (p_.scale == kGroup) std::fill_n(&result_[0][0], tokens_ * kRows, 0.0f);
         if (ready_.plan.form == Form::kInt8Rows)
             add_rows();
         else
-            add_blocks();
+            add_blocks(beside);
         write_all(row_of_y);
+        if (beside) beside->write_all(row_of_y);
         return entries_hold_;
-    }
-
-    // The same for this panel and another one of its weight, by lookups without groups and salient weights.
-    void run_with(PanelSums& other, int64_t row_of_y) {
-        clear();
-        other.clear();
-        for (int64_t word = 0; word < p_.weight.padded_words();) {
-            const int n_words = p_.weight.read(p_.set, panel_, word, bits_);
-            p_.weight.read(p_.set, other.panel_, word, other.bits_);
-            for (int begin = 0; begin < n_words; begin += kBlockWords)
-                look_up({bits_ + begin * kRows, other.bits_ + begin * kRows}, word + begin,
-                        std::min(kBlockWords, n_words - begin), {&sums_.ints[0][0], &other.sums_.ints[0][0]});
-            word += n_words;
-        }
-        write_all(row_of_y);
-        other.write_all(row_of_y);
     }
 
 private:
@@ -76,15 +63,20 @@ private:
         add_salient(p_.weight.row_words);
     }
 
-    void add_blocks() {
+    void add_blocks(PanelSums* beside) {
         for (int64_t word = 0; word < p_.weight.padded_words();) {
             const int n_words = p_.weight.read(p_.set, panel_, word, bits_);
+            if (beside) p_.weight.read(p_.set, beside->panel_, word, beside->bits_);
             for (int begin = 0; begin < n_words; begin += kBlockWords) {
                 const int width = std::min(kBlockWords, n_words - begin);
-                if (p_.scale == kGroup)
-                    add_groups(bits_ + begin * kRows, word + begin, width);
+                const uint32_t* bits = bits_ + begin * kRows;
+                if (beside)
+                    look_up({bits, beside->bits_ + begin * kRows}, word + begin, width,
+                            {&sums_.ints[0][0], &beside->sums_.ints[0][0]});
+                else if (p_.scale == kGroup)
+                    add_groups(bits, word + begin, width);
                 else
-                    add(bits_ + begin * kRows, word + begin, width);
+                    add(bits, word + begin, width);
             }
             word += n_words;
         }
@@ -242,9 +234,9 @@ int64_t multiply(const Linear* linears, int count) {
     const int n_ready = p.scale == kColumn ? count : 1;
     const Plan plan = plan_tokens(p);
     const int64_t together = plan.form == Form::kLookupBlock && p.scale != kGroup && !p.salient ? 2 : 1;  // panels of a task
-    const auto groups_of = [=](const Linear& linear) { return (linear.weight.panels() + together - 1) / together; };
-    int64_t groups = 0, rows = 0;
-    for (int i = 0; i < count; ++i) groups += groups_of(linears[i]), rows += linears[i].weight.n;
+    const auto passes_of = [=](const Linear& linear) { return (linear.weight.panels() + together - 1) / together; };
+    int64_t passes = 0, rows = 0;
+    for (int i = 0; i < count; ++i) passes += passes_of(linears[i]), rows += linears[i].weight.n;
     std::vector<Ready> ready;
     for (int i = 0; i < n_ready; ++i) ready.emplace_back(shared[i], plan);
     for (int64_t first = 0; first < p.m; first += plan.slab) {
@@ -258,20 +250,18 @@ int64_t multiply(const Linear* linears, int count) {
         if (refused < tokens) return first + refused + 1;
         const int64_t block = p.salient ? kSalientTokens : kMaxTokens, token_blocks = (tokens + block - 1) / block;
         std::atomic<bool> entries_hold{true};
-        parallel_for(useful_threads(p.threads, work * rows), groups * token_blocks, [&](int64_t task, int) {
+        parallel_for(useful_threads(p.threads, work * rows), passes * token_blocks, [&](int64_t task, int) {
             const int64_t begin = task % token_blocks * block;
-            int64_t group = task / token_blocks, i = 0;
-            for (; group >= groups_of(linears[i]); ++i) group -= groups_of(linears[i]);
+            int64_t pass = task / token_blocks, i = 0;
+            for (; pass >= passes_of(linears[i]); ++i) pass -= passes_of(linears[i]);
             const int in_block = static_cast<int>(std::min<int64_t>(block, tokens - begin));
             const Ready& made = ready[n_ready == 1 ? 0 : i];
-            const int64_t panel = group * together;
+            const int64_t panel = pass * together;
             PanelSums sums(linears[i], made, panel, begin, in_block);
-            if (together == 2 && panel + 1 < linears[i].weight.panels()) {
-                PanelSums next(linears[i], made, panel + 1, begin, in_block);
-                sums.run_with(next, first);
-            } else if (!sums.run(first)) {
-                entries_hold = false;
-            }
+            std::optional<PanelSums> beside;
+            if (together == 2 && panel + 1 < linears[i].weight.panels())
+                beside.emplace(linears[i], made, panel + 1, begin, in_block);
+            if (!sums.run(first, beside ? &*beside : nullptr)) entries_hold = false;
         });
         if (!entries_hold) return kBadEntries;
     }

@@ -8,19 +8,14 @@ from pathlib import Path
 import pytest
 
 from fbitrain.kernels import cpu, cpu_build
-from fbitrain.kernels.cpu_build import BuildError, find_compiler
 
 HERE = Path(__file__).parent
 SANITIZE = ("-std=c++17", "-O0", "-g1", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 @pytest.fixture(scope="module")
-def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fuzz(cxx: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The harness, linked with the kernels: AVX2 as it is where the CPU has it, AVX-512 and AMX emulated."""
-    try:
-        compiler = find_compiler()
-    except BuildError as error:
-        pytest.skip(f"the C functions are not fuzzed: {error}")
     folder = tmp_path_factory.mktemp("fuzz")
     emulated = [f"-I{HERE / 'emulated'}"]
     sources: dict[Path, list[str]] = {
@@ -35,9 +30,9 @@ def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     objects = [folder / f"{source.name}.o" for source in sources]
     for (source, flags), built in zip(sources.items(), objects, strict=True):
         include = [*flags, f"-I{cpu_build.SOURCES}", "-c", str(source), "-o", str(built)]
-        subprocess.run([*compiler, *SANITIZE, *defines, *include], check=True, timeout=120)
+        subprocess.run([*cxx, *SANITIZE, *defines, *include], check=True, timeout=120)
     link = subprocess.run(
-        [*compiler, *SANITIZE, *map(str, objects), "-o", str(folder / "fuzz")],
+        [*cxx, *SANITIZE, *map(str, objects), "-o", str(folder / "fuzz")],
         capture_output=True,
         text=True,
         timeout=120,
