@@ -41,6 +41,8 @@ _ARGUMENTS = {
     "pack_signs": [_INT] * 3 + [_POINTER] * 2 + [_SIZE] * 2,
     "unpack_signs": [_INT] * 3 + [_POINTER] * 2 + [_SIZE] * 2,
     "transpose_signs": [_INT] + [_POINTER] * 2 + [_SIZE] * 2,
+    "interleaved_bytes": [_INT] + [_SIZE] * 2,
+    "interleave": [_INT] * 2 + [_POINTER] * 2 + [_SIZE] * 2,
     "decoder_hidden": [_INT] * 3 + [_POINTER] * 3 + [_SIZE] * 3 + [_POINTER],
     "decoder_logits": [_INT] * 2 + [_POINTER] * 2 + [_SIZE] + [_POINTER],
 }
@@ -74,6 +76,8 @@ class Library:
     pack_signs: Callable[..., int]
     unpack_signs: Callable[..., int]
     transpose_signs: Callable[..., int]
+    interleaved_bytes: Callable[..., int]
+    interleave: Callable[..., int]
     decoder_hidden: Callable[..., int]
     decoder_logits: Callable[..., int]
 
@@ -116,6 +120,21 @@ def transpose_signs(words: Tensor, k: int) -> Tensor:
     status = _library().transpose_signs(torch.get_num_threads(), words.data_ptr(), transposed.data_ptr(), n, k)
     require_ok(status, "transpose_signs")
     return transposed
+
+
+def interleave(level: str, words: Tensor, k: int) -> Tensor | None:
+    """The bits of packed signs, contiguous int32 [N, ceil(k / 32)], in the order in which `level` looks them up: as many
+    bytes again, rows in full panels of 64. None where the level looks nothing up."""
+    n = words.shape[0]
+    size = _library().interleaved_bytes(_NUMBER[level], n, k)
+    if size == 0:
+        return None
+    interleaved = torch.empty(size // 4, dtype=torch.int32, device="cpu")
+    status = _library().interleave(
+        _NUMBER[level], torch.get_num_threads(), words.data_ptr(), interleaved.data_ptr(), n, k
+    )
+    require_ok(status, "interleave")
+    return interleaved
 
 
 def _pack_signs(level: int, w: Tensor) -> Tensor:

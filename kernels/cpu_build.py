@@ -35,6 +35,7 @@ BASELINE = (
     "salient.cpp",
     "xnor_gemm.cpp",
     "transpose_signs.cpp",
+    "interleave.cpp",
     "kernel_sets.cpp",
     "cpu_features.cpp",
     "threads.cpp",

@@ -17,6 +17,7 @@ from torch import Tensor
 from fbitrain.kernels import cpu
 from fbitrain.kernels.decoder_tensors import (
     FORMAT,
+    LINEARS,
     DecoderShape,
     DecoderTensors,
     check_shape,
@@ -37,15 +38,12 @@ class NotFiniteError(ValueError):
 
 
 class _BinaryWeight(ctypes.Structure):
-    _fields_ = [("words", ctypes.c_void_p), ("alpha", ctypes.c_void_p), ("beta", ctypes.c_void_p)]
-
-
-_LINEARS = ("query", "key", "value", "output", "gate", "up", "down")
+    _fields_ = [(name, ctypes.c_void_p) for name in ("words", "alpha", "beta", "interleaved")]
 
 
 class _LayerWeights(ctypes.Structure):
     _fields_ = [
-        *((name, _BinaryWeight) for name in _LINEARS),
+        *((name, _BinaryWeight) for name in LINEARS),
         ("attention_norm", ctypes.c_void_p),
         ("mlp_norm", ctypes.c_void_p),
     ]
@@ -100,6 +98,9 @@ class Cache:
 class Decoder:
     """The decoder that `tensors` make up. `activations`: "float", or "int8" per token at every binary Linear.
 
+    With "int8" it holds the bits a second time, in the order in which single tokens are multiplied fastest, where the
+    level has such an order.
+
     It uses the level that FBITRAIN_BACKEND or the machine gives `binary_linear`, and torch.get_num_threads() threads.
     Raises ValueError for a shape that no decoder has, for tensors that do not fit it, and where no compiled level runs
     (`compiled_level`).
@@ -113,7 +114,7 @@ class Decoder:
             raise ValueError(f"no compiled kernel runs scale={shape.scale} with group_size={shape.group_size} here")
         check_shape(shape)
         check_tensors(shape, tensors)
-        self.shape, self._mode, self._level = shape, MODES.index(activations), cpu.number(level)
+        self.shape, self._mode, self._level = shape, MODES.index(activations), level
         self._layout = _Layout(shape.n_layers, shape.n_kv_heads, shape.head_size, _CACHE_DTYPE[activations])
         self._library = cpu.library()
         self._kept: list[Tensor] = []  # everything that the description below points to
@@ -136,7 +137,7 @@ class Decoder:
         ids = ids.to(torch.int32).resolve_neg().contiguous()
         hidden = torch.empty((wanted, self.shape.d_model), dtype=torch.float32, device="cpu")
         status = self._library.decoder_hidden(
-            self._level,
+            cpu.number(self._level),
             torch.get_num_threads(),
             self._mode,
             ctypes.addressof(self._described),
@@ -162,7 +163,7 @@ class Decoder:
         hidden = hidden.resolve_neg().contiguous()
         logits = torch.empty((len(hidden), self.shape.vocab_size), dtype=torch.float32, device="cpu")
         status = self._library.decoder_logits(
-            self._level,
+            cpu.number(self._level),
             torch.get_num_threads(),
             ctypes.addressof(self._described),
             hidden.data_ptr(),
@@ -192,10 +193,12 @@ class Decoder:
     def _describe(self, tensors: DecoderTensors) -> _Model:
         layers = (_LayerWeights * self.shape.n_layers)()
         for described, layer in zip(layers, tensors.layers, strict=True):
-            for name in _LINEARS:
+            for name in LINEARS:
                 words, alpha, beta = getattr(layer, name)
-                beta_at = None if beta is None else self._pointer(beta)
-                setattr(described, name, _BinaryWeight(self._pointer(words), self._pointer(alpha), beta_at))
+                _, k = self.shape.linear(name)
+                interleaved = cpu.interleave(self._level, words, k) if self._mode == MODES.index("int8") else None
+                pointers = (None if each is None else self._pointer(each) for each in (words, alpha, beta, interleaved))
+                setattr(described, name, _BinaryWeight(*pointers))
             described.attention_norm = self._pointer(layer.attention_norm.float())
             described.mlp_norm = self._pointer(layer.mlp_norm.float())
         model = _Model(

@@ -15,6 +15,7 @@ from fbitrain.kernels.layout import MAX_K, n_words, scale_shape
 
 FORMAT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/dense_math.h
 MAX_HEAD_SIZE = 1024  # as in csrc/decoder.h
+LINEARS = ("query", "key", "value", "output", "gate", "up", "down")  # of a layer
 _SIZES = ("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_size", "vocab_size")
 
 
@@ -32,6 +33,14 @@ class DecoderShape:
     norm_eps: float
     scale: str
     group_size: int = 128  # of scale="group"
+
+    def linear(self, name: str) -> tuple[int, int]:
+        """N and K of a layer's Linear."""
+        width, kv_width = self.n_heads * self.head_size, self.n_kv_heads * self.head_size
+        inputs = {"query": width, "key": kv_width, "value": kv_width, "gate": self.d_ff, "up": self.d_ff}
+        if name in inputs:
+            return inputs[name], self.d_model
+        return self.d_model, {"output": width, "down": self.d_ff}[name]
 
 
 class BinaryTensors(NamedTuple):
@@ -80,16 +89,12 @@ def check_shape(shape: DecoderShape) -> None:
 
 def check_tensors(shape: DecoderShape, tensors: DecoderTensors) -> None:
     """Raises ValueError with the name of the first tensor that does not fit `shape`."""
-    width, kv_width = shape.n_heads * shape.head_size, shape.n_kv_heads * shape.head_size
-    d_model, d_ff = shape.d_model, shape.d_ff
-    sizes = {  # N, K
-        **{"query": (width, d_model), "key": (kv_width, d_model), "value": (kv_width, d_model)},
-        **{"output": (d_model, width), "gate": (d_ff, d_model), "up": (d_ff, d_model), "down": (d_model, d_ff)},
-    }
+    d_model = shape.d_model
     if len(tensors.layers) != shape.n_layers:
         raise ValueError(f"there are {len(tensors.layers)} layers; they must be {shape.n_layers}")
     for number, layer in enumerate(tensors.layers):
-        for name, (n, k) in sizes.items():
+        for name in LINEARS:
+            n, k = shape.linear(name)
             words, alpha, beta = getattr(layer, name)
             where, scales = f"layer {number}, {name}", scale_shape(shape.scale, n, k, shape.group_size)
             _require(words, f"{where} words", (n, n_words(k)), (torch.int32,))

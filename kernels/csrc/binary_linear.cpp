@@ -63,22 +63,34 @@ private:
         add_salient(p_.weight.row_words);
     }
 
+    // Words of the panel from `word` on, as the block functions take them; fewer at the end of a row.
+    const uint32_t* read(int64_t word, int& n_words) {
+        const bool interleaved = ready_.plan.form == Form::kLookupBlock;
+        if (interleaved && p_.weight.interleaved) {
+            n_words = static_cast<int>(std::min<int64_t>(kReadWords, p_.weight.padded_words() - word));
+            return p_.weight.interleaved + (panel_ * p_.weight.padded_words() + word) * kRows;
+        }
+        n_words = p_.weight.read(p_.set, panel_, word, bits_);
+        if (interleaved) p_.set.interleave(bits_, n_words);
+        return bits_;
+    }
+
     void add_blocks(PanelSums* beside) {
-        for (int64_t word = 0; word < p_.weight.padded_words();) {
-            const int n_words = p_.weight.read(p_.set, panel_, word, bits_);
-            if (beside) p_.weight.read(p_.set, beside->panel_, word, beside->bits_);
+        int n_words = 0;
+        for (int64_t word = 0; word < p_.weight.padded_words(); word += n_words) {
+            const uint32_t* const here = read(word, n_words);
+            const uint32_t* const there = beside ? beside->read(word, n_words) : nullptr;
             for (int begin = 0; begin < n_words; begin += kBlockWords) {
                 const int width = std::min(kBlockWords, n_words - begin);
-                const uint32_t* bits = bits_ + begin * kRows;
+                const uint32_t* bits = here + begin * kRows;
                 if (beside)
-                    look_up({bits, beside->bits_ + begin * kRows}, word + begin, width,
+                    look_up({bits, there + begin * kRows}, word + begin, width,
                             {&sums_.ints[0][0], &beside->sums_.ints[0][0]});
                 else if (p_.scale == kGroup)
                     add_groups(bits, word + begin, width);
                 else
                     add(bits, word + begin, width);
             }
-            word += n_words;
         }
     }
 
@@ -233,7 +245,9 @@ int64_t multiply(const Linear* linears, int count) {
     if (p.scale == kColumn || shared == linears + count) shared = linears;
     const int n_ready = p.scale == kColumn ? count : 1;
     const Plan plan = plan_tokens(p);
-    const int64_t together = plan.form == Form::kLookupBlock && p.scale != kGroup && !p.salient ? 2 : 1;  // panels of a task
+    // Panels of a task. One token's tables stay in a near cache anyway.
+    const bool pairs = plan.form == Form::kLookupBlock && plan.slab > 1 && p.scale != kGroup && !p.salient;
+    const int64_t together = pairs ? 2 : 1;
     const auto passes_of = [=](const Linear& linear) { return (linear.weight.panels() + together - 1) / together; };
     int64_t passes = 0, rows = 0;
     for (int i = 0; i < count; ++i) passes += passes_of(linears[i]), rows += linears[i].weight.n;
@@ -258,10 +272,12 @@ int64_t multiply(const Linear* linears, int count) {
             const Ready& made = ready[n_ready == 1 ? 0 : i];
             const int64_t panel = pass * together;
             PanelSums sums(linears[i], made, panel, begin, in_block);
-            std::optional<PanelSums> beside;
-            if (together == 2 && panel + 1 < linears[i].weight.panels())
-                beside.emplace(linears[i], made, panel + 1, begin, in_block);
-            if (!sums.run(first, beside ? &*beside : nullptr)) entries_hold = false;
+            if (together == 2 && panel + 1 < linears[i].weight.panels()) {
+                PanelSums beside(linears[i], made, panel + 1, begin, in_block);  // an optional costs 120 KB of zeros (gcc 12)
+                sums.run(first, &beside);  // without salient entries
+            } else if (!sums.run(first)) {
+                entries_hold = false;
+            }
         });
         if (!entries_hold) return kBadEntries;
     }

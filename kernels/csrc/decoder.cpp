@@ -136,7 +136,7 @@ private:
 
     Linear linear(const BinaryWeight& w, const Buffer<float>& x, int64_t k, const Buffer<float>& y, int64_t n,
                   Rows rows) const {
-        const Weight weight{w.words, n, (k + kWordBits - 1) / kWordBits};
+        const Weight weight{w.words, n, (k + kWordBits - 1) / kWordBits, w.interleaved};
         return {set_,    pass_.threads, mode_, 0, model_.scale, x.get() + rows.begin * k, weight, w.alpha, w.beta,
                 y.get() + rows.begin * n, rows.count, k, model_.group_size};
     }

@@ -10,9 +10,11 @@ namespace fbitrain {
 constexpr int64_t kMaxHeadSize = 1024;
 
 // A weight [N][ceil(K / 32)] with its scales, in the shapes of fbitrain_binary_linear; beta is null where there is none.
+// `interleaved` is what fbitrain_interleave makes of the words, or null.
 struct BinaryWeight {
     const uint32_t* words;
     const float *alpha, *beta;
+    const uint32_t* interleaved;
 };
 
 struct LayerWeights {

@@ -73,10 +73,11 @@ struct KernelSet {
     void (*pack_row)(int format, const void* w, int64_t k, uint32_t* words);
     void (*unpack_row)(int format, const uint32_t* words, int64_t k, void* out);
 
-    // int8_block by lookups in tables, for many tokens; null where int8_block is as fast, and not taken from the level
-    // below. Bytes of tables per word; their making from x as int8_block takes it; the sums, of one or two panels, so that
-    // a token's tables come from memory once for both. x and tables are 32-byte aligned. What is in the tables is up to
-    // the set.
+    // int8_block by lookups in tables; null where int8_block is as fast, and not taken from the level below. Bytes of
+    // tables per word; their making from x as int8_block takes it; the sums, of one or two panels, so that a token's tables
+    // come from memory once for both. x and tables are 32-byte aligned. The panels are interleaved: the 256 bytes of each of
+    // their words have been put into another order in place. That order, and what is in the tables, is up to the set.
+    void (*interleave)(uint32_t* panel, int n_words);
     int lookup_bytes;
     void (*lookup_tables)(const int8_t* x, int n_words, uint8_t* tables);
     void (*lookup_block)(const uint32_t* const* panels, int n_panels, int n_words, const uint8_t* tables, ptrdiff_t stride,

@@ -10,7 +10,8 @@
 namespace fbitrain {
 namespace {
 
-// Up to here what does a token at a time is faster. Beyond, lookup_block is, or as fast where there is a single panel.
+// Up to here what does a token at a time is faster than putting the bits in order for lookup_block. Beyond, that is faster,
+// or as fast where there is a single panel.
 constexpr int kRowTokens = 2;
 
 // Tokens made ready at a time, which bounds the memory: 1 byte per column and token of int8, 8 or 16 of float tables, 8 of
@@ -87,9 +88,10 @@ Plan plan_tokens(const Linear& p) {
     if (p.mode == kFloatMode)
         return {Form::kFloatBlock, n_words * p.set.floats_per_word + kSkew / 4, std::min<int64_t>(p.m, kFloatTokens)};
     const int64_t slab = std::min<int64_t>(p.m, kInt8Tokens);
-    if (p.m <= kRowTokens && p.scale != kGroup && p.set.int8_rows)
+    const bool look_up = p.set.lookup_block && (p.m > kRowTokens || p.weight.interleaved);
+    if (!look_up && p.m <= kRowTokens && p.scale != kGroup && p.set.int8_rows)
         return {Form::kInt8Rows, round_up(p.padded(), p.set.chunk_words * kWordBits), slab};
-    if (p.m <= kRowTokens || !p.set.lookup_block) return {Form::kInt8Block, p.padded() + kSkew, slab};
+    if (!look_up) return {Form::kInt8Block, p.padded() + kSkew, slab};
     const int64_t stride = n_words * p.set.lookup_bytes + kSkew;
     const int64_t most = std::clamp(kLookupBytes / stride / kSalientLanes * kSalientLanes, kLeastLookups, kMostLookups);
     // Slabs of one size: one of a few tokens would read the whole weight for them.

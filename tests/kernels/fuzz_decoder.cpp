@@ -12,6 +12,8 @@
 using namespace fbitrain;
 
 extern "C" int fbitrain_supports(int level) noexcept;
+extern "C" int64_t fbitrain_interleaved_bytes(int level, int64_t n, int64_t k) noexcept;
+extern "C" int64_t fbitrain_interleave(int level, int threads, const void* words, void* out, int64_t n, int64_t k) noexcept;
 extern "C" int64_t fbitrain_decoder_hidden(int level, int threads, int mode, const DecoderModel* model,
                                            const DecoderCache* cache, const int32_t* ids, int64_t first, int64_t tokens,
                                            int64_t wanted, float* hidden) noexcept;
@@ -33,6 +35,7 @@ void check(bool holds, const char* what) {
 // A random decoder that owns its arrays.
 struct Random {
     std::vector<std::unique_ptr<char[]>> arrays;
+    std::vector<std::unique_ptr<void, void (*)(void*)>> aligned;
     std::vector<LayerWeights> layers;
     DecoderModel model{};
     DecoderCache cache{};
@@ -52,10 +55,28 @@ struct Random {
         return values;
     }
 
+    // The bits in the order of the highest level that has one, to the byte; null if none has.
+    const uint32_t* interleaved(const uint32_t* words, int64_t n, int64_t k) {
+        for (int level = 0; level < 4; ++level) {
+            if (fbitrain_supports(level) != 1) continue;
+            const int64_t bytes = fbitrain_interleaved_bytes(level, n, k);
+            check(bytes >= 0, "the size of interleaved bits was refused");
+            if (bytes == 0) continue;
+            aligned.emplace_back(std::aligned_alloc(64, static_cast<size_t>(bytes)), std::free);
+            void* bits = aligned.back().get();
+            check(fbitrain_interleave(level, 2, words, bits, n, k) == kOk, "interleaving was refused");
+            check(fbitrain_interleave(level, 2, words, static_cast<char*>(bits) + 4, n, k) == kBadArgument, "unaligned");
+            return static_cast<const uint32_t*>(bits);
+        }
+        return nullptr;
+    }
+
     BinaryWeight weight(int64_t n, int64_t k) {
         const int64_t scales[] = {k, n, 1, n * (k / model.group_size)}, count = scales[model.scale];
-        return {array<uint32_t>(n * ((k + 31) / 32)), floats(count),
-                model.scale == 3 || pick(0, 1) ? nullptr : floats(count)};
+        const auto* words = array<uint32_t>(n * ((k + 31) / 32));
+        const auto* alpha = floats(count);
+        const auto* beta = model.scale == 3 || pick(0, 1) ? nullptr : floats(count);
+        return {words, alpha, beta, pick(0, 1) ? interleaved(words, n, k) : nullptr};
     }
 
     Random() {
@@ -158,5 +179,8 @@ int main(int argc, char** argv) {
     }
     check(fbitrain_decoder_hidden(0, 1, 0, nullptr, nullptr, nullptr, 0, 1, 1, nullptr) == -1, "null model taken");
     check(fbitrain_decoder_logits(0, 1, nullptr, nullptr, 1, nullptr) == -1, "null model taken");
+    check(fbitrain_interleaved_bytes(9, 1, 1) == kNoLevel, "no such level");
+    check(fbitrain_interleaved_bytes(0, -1, 1) == kBadArgument, "less than no rows");
+    check(fbitrain_interleave(0, 1, nullptr, nullptr, 1, 1) == kBadArgument, "a level without an order of its own");
     std::printf("%d rounds\n", rounds);
 }
