@@ -83,6 +83,7 @@ class Layer:
         words = ops.pack_signs(self.weight)
         copies = max(1, POOL_BYTES // (words.numel() * 4)) if tokens <= DECODE_TOKENS else 1
         self._pool, self._turn = [words, *(words.clone() for _ in range(copies - 1))], 0
+        self._interleaved = [ops.interleave_signs(words, k) for words in self._pool]
         self.alpha, self.beta, self.row_alpha = torch.rand(1, k), torch.rand(1, k), torch.rand(n, 1)
         self.gates = torch.randn(tokens, N_EXPERTS, generator=generator).softmax(1)
         self.experts = torch.rand(N_EXPERTS, k), torch.rand(N_EXPERTS, n)
@@ -97,6 +98,11 @@ class Layer:
 
     def binary(self, x: Tensor, mode: str) -> Contender:
         return lambda: ops.binary_linear(x, self.words(), self.alpha, self.beta, "column", self.k, 128, mode)
+
+    def in_order(self, x: Tensor) -> Contender:
+        """int8 with the bits' second copy, where the level has such a thing."""
+        scales = self.alpha, self.beta, "column", self.k, 128, "int8"
+        return lambda: ops.binary_linear(x, self.words(), *scales, self._interleaved[self._turn])
 
     def mixture(self, x: Tensor, mode: str) -> Contender:
         return lambda: ops.mixture_linear(x, self.words(), self.gates, *self.experts, self.k, mode)
@@ -120,6 +126,7 @@ def contenders(layer: Layer, m: int) -> tuple[dict[str, Contender], dict[str, st
         "torch packed": lambda: reference.xnor_gemm(x_words, layer.words(), layer.k),
         "int8 (bf16)": layer.binary(narrow, "int8"),
         "float (bf16)": layer.binary(narrow, "float"),
+        "int8 in order": layer.in_order(x),
         "int8 (fp32)": layer.binary(x, "int8"),
         "float (fp32)": layer.binary(x, "float"),
         "xnor": lambda: ops.xnor_gemm(x_words, layer.words(), layer.k),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fbitrain.kernels.layout import MAX_EXPERTS, MAX_K, MODES, NARROW_COLUMNS, n_words, scale_shape
+from fbitrain.kernels.layout import MAX_EXPERTS, MAX_K, MODES, NARROW_COLUMNS, interleaved_words, n_words, scale_shape
 
 
 def not_finite(row: int, shape: Sequence[int]) -> ValueError:
@@ -30,6 +30,11 @@ def check_unpack_signs(words: Tensor, k: int, dtype: torch.dtype) -> None:
         raise ValueError(f"unpack_signs gives a float dtype, not {dtype}")
 
 
+def check_interleave_signs(words: Tensor, k: int) -> None:
+    _check_words("interleave_signs", "words", words, k, 2)
+    _check_contiguous("interleave_signs", words=words)
+
+
 def check_xnor_gemm(a: Tensor, b: Tensor, k: int) -> None:
     _check_words("xnor_gemm", "a", a, k, 2)
     _check_words("xnor_gemm", "b", b, k, 2)
@@ -46,6 +51,7 @@ def check_binary_linear(
     k: int,
     group_size: int,
     mode: str = "float",
+    interleaved: Tensor | None = None,
 ) -> None:
     """x may have any strides; the weight's tensors must be contiguous, for copying them in every call would be slow."""
     _check_activations("binary_linear", x, words, k, mode)
@@ -60,6 +66,19 @@ def check_binary_linear(
         _check_scales("beta", beta, scale, wanted)
         _check_contiguous("binary_linear", words=words, alpha=alpha, beta=beta)
         _check_devices("binary_linear", x, words, alpha, beta)
+    if interleaved is not None:
+        _check_interleaved(interleaved, words, k)
+
+
+def _check_interleaved(interleaved: Tensor, words: Tensor, k: int) -> None:
+    wanted = (interleaved_words(words.shape[0], k),)
+    if interleaved.dtype != torch.int32 or interleaved.shape != wanted:
+        raise ValueError(
+            f"binary_linear: interleaved must be what interleave_signs made of words, int32 {list(wanted)}, "
+            f"not {_describe(interleaved)}"
+        )
+    _check_contiguous("binary_linear", interleaved=interleaved)
+    _check_devices("binary_linear", words, interleaved)
 
 
 def check_mixture_linear(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fbitrain.kernels.checks import not_finite
 from fbitrain.kernels.cpu_build import BuildError, build
-from fbitrain.kernels.layout import MODES, SCALES, n_words
+from fbitrain.kernels.layout import MODES, SCALES, interleaved_words, n_words
 
 LEVELS = ("amx", "avx512", "avx2", "portable")  # fastest first
 _NUMBER = {"portable": 0, "avx2": 1, "avx512": 2, "amx": 3}  # as in csrc/cpu_features.cpp
@@ -34,7 +34,7 @@ DTYPES = {
 
 _INT, _SIZE, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _ARGUMENTS = {
-    "binary_linear": [_INT] * 5 + [_POINTER] * 5 + [_SIZE] * 4,
+    "binary_linear": [_INT] * 5 + [_POINTER] * 6 + [_SIZE] * 4,
     "mixture_linear": [_INT] * 4 + [_POINTER] * 6 + [_SIZE] * 4,
     "partial_linear": [_INT] * 5 + [_POINTER] * 8 + [_SIZE] * 5,
     "xnor_gemm": [_INT] * 2 + [_POINTER] * 3 + [_SIZE] * 3,
@@ -123,13 +123,12 @@ def transpose_signs(words: Tensor, k: int) -> Tensor:
 
 
 def interleave(level: str, words: Tensor, k: int) -> Tensor | None:
-    """The bits of packed signs, contiguous int32 [N, ceil(k / 32)], in the order in which `level` looks them up: as many
-    bytes again, rows in full panels of 64. None where the level looks nothing up."""
+    """The bits of packed signs, contiguous int32 [N, ceil(k / 32)], in the order in which `level` looks them up: int32
+    [`interleaved_words`(N, k)]. None where the level looks nothing up."""
     n = words.shape[0]
-    size = _library().interleaved_bytes(_NUMBER[level], n, k)
-    if size == 0:
+    if not _library().interleaved_bytes(_NUMBER[level], n, k):
         return None
-    interleaved = torch.empty(size // 4, dtype=torch.int32, device="cpu")
+    interleaved = torch.empty(interleaved_words(n, k), dtype=torch.int32, device="cpu")
     status = _library().interleave(
         _NUMBER[level], torch.get_num_threads(), words.data_ptr(), interleaved.data_ptr(), n, k
     )
@@ -179,8 +178,11 @@ def _binary_linear(
     k: int,
     group_size: int,
     mode: str = "float",
+    interleaved: Tensor | None = None,
 ) -> Tensor:
     n = words.shape[0]
+    if interleaved is not None and interleaved.data_ptr() % 64:
+        raise ValueError("binary_linear: interleaved must lie at a multiple of 64 bytes; pass all of interleave_signs")
     x, alpha = x.contiguous(), alpha.float()
     beta = None if beta is None else beta.float()
     y = x.new_empty((*x.shape[:-1], n))
@@ -192,6 +194,7 @@ def _binary_linear(
         SCALES.index(scale),
         x.data_ptr(),
         words.data_ptr(),
+        None if interleaved is None else interleaved.data_ptr(),
         alpha.data_ptr(),
         None if beta is None else beta.data_ptr(),
         y.data_ptr(),

@@ -28,6 +28,7 @@ def binary_linear(
     k: int,
     group_size: int,
     mode: str = "float",
+    interleaved: Tensor | None = None,  # not read: the words say all
 ) -> Tensor:
     """reference.binary_linear; `group_size` must be a multiple of 32."""
     column = scale == "column"

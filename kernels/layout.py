@@ -18,6 +18,11 @@ def n_words(k: int) -> int:
     return (k + WORD_BITS - 1) // WORD_BITS
 
 
+def interleaved_words(n: int, k: int) -> int:
+    """Words of the second copy of a weight's bits for single tokens: panels of 64 whole rows, rows of 256 whole bits."""
+    return -(-n // 64) * 64 * (-(-n_words(k) // 8) * 8)
+
+
 def scale_shape(scale: str, n: int, k: int, group_size: int) -> tuple[int, int]:
     """Shape of α (and of β, where there is one) for a weight [n, k].
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fbitrain.kernels import checks
-from fbitrain.kernels.dispatch import Call, runner
+from fbitrain.kernels import checks, cpu
+from fbitrain.kernels.dispatch import Call, backend_name, runner
 from fbitrain.kernels.layout import n_words
 
 Runs = Callable[..., Tensor]
@@ -29,6 +29,17 @@ def pack_signs(w: Tensor) -> Tensor:
 def unpack_signs(words: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     """int32 words [..., Kw] as ±1 [..., k] of `dtype`."""
     return _operator("unpack_signs")(words, k, dtype)
+
+
+def interleave_signs(words: Tensor, k: int) -> Tensor | None:
+    """A second copy of the bits of a weight, `words` int32 [N, Kw] on the CPU, for `binary_linear`: int32
+    [`layout.interleaved_words`(N, k)], as many bytes again. With it mode "int8" is about twice as fast for one token.
+
+    None where nothing would be faster: on other devices and levels. It belongs to this process and is not to be saved.
+    """
+    checks.check_interleave_signs(words, k)
+    backend = backend_name(Call("binary_linear", words.device.type, torch.float32))
+    return cpu.interleave(backend, words, k) if backend in cpu.LEVELS else None
 
 
 def xnor_gemm(a: Tensor, b: Tensor, k: int) -> Tensor:
@@ -45,14 +56,16 @@ def binary_linear(
     k: int,
     group_size: int,
     mode: str = "float",
+    interleaved: Tensor | None = None,
 ) -> Tensor:
     """x [..., k] times ŵᵀ for ŵ = α·sign(W) + β, the signs of W packed in `words` [N, Kw]; [..., N] in x's dtype.
 
     `alpha` and `beta` have the shape of `layout.scale_shape(scale, N, k, group_size)`. mode "float" takes x as it is
     and sums in fp32 or wider; "int8" quantizes it per token, sums in integers, and raises ValueError if x holds NaN or
-    infinity. For inference: backward raises.
+    infinity. `interleaved`, what `interleave_signs` made of `words`, makes "int8" faster for few tokens and changes no
+    result. For inference: backward raises.
     """
-    arguments = (x, words, alpha, beta, scale, k, group_size, mode)
+    arguments = (x, words, alpha, beta, scale, k, group_size, mode, interleaved)
     if _trains(x, alpha, beta):
         return _operator("binary_linear")(*arguments)
     if nobody_watches(x):
@@ -163,9 +176,10 @@ def _run_binary_linear(
     k: int,
     group_size: int,
     mode: str = "float",
+    interleaved: Tensor | None = None,
 ) -> Tensor:
     call = Call("binary_linear", x.device.type, x.dtype, group_size if scale == "group" else 0)
-    return runner(call)(x, words, alpha, beta, scale, k, group_size, mode)
+    return runner(call)(x, words, alpha, beta, scale, k, group_size, mode, interleaved)
 
 
 def _run_mixture_linear(
@@ -216,7 +230,8 @@ def _refuse_backward(ctx: Any, grad: Tensor) -> None:
 
 _LINEAR_SCHEMAS = {
     "binary_linear": (
-        "Tensor x, Tensor words, Tensor alpha, Tensor? beta, str scale, SymInt k, SymInt group_size, str mode='float'"
+        "Tensor x, Tensor words, Tensor alpha, Tensor? beta, str scale, SymInt k, SymInt group_size, str mode='float', "
+        "Tensor? interleaved=None"
     ),
     "mixture_linear": (
         "Tensor x, Tensor words, Tensor gates, Tensor alpha_in, Tensor alpha_out, SymInt k, str mode='float'"

@@ -86,6 +86,7 @@ def binary_linear(
     k: int,
     group_size: int,
     mode: str = "float",
+    interleaved: Tensor | None = None,  # not read: the words say all
 ) -> Tensor:
     """x [..., k] times ŵᵀ, ŵ = α·sign(W) + β, the signs of W [N, k] packed in `words` [N, Kw]; [..., N] in x's dtype.
 

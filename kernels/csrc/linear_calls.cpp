@@ -38,22 +38,24 @@ bool ascends(const int32_t* row_starts, int64_t n, int64_t entries) {
 }  // namespace
 }  // namespace fbitrain
 
-// x [m][k] and y [m][n] of float32 or bfloat16; words [n][ceil(k / 32)]; alpha and beta (null: none) float32 in the shape
+// x [m][k] and y [m][n] of float32 or bfloat16; words [n][ceil(k / 32)]; interleaved: what fbitrain_interleave makes of them
+// for this level, or null; alpha and beta (null: none) float32 in the shape
 // of `scale`; all contiguous. group_size is read for groups only, a multiple of 32 that divides k. Returns a Status, or
 // 1 + the number of the first token that holds NaN or infinity, in int8 mode; y is then unspecified.
 extern "C" FBITRAIN_EXPORT int64_t fbitrain_binary_linear(int level, int threads, int mode, int bfloat16, int scale,
-                                                          const void* x, const void* words, const float* alpha,
-                                                          const float* beta, void* y, int64_t m, int64_t n, int64_t k,
-                                                          int64_t group_size) noexcept {
+                                                          const void* x, const void* words, const void* interleaved,
+                                                          const float* alpha, const float* beta, void* y, int64_t m,
+                                                          int64_t n, int64_t k, int64_t group_size) noexcept {
     using namespace fbitrain;
     const KernelSet* set = kernel_set(level);
     if (const int64_t status = refuse(set, threads, mode, m, n, k)) return status;
     if (scale < kColumn || scale > kGroup) return kBadArgument;
     if (scale == kGroup && (beta || !are_groups(k, group_size))) return kBadArgument;
     if (m == 0 || n == 0) return kOk;
-    if (!x || !words || !alpha || !y) return kBadArgument;
-    return multiply_one(
-        {*set, threads, mode, bfloat16, scale, x, weight_of(words, n, k), alpha, beta, y, m, k, group_size});
+    if (!x || !words || !alpha || !y || reinterpret_cast<uintptr_t>(interleaved) % 64) return kBadArgument;
+    Weight weight = weight_of(words, n, k);
+    weight.interleaved = static_cast<const uint32_t*>(interleaved);
+    return multiply_one({*set, threads, mode, bfloat16, scale, x, weight, alpha, beta, y, m, k, group_size});
 }
 
 // As above, with gates [m][experts], alpha_in [experts][k] and alpha_out [experts][n] in float32.

@@ -13,8 +13,10 @@
 #include "kernels.h"
 
 extern "C" {
-int64_t fbitrain_binary_linear(int, int, int, int, int, const void*, const void*, const float*, const float*, void*,
-                               int64_t, int64_t, int64_t, int64_t) noexcept;
+int64_t fbitrain_binary_linear(int, int, int, int, int, const void*, const void*, const void*, const float*,
+                               const float*, void*, int64_t, int64_t, int64_t, int64_t) noexcept;
+int64_t fbitrain_interleaved_bytes(int, int64_t, int64_t) noexcept;
+int64_t fbitrain_interleave(int, int, const void*, void*, int64_t, int64_t) noexcept;
 int64_t fbitrain_mixture_linear(int, int, int, int, const void*, const void*, const float*, const float*, const float*,
                                 void*, int64_t, int64_t, int64_t, int64_t) noexcept;
 int64_t fbitrain_partial_linear(int, int, int, int, int, const void*, const void*, const float*, const int32_t*,
@@ -63,6 +65,19 @@ std::unique_ptr<float[]> floats(int64_t count) {
     return array;
 }
 
+using Aligned = std::unique_ptr<void, void (*)(void*)>;
+
+// For half of the calls the bits in the level's own order, to the byte; null for the others, and if it has none.
+Aligned interleaved(int level, const uint32_t* words, int64_t n, int64_t k) {
+    const int64_t bytes = fbitrain_interleaved_bytes(level, n, k);
+    check(bytes >= 0, "interleaved_bytes refused valid arguments");
+    if (bytes == 0 || pick(0, 1)) return {nullptr, std::free};
+    Aligned out(std::aligned_alloc(64, static_cast<size_t>(bytes)), std::free);
+    check(fbitrain_interleave(level, static_cast<int>(pick(1, 3)), words, out.get(), n, k) == kOk,
+          "interleave refused valid arguments");
+    return out;
+}
+
 // Random bits, those past k clear.
 std::unique_ptr<uint32_t[]> packed(int64_t rows, int64_t k) {
     const int64_t n_words = (k + 31) / 32;
@@ -88,9 +103,10 @@ void linear() {
         std::unique_ptr<float[]> y(new float[m * n]);
         std::unique_ptr<uint16_t[]> narrow_y(new uint16_t[m * n]);
         void* output = bfloat16 ? static_cast<void*>(narrow_y.get()) : y.get();
+        const auto in_order = interleaved(level, words.get(), n, k);
         check(fbitrain_binary_linear(level, static_cast<int>(pick(1, 3)), static_cast<int>(mode), bfloat16,
-                                     static_cast<int>(scale), input, words.get(), alpha.get(), shift, output, m, n, k,
-                                     group) == kOk,
+                                     static_cast<int>(scale), input, words.get(), in_order.get(), alpha.get(), shift,
+                                     output, m, n, k, group) == kOk,
               "binary_linear refused valid arguments");
         if (bfloat16) continue;
         if (first.empty()) first.assign(y.get(), y.get() + m * n);
@@ -161,8 +177,8 @@ void linear_of_nan() {
     const auto words = packed(n, k);
     for (int level : levels) {
         std::unique_ptr<float[]> y(new float[m * n]);
-        check(fbitrain_binary_linear(level, 1, 1, 0, 2, x.get(), words.get(), alpha.get(), nullptr, y.get(), m, n, k,
-                                     0) == 1 + bad / k,
+        check(fbitrain_binary_linear(level, 1, 1, 0, 2, x.get(), words.get(), nullptr, alpha.get(), nullptr, y.get(), m, n,
+                                     k, 0) == 1 + bad / k,
               "int8 mode did not name the token that is not finite");
     }
 }
@@ -215,7 +231,7 @@ void longest_row() {
     const std::vector<float> x(k, 127.0f);
     const float alpha = 1.0f;
     float y = 0.0f;
-    check(fbitrain_binary_linear(2, 1, 1, 0, 2, x.data(), words.data(), &alpha, nullptr, &y, 1, 1, k, 0) == kOk, "k");
+    check(fbitrain_binary_linear(2, 1, 1, 0, 2, x.data(), words.data(), nullptr, &alpha, nullptr, &y, 1, 1, k, 0) == kOk, "k");
     check(y == 127.0f * static_cast<float>(k), "the sum of the longest row");
 }
 
@@ -224,7 +240,7 @@ void wrong_arguments() {
     float* const wild = reinterpret_cast<float*>(uintptr_t{64});
     const auto linear_status = [=](int level, int threads, int mode, int scale, const void* x, const float* beta,
                                    int64_t m, int64_t n, int64_t k, int64_t group) {
-        return fbitrain_binary_linear(level, threads, mode, 0, scale, x, wild, wild, beta, wild, m, n, k, group);
+        return fbitrain_binary_linear(level, threads, mode, 0, scale, x, wild, nullptr, wild, beta, wild, m, n, k, group);
     };
     check(linear_status(-1, 1, 0, 0, wild, nullptr, 1, 1, 1, 0) == kNoLevel, "level -1");
     check(linear_status(99, 1, 0, 0, wild, nullptr, 1, 1, 1, 0) == kNoLevel, "level 99");

@@ -132,6 +132,21 @@ def test_int8_mode_at_its_extremes(level: str) -> None:
             assert torch.equal(y, torch.tensor([[value * k, -value * k]]).expand(m, 2))
 
 
+@pytest.mark.parametrize("n_words", [1, 2, 7, 8, 9, 15, 16, 17, 128, 130])
+def test_interleaved_bits_change_no_result(level: str, n_words: int) -> None:
+    """Passes of 8 and 16 words, reads of 128; panels of 64 rows; one token, two, and what is looked up anyway."""
+    k = 32 * n_words - n_words % 3
+    for m, n in [(1, 1), (1, 65), (2, 63), (3, 129), (57, 64)]:
+        for scale, group_size in (("row", k), ("column", k), ("group", 32 * n_words)):
+            width = group_size if scale == "group" else k
+            x, words, alpha, _ = linear_inputs(m, n, width, scale, False, group_size)
+            arguments = (x, words, alpha, None, scale, width, group_size, "int8")
+            interleaved = cpu.interleave(level, words, width)
+            assert (interleaved is None) == (level != "avx2")
+            y = cpu.kernel("binary_linear", level)(*arguments, interleaved=interleaved)
+            assert torch.equal(y, reference.binary_linear(*arguments))
+
+
 @pytest.mark.parametrize("n_words", range(1, 18))
 def test_int8_mode_at_every_width_of_a_block(level: str, n_words: int) -> None:
     """A block is 16 words. AVX2 looks sums up from 3 tokens on, 8 words and 2 tokens at a time, 56 tokens a slab."""

@@ -51,6 +51,8 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
         (X[:, :0], WORDS_N, torch.rand(6, 13), "group", ROW_STARTS, COLUMNS, VALUES.half(), None, K, 5),
     ),
 ]
+if (INTERLEAVED := ops.interleave_signs(WORDS_N, K)) is not None:
+    CALLS.append(("binary_linear", (X, WORDS_N, ALPHA, BETA, "column", K, 1, "int8", INTERLEAVED)))
 INFERENCE = [
     ("binary_linear_inference", CALLS[4][1]),
     ("mixture_linear_inference", (X, *MIXTURE)),
@@ -119,6 +121,10 @@ def mixture(**changes: Any) -> torch.Tensor:
     return ops.mixture_linear(**(dict(zip(names, (X, *MIXTURE), strict=True)) | changes))
 
 
+def in_order(interleaved: torch.Tensor) -> torch.Tensor:
+    return ops.binary_linear(X, WORDS_N, ALPHA, None, "column", K, 1, "int8", interleaved)
+
+
 def partial(**changes: Any) -> torch.Tensor:
     names = ["x", "words", "alpha", "scale", "row_starts", "columns", "values", "value_scale", "k", "group_size"]
     return ops.partial_linear(**(dict(zip(names, (X, *PARTIAL), strict=True)) | changes))
@@ -161,6 +167,11 @@ def partial(**changes: Any) -> torch.Tensor:
             lambda: ops.binary_linear(X, WORDS_N.T.contiguous().T, ALPHA, None, "column", K, 1),
             r"words must be contiguous, not int32 \[6, 3\] with strides \(1, 6\)",
         ),
+        (lambda: in_order(torch.ones(511, dtype=torch.int32)), r"int32 \[512\], not int32 \[511\]"),
+        (lambda: in_order(torch.ones(512)), r"what interleave_signs made of words, int32 \[512\], not float32 \[512\]"),
+        (lambda: in_order(torch.ones(1024, dtype=torch.int32)[::2]), r"interleaved must be contiguous"),
+        (lambda: in_order(torch.ones(513, dtype=torch.int32)[1:]), r"multiple of 64 bytes"),
+        (lambda: ops.interleave_signs(WORDS_N, 97), r"words must be int32 \[rows, 4\]"),
         (lambda: ops.xnor_gemm(WORDS_M, WORDS_N[::2], K), r"b must be contiguous, not int32 \[3, 3\]"),
         (lambda: partial(alpha=torch._neg_view(ROW_ALPHA)), r"alpha float32 \[6, 1\] is negated lazily"),
         (lambda: mixture(alpha_in=torch.rand(4, 64)), r"alpha_in must be float \[4, 65\], not float32 \[4, 64\]"),
