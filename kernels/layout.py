@@ -19,7 +19,7 @@ def n_words(k: int) -> int:
 
 
 def interleaved_words(n: int, k: int) -> int:
-    """Words of the second copy of a weight's bits for single tokens: panels of 64 whole rows, rows of 256 whole bits."""
+    """Words of the second copy of a weight's bits for single tokens: whole panels of 64 rows, of whole 256 columns."""
     return -(-n // 64) * 64 * (-(-n_words(k) // 8) * 8)
 
 
