@@ -41,6 +41,7 @@ POOL_BYTES = 96 * 2**20  # of packed weights that decode goes through
 DECODE_TOKENS = 8  # up to here a weight is read from memory, not from the cache
 BANDWIDTH_BYTES = 128 * 2**20
 N_EXPERTS, SALIENT_SHARE = 4, 0.05
+LOOKED_UP = 60  # tokens, or any number whose sums are looked up
 ENTRY_BYTES = 3  # of a salient weight: its column and its int8 value
 Contender = Callable[[], object]
 
@@ -84,6 +85,7 @@ class Layer:
         copies = max(1, POOL_BYTES // (words.numel() * 4)) if tokens <= DECODE_TOKENS else 1
         self._pool, self._turn = [words, *(words.clone() for _ in range(copies - 1))], 0
         self._interleaved = [ops.interleave_signs(words, k) for words in self._pool]
+        self.interleaves = self._interleaved[0] is not None
         self.alpha, self.beta, self.row_alpha = torch.rand(1, k), torch.rand(1, k), torch.rand(n, 1)
         self.gates = torch.randn(tokens, N_EXPERTS, generator=generator).softmax(1)
         self.experts = torch.rand(N_EXPERTS, k), torch.rand(N_EXPERTS, n)
@@ -159,12 +161,13 @@ def bench_shape(n: int, k: int, m: int, peaks: Peaks, rounds: int) -> None:
     """Prints the table of one shape."""
     layer = Layer(n, k, m)
     runs, peers = contenders(layer, m)
-    limits: dict[str, list[float]] = {"bandwidth": [], "int8": [], "float": [], "xnor": []}
+    limits: dict[str, list[float]] = {"bandwidth": [], "int8": [], "in order": [], "float": [], "xnor": []}
 
     def measure_limits() -> None:
         limits["bandwidth"].append(peaks.bandwidth())
         for kernel in ("int8", "float", "xnor"):
             limits[kernel].append(peaks.instructions(kernel, m))
+        limits["in order"].append(peaks.instructions("int8", LOOKED_UP if layer.interleaves else m))
 
     median = in_turns({**runs, "limits": measure_limits}, rounds)
     limit = {name: statistics.median(values) for name, values in limits.items()}
@@ -172,7 +175,7 @@ def bench_shape(n: int, k: int, m: int, peaks: Peaks, rounds: int) -> None:
     print("weights·tokens/s: " + ", ".join(f"{name} {limit[name] / 1e9:.0f}" for name in ("int8", "float", "xnor")))
     print(f"{'':14}{'median':>10}{'10^9/s':>9}{'GB/s':>7}{'vs fp32':>9}{'vs bf16':>9}{'vs peer':>10}{'roofline':>10}")
     for name in runs:
-        seconds, kernel = median[name], name.split()[0]
+        seconds, kernel = median[name], "in order" if name == "int8 in order" else name.split()[0]
         line = f"{name:14}{seconds * 1e6:>8.0f}µs{n * k * m / seconds / 1e9:>9.1f}"
         if kernel not in limit:
             print(line)
