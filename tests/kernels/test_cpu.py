@@ -143,6 +143,8 @@ def test_interleaved_bits_change_no_result(level: str, n_words: int) -> None:
             arguments = (x, words, alpha, None, scale, width, group_size, "int8")
             interleaved = cpu.interleave(level, words, width)
             assert (interleaved is None) == (level != "avx2")
+            if interleaved is None:
+                return  # nothing that the tests above do not see
             y = cpu.kernel("binary_linear", level)(*arguments, interleaved=interleaved)
             assert torch.equal(y, reference.binary_linear(*arguments))
 
