@@ -1,4 +1,5 @@
-"""A packed release on the compiled decoder: its tensors stay in their files, mapped into memory, and nothing is copied.
+"""A packed release on the compiled decoder: its tensors stay in their files, mapped into memory. Nothing is copied but the
+bits, once, where int8 activations want them in another order.
 
 `why_not_compiled` says which models that runs; transformers runs the others (fbitrain.model.hf).
 
