@@ -101,7 +101,7 @@ class Layer:
     def binary(self, x: Tensor, mode: str) -> Contender:
         return lambda: ops.binary_linear(x, self.words(), self.alpha, self.beta, "column", self.k, 128, mode)
 
-    def in_order(self, x: Tensor) -> Contender:
+    def ordered(self, x: Tensor) -> Contender:
         """int8 with the bits' second copy, where the level has such a thing."""
         scales = self.alpha, self.beta, "column", self.k, 128, "int8"
         return lambda: ops.binary_linear(x, self.words(), *scales, self._interleaved[self._turn])
@@ -128,7 +128,7 @@ def contenders(layer: Layer, m: int) -> tuple[dict[str, Contender], dict[str, st
         "torch packed": lambda: reference.xnor_gemm(x_words, layer.words(), layer.k),
         "int8 (bf16)": layer.binary(narrow, "int8"),
         "float (bf16)": layer.binary(narrow, "float"),
-        "int8 in order": layer.in_order(x),
+        "ordered (int8)": layer.ordered(x),
         "int8 (fp32)": layer.binary(x, "int8"),
         "float (fp32)": layer.binary(x, "float"),
         "xnor": lambda: ops.xnor_gemm(x_words, layer.words(), layer.k),
@@ -161,13 +161,13 @@ def bench_shape(n: int, k: int, m: int, peaks: Peaks, rounds: int) -> None:
     """Prints the table of one shape."""
     layer = Layer(n, k, m)
     runs, peers = contenders(layer, m)
-    limits: dict[str, list[float]] = {"bandwidth": [], "int8": [], "in order": [], "float": [], "xnor": []}
+    limits: dict[str, list[float]] = {"bandwidth": [], "int8": [], "ordered": [], "float": [], "xnor": []}
 
     def measure_limits() -> None:
         limits["bandwidth"].append(peaks.bandwidth())
         for kernel in ("int8", "float", "xnor"):
             limits[kernel].append(peaks.instructions(kernel, m))
-        limits["in order"].append(peaks.instructions("int8", LOOKED_UP if layer.interleaves else m))
+        limits["ordered"].append(peaks.instructions("int8", LOOKED_UP if layer.interleaves else m))
 
     median = in_turns({**runs, "limits": measure_limits}, rounds)
     limit = {name: statistics.median(values) for name, values in limits.items()}
@@ -175,7 +175,7 @@ def bench_shape(n: int, k: int, m: int, peaks: Peaks, rounds: int) -> None:
     print("weights·tokens/s: " + ", ".join(f"{name} {limit[name] / 1e9:.0f}" for name in ("int8", "float", "xnor")))
     print(f"{'':14}{'median':>10}{'10^9/s':>9}{'GB/s':>7}{'vs fp32':>9}{'vs bf16':>9}{'vs peer':>10}{'roofline':>10}")
     for name in runs:
-        seconds, kernel = median[name], "in order" if name == "int8 in order" else name.split()[0]
+        seconds, kernel = median[name], name.split()[0]
         line = f"{name:14}{seconds * 1e6:>8.0f}µs{n * k * m / seconds / 1e9:>9.1f}"
         if kernel not in limit:
             print(line)

@@ -55,7 +55,7 @@ struct Random {
         return values;
     }
 
-    // The bits in the order of the highest level that has one, to the byte; null if none has.
+    // The bits in the order of the lowest level that has one, to the byte; null if none has.
     const uint32_t* interleaved(const uint32_t* words, int64_t n, int64_t k) {
         for (int level = 0; level < 4; ++level) {
             if (fbitrain_supports(level) != 1) continue;
