@@ -182,9 +182,10 @@ def test_torchs_defaults_change_nothing(
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("activations", ["float", "int8"])
 def test_generating_never_builds_a_dense_weight(tmp_path: Path, activations: str) -> None:
-    folder = written(tmp_path, n_layers=8, n_heads=16, n_kv_heads=16, d_model=1024, d_ff=2816)
-    one_layer_dense = (4 * 1024 * 1024 + 3 * 1024 * 2816) * 4 / 2**20  # 49 MiB; all of them 393, their bits 12
+    # Few wide layers, so that what torch and the allocator add from run to run (ten MiB or so) is small beside a layer.
+    folder = written(tmp_path, n_layers=2, n_heads=16, n_kv_heads=16, d_model=2048, d_ff=5632)
+    one_layer_dense = (4 * 2048 * 2048 + 3 * 2048 * 5632) * 4 / 2**20  # 196 MiB; both 392, their bits 12
     done = subprocess.run(
         [sys.executable, "-c", GENERATE, folder, activations], capture_output=True, text=True, timeout=120, check=True
     )
-    assert 12 < float(done.stdout) < one_layer_dense
+    assert 12 < float(done.stdout) < one_layer_dense / 2
