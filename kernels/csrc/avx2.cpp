@@ -1,11 +1,13 @@
 // The kernels with AVX2: 8 rows of a panel per register. docs/kernels.md draws the data paths.
 #include <immintrin.h>
 
+#include "activations.h"
 #include "kernels.h"
 
 namespace fbitrain {
 namespace {
 
+#include "activations.inl"
 #include "pack.inl"
 #include "salient.inl"
 
@@ -239,8 +241,9 @@ void transpose(const uint32_t* words, ptrdiff_t stride, int n_words, uint32_t* p
 
 }  // namespace
 
-const KernelSet kAvx2 = {"avx2",         transpose,    int8_block,   kLanes,     int8_rows,    4 * kPairTables,
-                         float_tables,   float_block,  xnor_block,   salient_decode, salient_sums, pack_row,
-                         unpack_row,     interleave,   kLookupBytes, lookup_tables, lookup_block};
+const KernelSet kAvx2 = {"avx2",         transpose,     int8_block,   kLanes,         int8_rows,     4 * kPairTables,
+                         float_tables,   float_block,   xnor_block,   salient_decode, salient_sums,  pack_row,
+                         unpack_row,     scale_columns, sum_columns,  quantize,       sum_quantized, finish_int8,
+                         interleave,     kLookupBytes,  lookup_tables, lookup_block};
 
 }  // namespace fbitrain

@@ -2,11 +2,13 @@
 // from the level below. docs/kernels.md draws the data paths.
 #include <immintrin.h>
 
+#include "activations.h"
 #include "kernels.h"
 
 namespace fbitrain {
 namespace {
 
+#include "activations.inl"
 #include "pack.inl"
 #include "salient.inl"
 
@@ -237,6 +239,7 @@ void xnor_block(const uint32_t* panel, int n_words, const uint32_t* a, const uin
 }  // namespace
 
 const KernelSet kAvx512 = {"avx512",     nullptr,     int8_block, kLanes,   int8_rows, 16 * kQuadTables,
-                           float_tables, float_block, xnor_block, salient_decode, salient_sums, pack_row, unpack_row};
+                           float_tables, float_block, xnor_block, salient_decode, salient_sums, pack_row, unpack_row,
+                           scale_columns, sum_columns, quantize, sum_quantized, finish_int8};
 
 }  // namespace fbitrain

@@ -164,20 +164,14 @@ private:
     }
 
     void write(int t, int64_t row) {
-        const Token& token = ready_.tokens[first_ + t];
         const int rows = p_.weight.rows_of(panel_);
-        float v[kRows];
-        if (p_.scale == kGroup)
-            std::copy_n(result_[t], kRows, v);
-        else
-            read_sums(t, 0, v);
-        if (salient_) scale_salient(t, v);
         if (p_.mixture) mix(p_, p_.mixture->alpha_out, p_.weight.n, panel_ * kRows, rows, gates(row), factor_);
         if (rows == kRows && !p_.bfloat16) {
-            finish(v, token, reinterpret_cast<float*>(place_in_y(row)));
+            finish(t, reinterpret_cast<float*>(place_in_y(row)));
             return;
         }
-        finish(v, token, v);
+        float v[kRows];
+        finish(t, v);
         if (p_.bfloat16) {
             auto* y = reinterpret_cast<uint16_t*>(place_in_y(row));
             for (int r = 0; r < rows; ++r) y[r] = to_bfloat16(v[r]);
@@ -186,19 +180,34 @@ private:
         }
     }
 
-    void finish(const float* v, const Token& token, float* out) const {
+    void finish(int t, float* out) const {
+        const Token& token = ready_.tokens[first_ + t];
         const float shift = p_.beta ? token.shift : 0.0f;  // which weights that share x may have, and may be infinite
+        if (p_.mode == kInt8Mode && p_.scale != kGroup && !salient_) {
+            p_.set.finish_int8(sums_.ints[t], ready_.totals[first_ + t], token.scale, factor_, shift, beta_, out);
+            return;
+        }
+        float v[kRows];
+        if (p_.scale == kGroup)
+            std::copy_n(result_[t], kRows, v);
+        else
+            read_sums(t, 0, v);
+        if (salient_) scale_salient(t, v);
         for (int r = 0; r < kRows; ++r) out[r] = v[r] * token.scale * factor_[r] + shift * beta_[r];
     }
 
     // What the rows' sums are multiplied with, and the token's shift. A mixture has other factors for each token.
     void read_scales() {
-        const int64_t n0 = panel_ * kRows;
         const bool by_row = p_.scale == kRow, scaled = !salient_ && (by_row || p_.scale == kTensor);
-        for (int r = 0; r < p_.weight.rows_of(panel_); ++r) {
-            factor_[r] = scaled ? p_.parameter(p_.alpha, by_row ? n0 + r : 0) : 1.0f;
-            beta_[r] = !p_.beta ? 0.0f : p_.scale == kColumn ? 1.0f : p_.parameter(p_.beta, by_row ? n0 + r : 0);
-        }
+        read_scale(scaled ? p_.alpha : nullptr, by_row, 1.0f, factor_);
+        read_scale(p_.scale == kColumn ? nullptr : p_.beta, by_row, p_.beta ? 1.0f : 0.0f, beta_);
+    }
+
+    // One value per row of the panel, that of all rows, or, without values, `otherwise`.
+    void read_scale(const float* values, bool by_row, float otherwise, float* out) const {
+        std::fill_n(out, kRows, values && !by_row ? p_.parameter(values, 0) : otherwise);
+        if (!values || !by_row) return;
+        for (int r = 0; r < p_.weight.rows_of(panel_); ++r) out[r] = p_.parameter(values, panel_ * kRows + r);
     }
 
     // The bits' sums times alpha, plus the salient sums: in the reference's order, before the token's scale.
@@ -225,7 +234,7 @@ private:
         float floats[kMaxTokens][kRows];
     } sums_;
     alignas(64) float result_[kMaxTokens][kRows];  // of groups
-    alignas(64) float factor_[kRows] = {}, beta_[kRows] = {};
+    alignas(64) float factor_[kRows], beta_[kRows];
 };
 
 void keep_least(std::atomic<int64_t>& least, int64_t value) {

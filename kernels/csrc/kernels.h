@@ -73,6 +73,14 @@ struct KernelSet {
     void (*pack_row)(int format, const void* w, int64_t k, uint32_t* words);
     void (*unpack_row)(int format, const uint32_t* words, int64_t k, void* out);
 
+    // What becomes of x before and of the sums after the block functions (activations.inl).
+    void (*scale_columns)(const void* x, bool bfloat16, const float* alpha, int64_t k, float* z);
+    float (*sum_columns)(const void* x, bool bfloat16, const float* beta, int64_t k);
+    float (*quantize)(const float* z, int64_t padded, int8_t* q);
+    int32_t (*sum_quantized)(const int8_t* q, int64_t n);
+    void (*finish_int8)(const int32_t* sums, int32_t total, float scale, const float* factor, float shift,
+                        const float* beta, float* y);
+
     // int8_block by lookups in tables; null where int8_block is as fast, and not taken from the level below. Bytes of
     // tables per word; their making from x as int8_block takes it; the sums, of one or two panels, so that a token's tables
     // come from memory once for both. x and tables are 32-byte aligned. The panels are interleaved: the 256 bytes of each of

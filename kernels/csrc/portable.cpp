@@ -2,11 +2,13 @@
 // whatever the baseline of the machine has (SSE2 on x86-64, NEON on aarch64).
 #include <cstring>
 
+#include "activations.h"
 #include "kernels.h"
 
 namespace fbitrain {
 namespace {
 
+#include "activations.inl"
 #include "pack.inl"
 #include "salient.inl"
 
@@ -69,7 +71,8 @@ void xnor_block(const uint32_t* panel, int n_words, const uint32_t* a, const uin
 
 }  // namespace
 
-const KernelSet kPortable = {"portable",   transpose,   int8_block, 0,        nullptr,   kWordBits,
-                             float_tables, float_block, xnor_block, salient_decode, salient_sums, pack_row, unpack_row};
+const KernelSet kPortable = {"portable",    transpose,     int8_block, 0,              nullptr,      kWordBits,
+                             float_tables,  float_block,   xnor_block, salient_decode, salient_sums, pack_row,
+                             unpack_row,    scale_columns, sum_columns, quantize,      sum_quantized, finish_int8};
 
 }  // namespace fbitrain

@@ -5,8 +5,6 @@
 #include <cmath>
 #include <cstring>
 
-#include "activations.h"
-
 namespace fbitrain {
 namespace {
 
@@ -15,40 +13,24 @@ namespace {
 constexpr int kRowTokens = 2;
 
 // Tokens made ready at a time, which bounds the memory: 1 byte per column and token of int8, 8 or 16 of float tables, 8 of
-// tables for lookup_block. Of those as many as fit kLookupBytes, within limits that are whole tiles of salient weights:
-// measured, 16 to 100 tokens differ by 5 % at most for up to 11008 columns.
+// tables for lookup_block. Of those as many as fit kLookupBytes, within limits, in whole tiles of two: measured, 16 to 100 tokens
+// differ by 5 % at most for up to 11008 columns.
 constexpr int kInt8Tokens = 8 * kMaxTokens, kFloatTokens = 24;
-constexpr int64_t kLookupBytes = int64_t{1} << 21, kLeastLookups = 24, kMostLookups = 56;
+constexpr int64_t kLookupBytes = int64_t{1} << 21, kLeastLookups = 24, kLookupTokens = 2;
 
-// z = x, with alpha where that goes by columns; `at` gives x of a column. Returns the token's shift.
-template <typename At>
-float read_columns(const Linear& p, const At& at, float* z) {
-    if (p.scale == kColumn)
-        for (int64_t i = 0; i < p.k; ++i) z[i] = at(i) * p.parameter(p.alpha, i);
-    else
-        for (int64_t i = 0; i < p.k; ++i) z[i] = at(i);
-    std::fill(z + p.k, z + p.padded(), 0.0f);
-    if (!p.beta) return 0.0f;
-    return p.scale == kColumn ? sum_of(p.k, [&](int64_t i) { return at(i) * p.parameter(p.beta, i); }) : sum_of(p.k, at);
-}
-
+// z [padded] = x of a token, with alpha where that goes by columns. Returns the token's shift.
 float read_token(const Linear& p, int64_t token, float* z) {
-    if (p.bfloat16) {
-        const auto* x = static_cast<const uint16_t*>(p.x) + token * p.k;
-        return read_columns(p, [x](int64_t i) { return from_bfloat16(x[i]); }, z);
-    }
-    const auto* x = static_cast<const float*>(p.x) + token * p.k;
-    return read_columns(p, [x](int64_t i) { return x[i]; }, z);
+    const char* x = static_cast<const char*>(p.x) + token * p.k * (p.bfloat16 ? 2 : 4);
+    const bool by_column = p.scale == kColumn;
+    p.set.scale_columns(x, p.bfloat16, by_column ? p.alpha : nullptr, p.k, z);
+    std::fill(z + p.k, z + p.padded(), 0.0f);
+    return p.beta ? p.set.sum_columns(x, p.bfloat16, by_column ? p.beta : nullptr, p.k) : 0.0f;
 }
 
 // Sums of the quantized values, whose order within a word does not matter: groups are whole words.
 void total_groups(const Linear& p, const int8_t* q, int32_t* totals) {
     const int64_t size = p.scale == kGroup ? p.group_size : p.padded();
-    for (int64_t g = 0; g < p.groups(); ++g, q += size) {
-        int32_t total = 0;
-        for (int64_t i = 0; i < size; ++i) total += q[i];
-        totals[g] = total;
-    }
+    for (int64_t g = 0; g < p.groups(); ++g, q += size) totals[g] = p.set.sum_quantized(q, size);
 }
 
 // From the order of int8_block to that of int8_rows; the four columns of an i stay together.
@@ -93,9 +75,10 @@ Plan plan_tokens(const Linear& p) {
         return {Form::kInt8Rows, round_up(p.padded(), p.set.chunk_words * kWordBits), slab};
     if (!look_up) return {Form::kInt8Block, p.padded() + kSkew, slab};
     const int64_t stride = n_words * p.set.lookup_bytes + kSkew;
-    const int64_t most = std::clamp(kLookupBytes / stride / kSalientLanes * kSalientLanes, kLeastLookups, kMostLookups);
+    const int64_t step = p.salient ? kSalientLanes : kLookupTokens;
+    const int64_t most = std::clamp<int64_t>(kLookupBytes / stride, kLeastLookups, kMaxTokens) / step * step;
     // Slabs of one size: one of a few tokens would read the whole weight for them.
-    const int64_t slabs = (p.m + most - 1) / most, equal = round_up((p.m + slabs - 1) / slabs, kSalientLanes);
+    const int64_t slabs = (p.m + most - 1) / most, equal = round_up((p.m + slabs - 1) / slabs, step);
     return {Form::kLookupBlock, stride, std::min(p.m, equal)};
 }
 
@@ -135,7 +118,7 @@ bool prepare(const Linear& p, int64_t first, int64_t t, float* z, Ready& ready) 
     if (p.mode == kInt8Mode) {
         const bool lookup = ready.plan.form == Form::kLookupBlock;
         int8_t* q = lookup ? reinterpret_cast<int8_t*>(z) : ready.quantized.get() + start;  // in place, if for tables only
-        token.scale = quantize(z, p.padded(), q);
+        token.scale = p.set.quantize(z, p.padded(), q);
         if (!std::isfinite(token.scale)) return false;
         total_groups(p, q, ready.totals.get() + t * p.groups());
         if (p.salient) lay_plain(p, t, nullptr, q, ready);
