@@ -37,7 +37,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def trained_parameters(folder: Path) -> int:
-    """How many numbers of its model a checkpoint's run trains, by its trainer.json; raises what reading that raises."""
+    """How many numbers of its model a checkpoint's run trains; UserError if its trainer.json is damaged."""
     return sum(map(math.prod, _trained_shapes(folder).values()))
 
 
@@ -75,7 +75,10 @@ class ShardReader:
 
 
 def _trained_shapes(folder: Path) -> dict[str, list[int]]:
-    shapes: dict[str, list[int]] = json.loads((folder / "trainer.json").read_text())["shapes"]
+    try:
+        shapes: dict[str, list[int]] = json.loads((folder / "trainer.json").read_text())["shapes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is damaged: trainer.json names no shapes; choose another checkpoint") from error
     return shapes
 
 

@@ -101,6 +101,10 @@ def test_continuing_a_run_is_added_up_from_its_checkpoint(folder: Path, capsys: 
     (checkpoint / "COMPLETE.json").write_text("{}")
     examine(folder)
     assert "22 parameters" in capsys.readouterr().out
+    for damaged in ('{"shapes": {"a": [3,', '{"step": 3}', "[]"):
+        (checkpoint / "trainer.json").write_text(damaged)
+        assert examine(folder) == 1
+        assert f"{checkpoint} is damaged: trainer.json names no shapes" in capsys.readouterr().err
 
 
 def test_a_run_that_fits_is_added_up(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
