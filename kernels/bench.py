@@ -42,6 +42,7 @@ DECODE_TOKENS = 8  # up to here a weight is read from memory, not from the cache
 BANDWIDTH_BYTES = 128 * 2**20
 N_EXPERTS, SALIENT_SHARE = 4, 0.05
 LOOKED_UP = 60  # tokens, or any number whose sums are looked up
+DIGITS = 3  # lookups for one of int8, where a float is put in fixed point (csrc/kernels.h)
 ENTRY_BYTES = 3  # of a salient weight: its column and its int8 value
 Contender = Callable[[], object]
 
@@ -101,9 +102,9 @@ class Layer:
     def binary(self, x: Tensor, mode: str) -> Contender:
         return lambda: ops.binary_linear(x, self.words(), self.alpha, self.beta, "column", self.k, 128, mode)
 
-    def ordered(self, x: Tensor) -> Contender:
-        """int8 with the bits' second copy, where the level has such a thing."""
-        scales = self.alpha, self.beta, "column", self.k, 128, "int8"
+    def ordered(self, x: Tensor, mode: str) -> Contender:
+        """With the bits' second copy, where the level has such a thing."""
+        scales = self.alpha, self.beta, "column", self.k, 128, mode
         return lambda: ops.binary_linear(x, self.words(), *scales, self._interleaved[self._turn])
 
     def mixture(self, x: Tensor, mode: str) -> Contender:
@@ -128,7 +129,8 @@ def contenders(layer: Layer, m: int) -> tuple[dict[str, Contender], dict[str, st
         "torch packed": lambda: reference.xnor_gemm(x_words, layer.words(), layer.k),
         "int8 (bf16)": layer.binary(narrow, "int8"),
         "float (bf16)": layer.binary(narrow, "float"),
-        "ordered (int8)": layer.ordered(x),
+        "ordered (int8)": layer.ordered(x, "int8"),
+        "digits (float)": layer.ordered(x, "float"),
         "int8 (fp32)": layer.binary(x, "int8"),
         "float (fp32)": layer.binary(x, "float"),
         "xnor": lambda: ops.xnor_gemm(x_words, layer.words(), layer.k),
@@ -161,13 +163,14 @@ def bench_shape(n: int, k: int, m: int, peaks: Peaks, rounds: int) -> None:
     """Prints the table of one shape."""
     layer = Layer(n, k, m)
     runs, peers = contenders(layer, m)
-    limits: dict[str, list[float]] = {"bandwidth": [], "int8": [], "ordered": [], "float": [], "xnor": []}
+    limits: dict[str, list[float]] = {"bandwidth": [], "int8": [], "ordered": [], "digits": [], "float": [], "xnor": []}
 
     def measure_limits() -> None:
         limits["bandwidth"].append(peaks.bandwidth())
         for kernel in ("int8", "float", "xnor"):
             limits[kernel].append(peaks.instructions(kernel, m))
-        limits["ordered"].append(peaks.instructions("int8", LOOKED_UP if layer.interleaves else m))
+        limits["ordered"].append(peaks.instructions("int8", LOOKED_UP) if layer.interleaves else limits["int8"][-1])
+        limits["digits"].append(limits["ordered"][-1] / DIGITS if layer.interleaves else limits["float"][-1])
 
     median = in_turns({**runs, "limits": measure_limits}, rounds)
     limit = {name: statistics.median(values) for name, values in limits.items()}

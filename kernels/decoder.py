@@ -196,7 +196,7 @@ class Decoder:
             for name in LINEARS:
                 words, alpha, beta = getattr(layer, name)
                 _, k = self.shape.linear(name)
-                interleaved = cpu.interleave(self._level, words, k) if self._mode == MODES.index("int8") else None
+                interleaved = cpu.interleave(self._level, words, k)
                 pointers = (None if each is None else self._pointer(each) for each in (words, alpha, beta, interleaved))
                 setattr(described, name, _BinaryWeight(*pointers))
             described.attention_norm = self._pointer(layer.attention_norm.float())

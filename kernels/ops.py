@@ -33,7 +33,7 @@ def unpack_signs(words: Tensor, k: int, dtype: torch.dtype) -> Tensor:
 
 def interleave_signs(words: Tensor, k: int) -> Tensor | None:
     """A second copy of the bits of a weight, `words` int32 [N, Kw] on the CPU, for `binary_linear`: int32
-    [`layout.interleaved_words`(N, k)], as many bytes again. With it mode "int8" is about twice as fast for one token.
+    [`layout.interleaved_words`(N, k)], as many bytes again. With it both modes are about twice as fast for one token.
 
     None where nothing would be faster: on other devices and levels. It belongs to this process and is not to be saved.
     """
@@ -62,8 +62,9 @@ def binary_linear(
 
     `alpha` and `beta` have the shape of `layout.scale_shape(scale, N, k, group_size)`. mode "float" takes x as it is
     and sums in fp32 or wider; "int8" quantizes it per token, sums in integers, and raises ValueError if x holds NaN or
-    infinity. `interleaved`, what `interleave_signs` made of `words`, makes "int8" faster for few tokens and changes no
-    result. For inference: backward raises.
+    infinity. `interleaved`, what `interleave_signs` made of `words`, makes both faster for few tokens. It changes no
+    result of "int8"; "float" then rounds x (times α under "column") to 24 bits of the token's largest magnitude, in
+    place of its sums. For inference: backward raises.
     """
     arguments = (x, words, alpha, beta, scale, k, group_size, mode, interleaved)
     if _trains(x, alpha, beta):

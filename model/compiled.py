@@ -1,5 +1,5 @@
 """A packed release on the compiled decoder: its tensors stay in their files, mapped into memory, and nothing is copied
-but, for int8 activations, the bits: in the order in which single tokens are multiplied fastest.
+but, with AVX2, the bits: in the order in which single tokens are multiplied fastest.
 
 `why_not_compiled` says which models that runs; transformers runs the others (fbitrain.model.hf).
 

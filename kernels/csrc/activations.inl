@@ -85,6 +85,39 @@ float quantize(const float* z, int64_t padded, int8_t* q) {
     return scale;
 }
 
+// z = scale * (d[0] + 256 * d[1] + 65536 * d[2]), rounded to 24 bits of its largest magnitude: each digit as `quantize`
+// orders its values, d[0] of all columns first. Returns scale: 0 where z is zero, NaN or infinity where z holds one or is
+// too small for this (q is not written then).
+float split_digits(const float* z, int64_t padded, int8_t* q) {
+    constexpr float kLargest = 127 * 65536.0f;  // with the last digit's 128 and roundings, 127 in the first digit at most
+    constexpr float kSmallestNormal = 1.17549435e-38f;
+    const float largest = largest_magnitude(z, padded), scale = largest / kLargest;
+    if (!__builtin_isfinite(scale)) return scale;
+    if (largest == 0.0f) {
+        __builtin_memset(q, 0, static_cast<size_t>(kDigits * padded));
+        return 0.0f;
+    }
+    if (scale < kSmallestNormal) return __builtin_nanf("");
+    const float inverse = 1.0f / scale;
+    for (int64_t word = 0; word < padded / kWordBits; ++word, z += kWordBits, q += kWordBits) {
+        int32_t rest[kWordBits];
+        for (int i = 0; i < kWordBits; ++i) {
+            const float value = z[i] * inverse;
+            rest[i] = static_cast<int32_t>(value + (value < 0 ? -0.5f : 0.5f));
+        }
+        for (int digit = 0; digit < kDigits; ++digit) {
+            uint32_t low[kWordBits], fours[8];
+            for (int i = 0; i < kWordBits; ++i) {
+                low[i] = static_cast<uint32_t>(rest[i]) & 0xFF;
+                rest[i] = (rest[i] + 128) >> 8;  // what is left once a digit of -128 to 127 is taken off
+            }
+            for (int j = 0; j < 8; ++j) fours[j] = low[j] | low[8 + j] << 8 | low[16 + j] << 16 | low[24 + j] << 24;
+            __builtin_memcpy(q + digit * padded, fours, sizeof fours);
+        }
+    }
+    return scale;
+}
+
 int32_t sum_quantized(const int8_t* q, int64_t n) {
     int32_t total = 0;
     for (int64_t i = 0; i < n; ++i) total += q[i];

@@ -2,7 +2,7 @@
 // unnamed namespace after avx2_xnor.inl, whose order of rows in a register it shares.
 
 constexpr int kLookupWords = 8;   // 256 columns: the most whose sums of int8 fit 16 bits
-constexpr int kLookupBias = 512;  // makes a sum of four columns, -508 to 508, positive
+constexpr int kLookupBias = 512;  // makes a sum of four columns, -512 to 508, positive
 constexpr int kLowBits = 5;       // of the ten bits of such a sum, so that a byte holds eight of either part
 constexpr int kLookupBytes = kNibbles * 2 * 16;  // of tables per word
 
@@ -124,27 +124,40 @@ constexpr int kLine = 16, kWordLines = kRows / kLine;
 // ahead, bits that come from memory take 0.7 to 0.8 of the time.
 constexpr int kLookupAhead = 8;
 
-// One token, whose nibbles would be used once and so are not stored.
-void lookup_token(const uint32_t* panel, int n_words, const uint8_t* tables, int32_t* sums) {
-    LookupSums<1> sum(n_words);
+// So few tokens that nibbles are not stored: a word's sums of 64 rows, and what is looked up, fit the registers.
+constexpr int kFewLookups = 3;
+
+template <int kTokens>
+void lookup_few(const uint32_t* panel, int n_words, const uint8_t* tables, ptrdiff_t stride, int32_t* sums) {
+    LookupSums<kTokens> sum(n_words);
     for (int w = 0; w < n_words; ++w, panel += kRows) {
         for (int line = 0; line < kWordLines; ++line) __builtin_prefetch(panel + kLookupAhead * kRows + line * kLine);
-        __m256i low[2], high[2];
+        __m256i low[kTokens][2], high[kTokens][2];
         #pragma GCC unroll 8
         for (int b = 0; b < 4; ++b, tables += 64)
             #pragma GCC unroll 8
             for (int upper = 0; upper < 2; ++upper) {
-                const __m256i low_table = twice(tables + upper * 16), high_table = twice(tables + 32 + upper * 16);
+                __m256i nibbles[2];
                 #pragma GCC unroll 8
                 for (int g = 0; g < 2; ++g) {
                     const __m256i bytes = load(panel + (2 * b + g) * kLanes);
-                    const __m256i nibbles = upper ? high_nibbles(bytes) : low_nibbles(bytes);
-                    look_up(low_table, nibbles, b + upper == 0, low[g]);
-                    look_up(high_table, nibbles, b + upper == 0, high[g]);
+                    nibbles[g] = upper ? high_nibbles(bytes) : low_nibbles(bytes);
+                }
+                #pragma GCC unroll 8
+                for (int t = 0; t < kTokens; ++t) {
+                    const uint8_t* table = tables + t * stride + upper * 16;
+                    const __m256i low_table = twice(table), high_table = twice(table + 32);
+                    #pragma GCC unroll 8
+                    for (int g = 0; g < 2; ++g) {
+                        look_up(low_table, nibbles[g], b + upper == 0, low[t][g]);
+                        look_up(high_table, nibbles[g], b + upper == 0, high[t][g]);
+                    }
                 }
             }
         #pragma GCC unroll 8
-        for (int g = 0; g < 2; ++g) sum.add(0, g, low[g], high[g]);
+        for (int t = 0; t < kTokens; ++t)
+            #pragma GCC unroll 8
+            for (int g = 0; g < 2; ++g) sum.add(t, g, low[t][g], high[t][g]);
     }
     sum.add_to_rows(sums);
 }
@@ -161,24 +174,29 @@ void store_nibbles(const uint32_t* panel, int n_words, __m256i* nibbles) {
 
 void lookup_block(const uint32_t* const* panels, int n_panels, int n_words, const uint8_t* tables, ptrdiff_t stride,
                   int tokens, int32_t* const* sums) {
+    if (tokens <= kFewLookups) {
+        constexpr decltype(&lookup_few<1>) by_tokens[] = {nullptr, lookup_few<1>, lookup_few<2>, lookup_few<3>};
+        for (int w = 0; w < n_words; w += kLookupWords) {
+            const int width = n_words - w < kLookupWords ? n_words - w : kLookupWords;
+            for (int p = 0; p < n_panels; ++p)
+                by_tokens[tokens](panels[p] + w * kRows, width, tables + w * kLookupBytes, stride, sums[p]);
+        }
+        return;
+    }
     constexpr int kTogether = 2;  // more tokens do not fit the registers
     __m256i nibbles[2][kBlockWords * kNibbles * 2];
-    if (tokens > 1)
-        for (int p = 0; p < n_panels; ++p) store_nibbles(panels[p], n_words, nibbles[p]);
+    for (int p = 0; p < n_panels; ++p) store_nibbles(panels[p], n_words, nibbles[p]);
     // The bits of the next block, which lie behind these if they come from memory, are fetched a few with each tile.
     const int lines = n_words * kWordLines, per_tile = (lines * kTogether + tokens - 1) / tokens;
     for (int t = 0, line = 0; t < tokens; t += kTogether) {
-        for (int i = 0; tokens > 1 && i < per_tile && line < lines; ++i, ++line)
+        for (int i = 0; i < per_tile && line < lines; ++i, ++line)
             for (int p = 0; p < n_panels; ++p) __builtin_prefetch(panels[p] + n_words * kRows + line * kLine);
         const auto tile = tokens - t < kTogether ? lookup_tile<1> : lookup_tile<kTogether>;
         for (int w = 0; w < n_words; w += kLookupWords) {
             const int width = n_words - w < kLookupWords ? n_words - w : kLookupWords;
             const uint8_t* from = tables + t * stride + w * kLookupBytes;
             for (int p = 0; p < n_panels; ++p)
-                if (tokens == 1)
-                    lookup_token(panels[p] + w * kRows, width, from, sums[p]);
-                else
-                    tile(nibbles[p] + w * kNibbles * 2, width, from, stride, sums[p] + t * kRows);
+                tile(nibbles[p] + w * kNibbles * 2, width, from, stride, sums[p] + t * kRows);
         }
     }
 }

@@ -44,16 +44,17 @@ public:
 private:
     void look_up(std::initializer_list<const uint32_t*> panels, int64_t word, int n_words,
                  std::initializer_list<int32_t*> sums) const {
-        const int64_t stride = ready_.plan.stride;
-        const uint8_t* tables = ready_.lookups.get() + first_ * stride + word * p_.set.lookup_bytes;
-        p_.set.lookup_block(panels.begin(), static_cast<int>(panels.size()), n_words, tables, stride, tokens_, sums.begin());
+        const int64_t stride = ready_.plan.stride, first = first_ * ready_.plan.rows;
+        const uint8_t* tables = ready_.lookups.get() + first * stride + word * p_.set.lookup_bytes;
+        p_.set.lookup_block(panels.begin(), static_cast<int>(panels.size()), n_words, tables, stride,
+                            tokens_ * ready_.plan.rows, sums.begin());
     }
 
     void write_all(int64_t row_of_y) {
         for (int t = 0; t < tokens_; ++t) write(t, row_of_y + first_ + t);
     }
 
-    void clear() { std::memset(&sums_, 0, sizeof(int32_t) * tokens_ * kRows); }
+    void clear() { std::memset(&sums_, 0, sizeof(int32_t) * tokens_ * ready_.plan.rows * kRows); }
 
     void add_rows() {
         const uint32_t* rows = p_.weight.words + panel_ * kRows * p_.weight.row_words;
@@ -141,6 +142,7 @@ private:
 
     // A token's sums over a group (all of K without groups), of salient weights less what their bits stand for.
     void read_sums(int t, int64_t group, float* v) const {
+        if (ready_.plan.rows == kDigits) return join_digits(t, group, v);
         if (p_.mode == kFloatMode) {
             std::copy_n(sums_.floats[t], kRows, v);
             if (salient_)
@@ -157,6 +159,17 @@ private:
             for (int r = 0; r < kRows; ++r) v[r] = static_cast<float>(with_signs(r) - salient_->signs(t, r));
         else
             for (int r = 0; r < kRows; ++r) v[r] = static_cast<float>(with_signs(r));
+    }
+
+    // As read_sums: the sums of the digits, which double holds exactly together.
+    void join_digits(int t, int64_t group, float* v) const {
+        double joined[kRows] = {};
+        for (int digit = kDigits - 1; digit >= 0; --digit) {
+            const int32_t* sums = sums_.ints[t * kDigits + digit];
+            const double total = ready_.totals[((first_ + t) * kDigits + digit) * p_.groups() + group];
+            for (int r = 0; r < kRows; ++r) joined[r] = joined[r] * 256.0 + (2.0 * sums[r] - total);
+        }
+        for (int r = 0; r < kRows; ++r) v[r] = static_cast<float>(joined[r]);
     }
 
     char* place_in_y(int64_t row) const {
@@ -243,19 +256,16 @@ void keep_least(std::atomic<int64_t>& least, int64_t value) {
     }
 }
 
-}  // namespace
-
 // A slab of tokens at a time: made ready in parallel over tokens, multiplied in parallel over panels, those of one
 // weight after those of the other. Only for pattern `column` do the weights differ in what they make of a token; of the
 // others, one that has a shift makes for all what shifts need.
-int64_t multiply(const Linear* linears, int count) {
+int64_t multiply_as(const Plan& plan, const Linear* linears, int count) {
     const Linear& p = linears[0];
     const Linear* shared = std::find_if(linears, linears + count, [](const Linear& linear) { return linear.beta; });
     if (p.scale == kColumn || shared == linears + count) shared = linears;
     const int n_ready = p.scale == kColumn ? count : 1;
-    const Plan plan = plan_tokens(p);
     // Panels of a task. One token's tables stay in a near cache anyway.
-    const bool pairs = plan.form == Form::kLookupBlock && plan.slab > 1 && p.scale != kGroup && !p.salient;
+    const bool pairs = plan.form == Form::kLookupBlock && plan.slab * plan.rows > 1 && p.scale != kGroup && !p.salient;
     const int64_t together = pairs ? 2 : 1;
     const auto passes_of = [=](const Linear& linear) { return (linear.weight.panels() + together - 1) / together; };
     int64_t passes = 0, rows = 0;
@@ -267,11 +277,11 @@ int64_t multiply(const Linear* linears, int count) {
         std::atomic<int64_t> refused{tokens};  // the first token that is not finite
         parallel_for(useful_threads(p.threads, work * n_ready), tokens * n_ready, [&](int64_t task, int thread) {
             const int64_t t = task / n_ready, i = task % n_ready;
-            float* scratch = ready[i].scratch.get() + thread * p.padded();
+            float* scratch = ready[i].scratch.get() + thread * ready[i].scratch_of(p);
             if (!prepare(shared[i], first, t, scratch, ready[i])) keep_least(refused, t);
         });
         if (refused < tokens) return first + refused + 1;
-        const int64_t block = p.salient ? kSalientTokens : kMaxTokens, token_blocks = (tokens + block - 1) / block;
+        const int64_t block = p.salient ? kSalientTokens : kMaxTokens / plan.rows, token_blocks = (tokens + block - 1) / block;
         std::atomic<bool> entries_hold{true};
         parallel_for(useful_threads(p.threads, work * rows), passes * token_blocks, [&](int64_t task, int) {
             const int64_t begin = task % token_blocks * block;
@@ -291,6 +301,18 @@ int64_t multiply(const Linear* linears, int count) {
         if (!entries_hold) return kBadEntries;
     }
     return kOk;
+}
+
+}  // namespace
+
+int64_t multiply(const Linear* linears, int count) {
+    const Plan plan = plan_tokens(linears[0]);
+    const int64_t status = multiply_as(plan, linears, count);
+    if (status <= kOk || linears[0].mode != kFloatMode) return status;
+    // Some token does not go into digits; NaN and infinity are for the floats' own tables.
+    std::vector<Linear> plain(linears, linears + count);
+    for (Linear& linear : plain) linear.weight.interleaved = nullptr;
+    return multiply_as(plan_tokens(plain[0]), plain.data(), count);
 }
 
 }  // namespace fbitrain

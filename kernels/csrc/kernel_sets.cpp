@@ -45,6 +45,7 @@ struct Levels {
             set.scale_columns = below.scale_columns;
             set.sum_columns = below.sum_columns;
             set.quantize = below.quantize;
+            set.split_digits = below.split_digits;
             set.sum_quantized = below.sum_quantized;
             set.finish_int8 = below.finish_int8;
         }

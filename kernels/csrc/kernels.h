@@ -16,6 +16,7 @@ constexpr int kRows = 64;        // rows of a panel; a row is a SIMD lane
 constexpr int kBlockWords = 16;  // words of a panel: 512 columns, whose nibbles of 64 rows (8 KiB) stay in the L1 cache
 constexpr int kLoadWords = 8;    // `transpose` reads words by the eight; rows are padded to that with zeros
 constexpr int kMaxTokens = 60;   // tokens per call of a block function
+constexpr int kDigits = 3;       // of a float in fixed point, each an int8 that is looked up as a token of its own
 constexpr int kSalientLanes = 8;  // tokens side by side in salient_sums
 constexpr int kSalientEntries = 512;  // entries per call: their int8 products add up to less than 2^24, exact in float
 constexpr int64_t kMaxColumns = int64_t{1} << 24;  // 127 * K must fit in int32
@@ -77,11 +78,12 @@ struct KernelSet {
     void (*scale_columns)(const void* x, bool bfloat16, const float* alpha, int64_t k, float* z);
     float (*sum_columns)(const void* x, bool bfloat16, const float* beta, int64_t k);
     float (*quantize)(const float* z, int64_t padded, int8_t* q);
+    float (*split_digits)(const float* z, int64_t padded, int8_t* q);
     int32_t (*sum_quantized)(const int8_t* q, int64_t n);
     void (*finish_int8)(const int32_t* sums, int32_t total, float scale, const float* factor, float shift,
                         const float* beta, float* y);
 
-    // int8_block by lookups in tables; null where int8_block is as fast, and not taken from the level below. Bytes of
+    // int8_block, of x in [-128, 127], by lookups in tables; null where int8_block is as fast, and not taken from the level below. Bytes of
     // tables per word; their making from x as int8_block takes it; the sums, of one or two panels, so that a token's tables
     // come from memory once for both. x and tables are 32-byte aligned. The panels are interleaved: the 256 bytes of each of
     // their words have been put into another order in place. That order, and what is in the tables, is up to the set.

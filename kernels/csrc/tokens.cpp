@@ -67,25 +67,28 @@ void lay_plain(const Linear& p, int64_t t, const float* z, const int8_t* q, Read
 
 Plan plan_tokens(const Linear& p) {
     const int64_t n_words = p.weight.padded_words();
-    if (p.mode == kFloatMode)
+    // What is multiplied in digits is so for any number of tokens: a result does not depend on its neighbours.
+    const bool digits = p.mode == kFloatMode && p.weight.interleaved && p.set.lookup_block && !p.salient;
+    if (p.mode == kFloatMode && !digits)
         return {Form::kFloatBlock, n_words * p.set.floats_per_word + kSkew / 4, std::min<int64_t>(p.m, kFloatTokens)};
     const int64_t slab = std::min<int64_t>(p.m, kInt8Tokens);
-    const bool look_up = p.set.lookup_block && (p.m > kRowTokens || p.weight.interleaved);
+    const bool look_up = digits || (p.set.lookup_block && (p.m > kRowTokens || p.weight.interleaved));
     if (!look_up && p.m <= kRowTokens && p.scale != kGroup && p.set.int8_rows)
         return {Form::kInt8Rows, round_up(p.padded(), p.set.chunk_words * kWordBits), slab};
     if (!look_up) return {Form::kInt8Block, p.padded() + kSkew, slab};
     const int64_t stride = n_words * p.set.lookup_bytes + kSkew;
+    const int rows = digits ? kDigits : 1;
     const int64_t step = p.salient ? kSalientLanes : kLookupTokens;
-    const int64_t most = std::clamp<int64_t>(kLookupBytes / stride, kLeastLookups, kMaxTokens) / step * step;
+    const int64_t most = std::clamp<int64_t>(kLookupBytes / stride, kLeastLookups, kMaxTokens) / rows / step * step;
     // Slabs of one size: one of a few tokens would read the whole weight for them.
     const int64_t slabs = (p.m + most - 1) / most, equal = round_up((p.m + slabs - 1) / slabs, step);
-    return {Form::kLookupBlock, stride, std::min(p.m, equal)};
+    return {Form::kLookupBlock, stride, std::min(p.m, equal), rows};
 }
 
 Ready::Ready(const Linear& p, const Plan& plan)
     : plan(plan), tokens(allocate<Token>(plan.slab)), lanes(plan.slab == 1 ? 1 : kSalientLanes) {
-    const int64_t count = plan.slab;
-    if (p.mode == kInt8Mode) totals = allocate<int32_t>(count * p.groups());
+    const int64_t count = plan.slab * plan.rows;
+    if (plan.form != Form::kFloatBlock) totals = allocate<int32_t>(count * p.groups());
     if (plan.form == Form::kFloatBlock)
         tables = allocate<float>(count * plan.stride);
     else if (plan.form == Form::kLookupBlock)
@@ -96,7 +99,7 @@ Ready::Ready(const Linear& p, const Plan& plan)
         plain = allocate<float>(round_up(count, lanes) * p.k);
         std::fill_n(plain.get(), round_up(count, lanes) * p.k, 0.0f);
     }
-    scratch = allocate<float>(p.threads * p.padded());
+    scratch = allocate<float>(p.threads * scratch_of(p));
 }
 
 void mix(const Linear& p, const float* alpha, int64_t width, int64_t begin, int count, const float* gates, float* out) {
@@ -115,7 +118,15 @@ bool prepare(const Linear& p, int64_t first, int64_t t, float* z, Ready& ready) 
     if (p.mixture) mix_columns(p, first + t, z);
     const int64_t start = t * ready.plan.stride;
     const int n_words = static_cast<int>(p.weight.padded_words());
-    if (p.mode == kInt8Mode) {
+    if (ready.plan.rows == kDigits) {
+        auto* digits = reinterpret_cast<int8_t*>(z + p.padded());
+        token.scale = p.set.split_digits(z, p.padded(), digits);
+        if (!std::isfinite(token.scale)) return false;
+        for (int64_t row = t * kDigits; row < (t + 1) * kDigits; ++row, digits += p.padded()) {
+            total_groups(p, digits, ready.totals.get() + row * p.groups());
+            p.set.lookup_tables(digits, n_words, ready.lookups.get() + row * ready.plan.stride);
+        }
+    } else if (p.mode == kInt8Mode) {
         const bool lookup = ready.plan.form == Form::kLookupBlock;
         int8_t* q = lookup ? reinterpret_cast<int8_t*>(z) : ready.quantized.get() + start;  // in place, if for tables only
         token.scale = p.set.quantize(z, p.padded(), q);

@@ -7,18 +7,21 @@
 namespace fbitrain {
 
 struct Token {
-    float scale;  // int8: what one step of the quantized values is worth
+    float scale;  // int8 and digits: what one step of the last digit is worth
     float shift;  // column: sum of x * beta; row and tensor: sum of x
 };
 
 // What tokens are turned into: the operand of the function of this name.
 enum class Form { kInt8Rows, kInt8Block, kLookupBlock, kFloatBlock };
 
+// A token of int8 is a row of the operand; one of floats, in lookups, is kDigits rows, the last digit first.
+
 // How the tokens of a product are made ready.
 struct Plan {
     Form form;
-    int64_t stride;  // from one token to the next, in elements
+    int64_t stride;  // from one row to the next, in elements
     int64_t slab;    // tokens made ready at a time, which bounds the memory
+    int rows = 1;    // of a token
 };
 
 Plan plan_tokens(const Linear& p);
@@ -27,20 +30,21 @@ Plan plan_tokens(const Linear& p);
 struct Ready {
     Plan plan;
     Buffer<Token> tokens;
-    Buffer<int32_t> totals;    // [tokens][groups]: sums of the quantized values, in int8 mode
-    Buffer<int8_t> quantized;  // [tokens][stride]: one of these three, by the plan's form
+    Buffer<int32_t> totals;    // [tokens * rows][groups]: sums of the quantized values
+    Buffer<int8_t> quantized;  // [tokens * rows][stride]: one of these three, by the plan's form
     Buffer<uint8_t> lookups;
     Buffer<float> tables;
     Buffer<float> plain;       // [ceil(tokens / lanes)][k][lanes]: z or the quantized values, for salient weights
-    Buffer<float> scratch;     // [threads][padded]
+    Buffer<float> scratch;     // [threads][scratch_of]
     int lanes;                 // 1 or 8 tokens side by side
 
     Ready(const Linear& p, const Plan& plan);
+    int64_t scratch_of(const Linear& p) const { return p.padded() * (plan.rows == 1 ? 1 : 2); }  // digits are not in place
     const float* plain_tile(const Linear& p, int64_t tile) const { return plain.get() + tile * p.k * lanes; }
 };
 
-// Makes token `first + t` ready as number t of the slab; false if int8 mode finds NaN or infinity in it. `z` is scratch of
-// p.padded() floats, 64-byte aligned.
+// Makes token `first + t` ready as number t of the slab; false if int8 mode finds NaN or infinity in it, or if it cannot be
+// put in digits. `z` is scratch of ready.scratch_of(p) floats, 64-byte aligned.
 bool prepare(const Linear& p, int64_t first, int64_t t, float* z, Ready& ready);
 
 // out[i] = sum over the experts, in their order, of gates[e] * alpha[e][begin + i], alpha [experts][width] rounded to x's

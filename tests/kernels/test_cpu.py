@@ -149,6 +149,71 @@ def test_interleaved_bits_change_no_result(level: str, n_words: int) -> None:
             assert torch.equal(y, reference.binary_linear(*arguments))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("scale", "beta"), PATTERNS)
+@pytest.mark.parametrize("k", WIDTHS)
+def test_floats_in_digits_are_near_fp64(level: str, k: int, scale: str, beta: bool, dtype: torch.dtype) -> None:
+    """With bits in order floats are put in fixed point; one column is a hundred times as large as the others."""
+    if scale == "group":
+        k = -(-k // 32) * 32
+    for m, n in SHAPES if dtype == torch.float32 else SHAPES[1:4]:
+        x, words, alpha, shift = linear_inputs(m, n, k, scale, beta, 32)
+        x[:, k // 2] *= 100
+        x = x.to(dtype)
+        interleaved = cpu.interleave(level, words, k)
+        if interleaved is None:
+            return  # this level puts no bits in order
+        y = cpu.kernel("binary_linear", level)(x, words, alpha, shift, scale, k, 32, "float", interleaved)
+        assert y.dtype == dtype
+        alpha, shift = alpha.to(dtype).double(), None if shift is None else shift.to(dtype).double()
+        wanted = reference.binary_linear(x.double(), words, alpha, shift, scale, k, 32)
+        assert signal_to_noise(wanted, y) > (110 if dtype == torch.float32 else 45)
+
+
+def test_floats_in_digits_that_are_integers_are_exact(level: str) -> None:
+    """Every digit at both its ends, in every column and row: the largest sums that 16 and 32 bits must hold."""
+    largest = 127 * 65536  # digits 127, 0, 0; a step is 1 where a token holds it
+    worst = [127 * 65536 - 32640, -127 * 65536, 126 * 65536 + 32639, -126 * 65536 - 32896, 128, -129, 255, 1, 0]
+    for k in (288, 512, 4097):
+        words = torch.stack([reference.pack_signs(torch.ones(k)), reference.pack_signs(-torch.ones(k))])
+        interleaved = cpu.interleave(level, words, k)
+        if interleaved is None:
+            return  # this level puts no bits in order
+        for value in worst:
+            x = torch.full((3, k), float(value), dtype=torch.float64)
+            x[:, -1] = largest
+            total = value * (k - 1) + largest
+            y = cpu.kernel("binary_linear", level)(
+                x.float(), words, torch.ones(1, 1), None, "tensor", k, k, "float", interleaved
+            )
+            assert torch.equal(y, torch.tensor([[total, -total]], dtype=torch.float64).float().expand(3, 2))
+
+
+def test_floats_in_digits_do_not_depend_on_their_neighbours(level: str) -> None:
+    x, words, alpha, shift = linear_inputs(131, 67, 1100, "column", True, 128)
+    interleaved = cpu.interleave(level, words, 1100)
+    if interleaved is None:
+        return  # this level puts no bits in order
+
+    def run(x: Tensor) -> Tensor:
+        return cpu.kernel("binary_linear", level)(x, words, alpha, shift, "column", 1100, 128, "float", interleaved)
+
+    together = run(x)
+    assert torch.equal(together, torch.cat([run(x[i : i + 1]) for i in range(131)]))
+    assert torch.equal(together[5:64], run(x[5:64]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-44])
+def test_floats_that_have_no_digits_are_multiplied_as_floats(level: str, value: float) -> None:
+    """What holds NaN or infinity, or is too small to be divided by its largest value, as if no bits were in order."""
+    x, words, alpha, shift = linear_inputs(70, 65, 500, "row", True, 128)
+    x[66] = x[66] * 1e-44 if value == 1e-44 else x[66]
+    x[66, 3] = value
+    arguments = (x, words, alpha, shift, "row", 500, 128, "float")
+    y = cpu.kernel("binary_linear", level)(*arguments, interleaved=cpu.interleave(level, words, 500))
+    assert torch.equal(y.nan_to_num(7.0), cpu.kernel("binary_linear", level)(*arguments).nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("n_words", range(1, 18))
 def test_int8_mode_at_every_width_of_a_block(level: str, n_words: int) -> None:
     """A block is 16 words. AVX2 looks sums up from 3 tokens on, 8 words and 2 tokens at a time, 56 tokens a slab."""
