@@ -3,18 +3,20 @@
     python -m fbitrain.kernels.bench [--preset 7b] [--tokens 1 512] [--threads 2] [--rounds 15] [--help]
 
 All contenders of a shape run in turns, in ever another order, so that a busy machine slows them alike; times are
-medians. Decode (few tokens) takes its weight from a pool larger than the caches, as a model's layers do. `roofline` is
-the time that cannot be beaten divided by the time taken. That time is the longer of two: reading the bits at the
-measured bandwidth, and executing the kernel's innermost instructions at their measured peak; both are measured in the
-same turns. `vs peer` compares xnor with torch on packed ints, and the mixtures of 4 scales and the weights with 5 %
-salient int8 entries with the binary_linear of their mode. With --threads 1 all times are CPU time, so that what other
-programs take of the core is not counted: the way to read `roofline` on a machine that is not idle.
+medians. Decode (few tokens) makes several calls in a row, each with the next weight of a pool larger than the caches,
+as a model's layers do; torch does so too. `roofline` is the time that cannot be beaten divided by the time taken.
+That time is the longer of two: reading the bits at the measured bandwidth, and executing the kernel's innermost
+instructions at their measured peak; both are measured in the same turns. `vs peer` compares xnor with torch on packed
+ints, and the mixtures of 4 scales and the weights with 5 % salient int8 entries with the binary_linear of their mode.
+With --threads 1 all times are CPU time, so that what other programs take of the core is not counted: the way to read
+`roofline` on a machine that is not idle.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import random
 import statistics
 import subprocess
@@ -37,8 +39,9 @@ SHAPES = {
     "1.3b": [(2048, 2048), (5632, 2048), (2048, 5632)],
     "7b": [(4096, 4096), (11008, 4096), (4096, 11008)],
 }
-POOL_BYTES = 96 * 2**20  # of packed weights that decode goes through
+POOL_BYTES = 96 * 2**20  # of weights that decode goes through
 DECODE_TOKENS = 8  # up to here a weight is read from memory, not from the cache
+BURST = 8  # calls of one contender in a row, as a model calls one layer after the other, each with another weight
 BANDWIDTH_BYTES = 128 * 2**20
 N_EXPERTS, SALIENT_SHARE = 4, 0.05
 LOOKED_UP = 60  # tokens, or any number whose sums are looked up
@@ -83,8 +86,8 @@ class Layer:
         generator = torch.Generator().manual_seed(0)
         self.k, self.weight = k, torch.randn(n, k, generator=generator)
         words = ops.pack_signs(self.weight)
-        copies = max(1, POOL_BYTES // (words.numel() * 4)) if tokens <= DECODE_TOKENS else 1
-        self._pool, self._turn = [words, *(words.clone() for _ in range(copies - 1))], 0
+        self._pool_bytes = POOL_BYTES if tokens <= DECODE_TOKENS else 0
+        self._pool, self._turn = self._copies(words), 0
         self._interleaved = [ops.interleave_signs(words, k) for words in self._pool]
         self.interleaves = self._interleaved[0] is not None
         self.alpha, self.beta, self.row_alpha = torch.rand(1, k), torch.rand(1, k), torch.rand(n, 1)
@@ -94,6 +97,10 @@ class Layer:
         self.row_starts = torch.cat([torch.zeros(1, dtype=torch.int64), salient.sum(1).cumsum(0)]).int()
         self.columns = salient.nonzero()[:, 1].to(torch.uint16)
         self.values = torch.randint(-127, 128, self.columns.shape, generator=generator).to(torch.int8)
+
+    def _copies(self, weight: Tensor) -> list[Tensor]:
+        """Of one weight as many as fill the pool, itself included."""
+        return [weight, *(weight.clone() for _ in range(self._pool_bytes // weight.nbytes))]
 
     def words(self) -> Tensor:
         self._turn = (self._turn + 1) % len(self._pool)
@@ -115,8 +122,8 @@ class Layer:
         return lambda: ops.partial_linear(x, self.words(), self.row_alpha, "row", *entries, self.k, 128, mode)
 
     def dense(self, x: Tensor) -> Contender:
-        weight = self.weight.to(x.dtype)
-        return lambda: F.linear(x, weight)
+        weights = itertools.cycle(self._copies(self.weight.to(x.dtype)))
+        return lambda: F.linear(x, next(weights))
 
 
 def contenders(layer: Layer, m: int) -> tuple[dict[str, Contender], dict[str, str]]:
@@ -142,20 +149,25 @@ def contenders(layer: Layer, m: int) -> tuple[dict[str, Contender], dict[str, st
     return runs, peers
 
 
-def in_turns(runs: dict[str, Contender], rounds: int) -> dict[str, float]:
-    """Median seconds of each after a warm-up, which is all there is of one that takes over a second."""
+def in_turns(
+    runs: dict[str, Contender], rounds: int, burst: int = 1, aside: Contender = lambda: None
+) -> dict[str, float]:
+    """Median seconds of a call of each, `burst` calls in a row; `aside` is called once a round. The first round warms
+    up, and is all there is of one that takes over a second."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs.items())
     shuffle = random.Random(0).shuffle
-    for number in range(rounds + 1):  # the first round warms up
+    for number in range(rounds + 1):
         shuffle(order)
+        aside()
         for name, run in order:
             if number and times[name][0] > 1:
                 continue
             start = clock()
-            run()
-            times[name].append(clock() - start)
+            for _ in range(burst):
+                run()
+            times[name].append((clock() - start) / burst)
     return {name: statistics.median(taken[1:] or taken) for name, taken in times.items()}
 
 
@@ -172,7 +184,7 @@ def bench_shape(n: int, k: int, m: int, peaks: Peaks, rounds: int) -> None:
         limits["ordered"].append(peaks.instructions("int8", LOOKED_UP) if layer.interleaves else limits["int8"][-1])
         limits["digits"].append(limits["ordered"][-1] / DIGITS if layer.interleaves else limits["float"][-1])
 
-    median = in_turns({**runs, "limits": measure_limits}, rounds)
+    median = in_turns(runs, rounds, BURST if m <= DECODE_TOKENS else 1, aside=measure_limits)
     limit = {name: statistics.median(values) for name, values in limits.items()}
     print(f"\nN={n} K={k} M={m}: memory {limit['bandwidth'] / 1e9:.1f} GB/s, peaks of the innermost loops in 10^9")
     print("weights·tokens/s: " + ", ".join(f"{name} {limit[name] / 1e9:.0f}" for name in ("int8", "float", "xnor")))
