@@ -16,6 +16,8 @@
 namespace fbitrain {
 namespace {
 
+constexpr int kWriteAhead = 6;  // tokens
+
 // The sums of one panel and up to kMaxTokens tokens, of one group at a time where there are groups.
 class PanelSums {
 public:
@@ -51,7 +53,15 @@ private:
     }
 
     void write_all(int64_t row_of_y) {
-        for (int t = 0; t < tokens_; ++t) write(t, row_of_y + first_ + t);
+        for (int t = 0; t < tokens_; ++t) {
+            if (t + kWriteAhead < tokens_) fetch(row_of_y + first_ + t + kWriteAhead);
+            write(t, row_of_y + first_ + t);
+        }
+    }
+
+    // The lines of y that a token's part is to be written to, each token's in another page.
+    void fetch(int64_t row) const {
+        for (int byte = 0; byte < kRows * 4; byte += 64) __builtin_prefetch(place_in_y(row) + byte, 1);
     }
 
     void clear() { std::memset(&sums_, 0, sizeof(int32_t) * tokens_ * ready_.plan.rows * kRows); }
