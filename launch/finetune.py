@@ -13,6 +13,8 @@ from fbitrain.launch.cli import run
 
 
 def main(arguments: argparse.Namespace) -> int:
+    if arguments.no_feedback:
+        arguments.overrides.append("calibration.feedback=false")
     return pretrain.start(arguments, refusal)
 
 
@@ -24,7 +26,11 @@ def refusal(config: Config) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    return pretrain.parser("finetune.py", __doc__)
+    commands = pretrain.parser("finetune.py", __doc__)
+    commands.add_argument(
+        "--no-feedback", action="store_true", help="GPTQ-PB without error feedback: calibration.feedback=false"
+    )
+    return commands
 
 
 if __name__ == "__main__":

@@ -235,6 +235,15 @@ def test_bad_settings_are_said_before_anything_is_loaded(
     assert sentence in said
 
 
+def test_no_feedback_is_short_for_its_setting(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    feedback = []
+    monkeypatch.setattr("fbitrain.train.train", lambda config: feedback.append(config.calibration.feedback))
+    for arguments in ([], ["--no-feedback"]):
+        command = [str(config), *PARTIAL, "calibration.ptq=true", *arguments]
+        assert run_command(finetune_command.main, finetune_command.parser(), command) == 0
+    assert feedback == [True, False]
+
+
 def test_each_command_names_the_other(workspace: Any, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(pretrain.main, pretrain.parser(), [str(config)]) == 1
     assert "start it with launch/finetune.py" in capsys.readouterr().err
