@@ -13,7 +13,7 @@ namespace {
 constexpr int kRowTokens = 2;
 
 // Tokens made ready at a time, which bounds the memory: 1 byte per column and token of int8, 8 or 16 of float tables, 8 of
-// tables for lookup_block. Of those as many as fit kLookupBytes, within limits, in whole tiles of two: measured, 16 to 100 tokens
+// tables for lookup_block. Of those as many as fit kLookupBytes, within limits, in whole tiles of two: measured, 16 to 100
 // differ by 5 % at most for up to 11008 columns.
 constexpr int kInt8Tokens = 8 * kMaxTokens, kFloatTokens = 24;
 constexpr int64_t kLookupBytes = int64_t{1} << 21, kLeastLookups = 24, kLookupTokens = 2;
