@@ -291,7 +291,8 @@ int64_t multiply_as(const Plan& plan, const Linear* linears, int count) {
             if (!prepare(shared[i], first, t, scratch, ready[i])) keep_least(refused, t);
         });
         if (refused < tokens) return first + refused + 1;
-        const int64_t block = p.salient ? kSalientTokens : kMaxTokens / plan.rows, token_blocks = (tokens + block - 1) / block;
+        const int64_t block = p.salient ? kSalientTokens : kMaxTokens / plan.rows;
+        const int64_t token_blocks = (tokens + block - 1) / block;
         std::atomic<bool> entries_hold{true};
         parallel_for(useful_threads(p.threads, work * rows), passes * token_blocks, [&](int64_t task, int) {
             const int64_t begin = task % token_blocks * block;

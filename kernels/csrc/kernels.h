@@ -83,10 +83,11 @@ struct KernelSet {
     void (*finish_int8)(const int32_t* sums, int32_t total, float scale, const float* factor, float shift,
                         const float* beta, float* y);
 
-    // int8_block, of x in [-128, 127], by lookups in tables; null where int8_block is as fast, and not taken from the level below. Bytes of
-    // tables per word; their making from x as int8_block takes it; the sums, of one or two panels, so that a token's tables
-    // come from memory once for both. x and tables are 32-byte aligned. The panels are interleaved: the 256 bytes of each of
-    // their words have been put into another order in place. That order, and what is in the tables, is up to the set.
+    // int8_block, of x in [-128, 127], by lookups in tables; null where int8_block is as fast, and not taken from the
+    // level below. Bytes of tables per word; their making from x as int8_block takes it; the sums, of one or two
+    // panels, so that a token's tables come from memory once for both. x and tables are 32-byte aligned. The panels are
+    // interleaved: the 256 bytes of each of their words have been put into another order in place. That order, and what
+    // is in the tables, is up to the set.
     void (*interleave)(uint32_t* panel, int n_words);
     int lookup_bytes;
     void (*lookup_tables)(const int8_t* x, int n_words, uint8_t* tables);

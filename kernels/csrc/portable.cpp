@@ -71,8 +71,9 @@ void xnor_block(const uint32_t* panel, int n_words, const uint32_t* a, const uin
 
 }  // namespace
 
-const KernelSet kPortable = {"portable",    transpose,     int8_block, 0,              nullptr,      kWordBits,
-                             float_tables,  float_block,   xnor_block, salient_decode, salient_sums, pack_row,
-                             unpack_row,    scale_columns, sum_columns, quantize,      split_digits, sum_quantized, finish_int8};
+const KernelSet kPortable = {"portable",   transpose,     int8_block,    0,              nullptr,      kWordBits,
+                             float_tables, float_block,   xnor_block,    salient_decode, salient_sums, pack_row,
+                             unpack_row,   scale_columns, sum_columns,   quantize,       split_digits, sum_quantized,
+                             finish_int8};
 
 }  // namespace fbitrain

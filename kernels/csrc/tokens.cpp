@@ -68,11 +68,11 @@ void lay_plain(const Linear& p, int64_t t, const float* z, const int8_t* q, Read
 Plan plan_tokens(const Linear& p) {
     const int64_t n_words = p.weight.padded_words();
     // What is multiplied in digits is so for any number of tokens: a result does not depend on its neighbours.
-    const bool digits = p.mode == kFloatMode && p.weight.interleaved && p.set.lookup_block && !p.salient;
+    const bool look_up = p.set.lookup_block && (p.m > kRowTokens || p.weight.interleaved);
+    const bool digits = p.mode == kFloatMode && look_up && p.weight.interleaved && !p.salient;
     if (p.mode == kFloatMode && !digits)
         return {Form::kFloatBlock, n_words * p.set.floats_per_word + kSkew / 4, std::min<int64_t>(p.m, kFloatTokens)};
     const int64_t slab = std::min<int64_t>(p.m, kInt8Tokens);
-    const bool look_up = digits || (p.set.lookup_block && (p.m > kRowTokens || p.weight.interleaved));
     if (!look_up && p.m <= kRowTokens && p.scale != kGroup && p.set.int8_rows)
         return {Form::kInt8Rows, round_up(p.padded(), p.set.chunk_words * kWordBits), slab};
     if (!look_up) return {Form::kInt8Block, p.padded() + kSkew, slab};
