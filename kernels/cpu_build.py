@@ -42,6 +42,7 @@ BASELINE = (
     "portable.cpp",
     "decoder.cpp",
     "attention.cpp",
+    "head.cpp",
     "dense_math.cpp",
 )
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {

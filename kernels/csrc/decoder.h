@@ -8,6 +8,7 @@
 namespace fbitrain {
 
 constexpr int64_t kMaxHeadSize = 1024;
+constexpr int64_t kDenseWorth = 16;  // binary weights that take as long to read as one weight of 16 bits
 
 // A weight [N][ceil(K / 32)] with its scales, in the shapes of fbitrain_binary_linear; beta is null where there is none.
 // `interleaved` is what fbitrain_interleave makes of the words, or null.
@@ -81,5 +82,8 @@ void store_keys(const Pass& pass, const DecoderModel& model, const LayerCache& c
 void attend(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* query, float* scores,
             float* mixed);
 int64_t scores_per_thread(int64_t tokens, int64_t capacity);
+
+// logits [tokens][vocab_size] of hidden [tokens][d_model].
+void find_logits(const DecoderModel& model, const Pass& pass, const float* hidden, float* logits);
 
 }  // namespace fbitrain
