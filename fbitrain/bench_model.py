@@ -2,8 +2,10 @@
 
 Contenders take turns, so that a busy machine slows them alike; figures are medians over the rounds. In each round a
 contender reads a prompt of PROMPT tokens into an empty cache, then, from a cache of FEW tokens, makes its share of
-DECODED tokens one by one. With one thread times are CPU time, which does not count what other programs take of the
-core.
+DECODED tokens one by one. The packed release finds the likeliest token after each, as generate.py does; in the rows
+"all logits" it computes the logits of the whole vocabulary, as the other contenders do, and leaves it at that.
+
+With one thread times are CPU time, which does not count what other programs take of the core.
 """
 
 from __future__ import annotations
@@ -42,21 +44,24 @@ class Contender(Protocol):
         """Forgets the text so far."""
 
     def feed(self, ids: Sequence[int]) -> None:
-        """Computes the logits after `ids`."""
+        """Computes the logits after `ids`, or which is the largest."""
 
 
 class Packed:
     """A packed folder on the compiled decoder."""
 
-    def __init__(self, model: PackedLlama) -> None:
-        self.model = model
+    def __init__(self, model: PackedLlama, all_logits: bool = False) -> None:
+        self.model, self.all_logits = model, all_logits
         self.start()
 
     def start(self) -> None:
-        self.next_logits = self.model.continuation(PROMPT + DECODED)
+        self.text = self.model.continuation(PROMPT + DECODED)
 
     def feed(self, ids: Sequence[int]) -> None:
-        self.next_logits(list(ids))
+        if self.all_logits:
+            self.text.logits(list(ids))
+        else:
+            self.text.likeliest(list(ids))
 
 
 class Dense:
@@ -111,6 +116,7 @@ def bench(folder: Path | None, preset: str, *, peers: bool, threads: int, rounds
             embedding = config.vocab_size * config.hidden_size * 2 / MIB
             memory = f"peak memory +{peak():.0f} MiB over the interpreter's (embedding: {embedding:.0f})"
             print(f"packed, {activations}: {memory}")
+            contenders[f"packed, {activations}, all logits"] = Packed(packed, all_logits=True)
         contenders["dense fp32 (transformers)"] = Dense(LlamaForCausalLM(_plain(config)).eval())
         if peers:
             contenders |= _llama_cpp(Path(scratch), _dimensions(config), threads)

@@ -70,22 +70,33 @@ def stream_tokens(model: PreTrainedModel | PackedLlama, prompt_ids: list[int], s
     if room < 1:
         raise UserError(f"the prompt has {len(prompt_ids)} tokens and fills the model's {limit} positions; shorten it")
     stop = _stop_ids(model)
-    generator = torch.Generator(device=model.device).manual_seed(sampling.seed)
     n_new = min(sampling.max_new_tokens, room)
-    if isinstance(model, PackedLlama):
-        next_logits = model.continuation(len(prompt_ids) + n_new)
-    else:
-        next_logits = _continuation(model)
+    next_token = _continuation(model, len(prompt_ids) + n_new, sampling)
     ids = prompt_ids
     for _ in range(n_new):
-        token = choose(next_logits(ids), sampling, generator)
+        token = next_token(ids)
         if token in stop:
             return
         yield token
         ids = [token]
 
 
-def _continuation(model: PreTrainedModel) -> Callable[[list[int]], Tensor]:
+def _continuation(
+    model: PreTrainedModel | PackedLlama, n_tokens: int, sampling: Sampling
+) -> Callable[[list[int]], int]:
+    """A function for one text of up to `n_tokens`: given its next ids, it chooses the one after them."""
+    if isinstance(model, PackedLlama):
+        text = model.continuation(n_tokens)
+        if sampling.temperature == 0:
+            return text.likeliest
+        next_logits: Callable[[list[int]], Tensor] = text.logits
+    else:
+        next_logits = _logits_of(model)
+    generator = torch.Generator(device=model.device).manual_seed(sampling.seed)
+    return lambda ids: choose(next_logits(ids), sampling, generator)
+
+
+def _logits_of(model: PreTrainedModel) -> Callable[[list[int]], Tensor]:
     """A function for one text: given its next ids, it returns the fp32 logits [V] after them."""
     cache = None
 

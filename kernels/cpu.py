@@ -45,6 +45,9 @@ _ARGUMENTS = {
     "interleave": [_INT] * 2 + [_POINTER] * 2 + [_SIZE] * 2,
     "decoder_hidden": [_INT] * 3 + [_POINTER] * 3 + [_SIZE] * 3 + [_POINTER],
     "decoder_logits": [_INT] * 2 + [_POINTER] * 2 + [_SIZE] + [_POINTER],
+    "screen_bytes": [_SIZE],
+    "screen_head": [_INT] * 2 + [_POINTER] * 3,
+    "decoder_likeliest": [_INT] * 2 + [_POINTER] * 5,
 }
 
 
@@ -80,6 +83,9 @@ class Library:
     interleave: Callable[..., int]
     decoder_hidden: Callable[..., int]
     decoder_logits: Callable[..., int]
+    screen_bytes: Callable[..., int]
+    screen_head: Callable[..., int]
+    decoder_likeliest: Callable[..., int]
 
 
 @functools.cache

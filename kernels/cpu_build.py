@@ -43,6 +43,7 @@ BASELINE = (
     "decoder.cpp",
     "attention.cpp",
     "head.cpp",
+    "head_screen.cpp",
     "dense_math.cpp",
 )
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {

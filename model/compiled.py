@@ -9,7 +9,7 @@ B sequences, T tokens, M tokens in one list, D width, V vocabulary, N out_featur
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,16 +90,9 @@ class PackedLlama:
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{folder} cannot be loaded as a packed model: {error}; get it anew") from error
 
-    def continuation(self, n_tokens: int) -> Callable[[list[int]], Tensor]:
-        """A function for one text of up to `n_tokens`: given its next ids, it returns the logits [V] after them."""
-        cache = self.decoder.new_cache(n_tokens)
-
-        def next_logits(ids: list[int]) -> Tensor:
-            with _refusing_non_finite():
-                new = torch.tensor(ids, dtype=torch.int64, device="cpu")
-                return self.decoder.logits(self.decoder.hidden(new, cache, last=1))[0]
-
-        return next_logits
+    def continuation(self, n_tokens: int) -> Continuation:
+        """An empty text with room for `n_tokens`."""
+        return Continuation(self.decoder, n_tokens)
 
     def hidden(self, ids: Tensor) -> Tensor:
         """ids [B,T] -> what the head is given, fp32 [B,T,D]; sequences one by one."""
@@ -109,6 +102,25 @@ class PackedLlama:
     def head(self, hidden: Tensor) -> Tensor:
         """hidden fp32 [M,D] -> logits fp32 [M,V]."""
         return self.decoder.logits(hidden)
+
+
+class Continuation:
+    """One text, whose tokens so far the model has read. Both methods read its next `ids` and say what follows them."""
+
+    def __init__(self, decoder: Decoder, n_tokens: int) -> None:
+        self._decoder, self._cache = decoder, decoder.new_cache(n_tokens)
+
+    def logits(self, ids: list[int]) -> Tensor:
+        """The logits [V] after `ids`."""
+        return self._decoder.logits(self._hidden(ids))[0]
+
+    def likeliest(self, ids: list[int]) -> int:
+        """The first token with the largest of them, without computing all."""
+        return self._decoder.likeliest(self._hidden(ids))
+
+    def _hidden(self, ids: list[int]) -> Tensor:
+        with _refusing_non_finite():
+            return self._decoder.hidden(torch.tensor(ids, dtype=torch.int64, device="cpu"), self._cache, last=1)
 
 
 @contextmanager

@@ -204,6 +204,7 @@ void float_block(const uint32_t* panel, int n_words, const float* tables, ptrdif
 
 #include "avx2_xnor.inl"
 #include "avx2_lookup.inl"
+#include "avx2_screen.inl"
 
 // 8 rows of 8 words -> 8 words of 8 rows.
 void transpose_8x8(const uint32_t* words, ptrdiff_t stride, uint32_t* panel) {
@@ -244,6 +245,6 @@ void transpose(const uint32_t* words, ptrdiff_t stride, int n_words, uint32_t* p
 const KernelSet kAvx2 = {"avx2",         transpose,     int8_block,   kLanes,         int8_rows,     4 * kPairTables,
                          float_tables,   float_block,   xnor_block,   salient_decode, salient_sums,  pack_row,
                          unpack_row,     scale_columns, sum_columns,  quantize,       split_digits, sum_quantized, finish_int8,
-                         interleave,     kLookupBytes,  lookup_tables, lookup_block};
+                         screen_dots,    interleave,     kLookupBytes,  lookup_tables, lookup_block};
 
 }  // namespace fbitrain

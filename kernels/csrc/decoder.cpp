@@ -5,6 +5,7 @@
 #include <cstring>
 #include <new>
 
+#include "head_screen.h"
 #include "linear.h"
 #include "threads.h"
 
@@ -182,6 +183,10 @@ bool is_cache(const DecoderCache* c) {
            (c->format == kFloat32 || c->format == kFloat16);
 }
 
+bool is_screen(const uint8_t* codes, const float* bounds) {
+    return codes && reinterpret_cast<uintptr_t>(codes) % 32 == 0 && bounds;
+}
+
 }  // namespace
 }  // namespace fbitrain
 
@@ -223,6 +228,47 @@ extern "C" FBITRAIN_EXPORT int64_t fbitrain_decoder_logits(int level, int thread
     if (!hidden || !logits) return kBadArgument;
     try {
         find_logits(*model, {math_set(level), threads, 0, tokens}, hidden, logits);
+    } catch (const std::bad_alloc&) {
+        return kNoMemory;
+    }
+    return kOk;
+}
+
+// Bytes of a screen's codes for one row of a head of k columns; 0 where such a head has no screen.
+extern "C" FBITRAIN_EXPORT int64_t fbitrain_screen_bytes(int64_t k) noexcept {
+    using namespace fbitrain;
+    return k < 1 || k > kMaxScreened ? 0 : code_blocks(k) * kCodeBytes;
+}
+
+// A screen of the model's head: codes [vocab_size][fbitrain_screen_bytes], 32-byte aligned, and bounds [3][vocab_size].
+// Returns a Status.
+extern "C" FBITRAIN_EXPORT int64_t fbitrain_screen_head(int level, int threads, const fbitrain::DecoderModel* model,
+                                                        uint8_t* codes, float* bounds) noexcept {
+    using namespace fbitrain;
+    if (!kernel_set(level)) return kNoLevel;
+    if (!is_model(model) || model->d_model > kMaxScreened || threads < 1 || !is_screen(codes, bounds)) return kBadArgument;
+    const int64_t rows = model->vocab_size;
+    try {
+        make_screen(*model, {math_set(level), threads, 0, 1}, codes, bounds, bounds + rows, bounds + 2 * rows);
+    } catch (const std::bad_alloc&) {
+        return kNoMemory;
+    }
+    return kOk;
+}
+
+// token: which logit of hidden [d_model] is the largest, by the screen that fbitrain_screen_head made. Returns a Status.
+extern "C" FBITRAIN_EXPORT int64_t fbitrain_decoder_likeliest(int level, int threads, const fbitrain::DecoderModel* model,
+                                                              const uint8_t* codes, const float* bounds,
+                                                              const float* hidden, int64_t* token) noexcept {
+    using namespace fbitrain;
+    const KernelSet* set = kernel_set(level);
+    if (!set) return kNoLevel;
+    if (!is_model(model) || model->d_model > kMaxScreened || threads < 1 || !is_screen(codes, bounds) || !hidden || !token)
+        return kBadArgument;
+    const int64_t rows = model->vocab_size;
+    const HeadScreen screen{codes, bounds, bounds + rows, bounds + 2 * rows};
+    try {
+        *token = find_likeliest(*model, {math_set(level), threads, 0, 1}, *set, screen, hidden);
     } catch (const std::bad_alloc&) {
         return kNoMemory;
     }

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace fbitrain {
 
 enum Format { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };  // as in pack.inl
@@ -12,7 +14,6 @@ enum Format { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };  // as in pack.inl
 inline int64_t bytes_of(int format) { return format == kFloat32 ? 4 : 2; }
 
 constexpr int kWidth = 32;  // columns per call of `product`
-constexpr int kStreams = 4;  // rows far apart that `dot_rows` reads side by side
 
 struct MathSet {
     // y = x / sqrt(mean of x^2 + epsilon) * weight, all [n].

@@ -49,6 +49,7 @@ struct Levels {
             set.sum_quantized = below.sum_quantized;
             set.finish_int8 = below.finish_int8;
         }
+        if (!set.screen_dots) set.screen_dots = below.screen_dots;
         sets[level] = set;
         compiled[level] = true;
     }

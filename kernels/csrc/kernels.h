@@ -19,6 +19,10 @@ constexpr int kMaxTokens = 60;   // tokens per call of a block function
 constexpr int kDigits = 3;       // of a float in fixed point, each an int8 that is looked up as a token of its own
 constexpr int kSalientLanes = 8;  // tokens side by side in salient_sums
 constexpr int kSalientEntries = 512;  // entries per call: their int8 products add up to less than 2^24, exact in float
+constexpr int kStreams = 4;  // rows of a head, far apart, that are read side by side
+constexpr int kCodeColumns = 128;  // columns of a block of a screen's codes (head_screen.h); a row is filled up with zeros
+constexpr int kCodeBytes = 96;     // of such a block: byte j < 32 of its m-th 32 bytes holds the code of column 32 * m + j in
+                                   // its low 6 bits, m < 3, and bits 2 * m and 2 * m + 1 of that of column 96 + j above them
 constexpr int64_t kMaxColumns = int64_t{1} << 24;  // 127 * K must fit in int32
 
 // What the C functions return; the linear ones also return 1 + the number of the first token that cannot be quantized.
@@ -82,6 +86,11 @@ struct KernelSet {
     int32_t (*sum_quantized)(const int8_t* q, int64_t n);
     void (*finish_int8)(const int32_t* sums, int32_t total, float scale, const float* factor, float shift,
                         const float* beta, float* y);
+
+    // Of n_rows rows of a screened head (head_screen.h), sums[r] = sum over the columns of code * x, x [blocks][128]; and the
+    // same of the rows `apart`, 2 * apart and so on after each, kStreams in all, in sums[n_rows] onwards, if apart is not 0.
+    void (*screen_dots)(const uint8_t* codes, int64_t apart, int64_t blocks, int64_t n_rows, const int8_t* x,
+                        int32_t* sums);
 
     // int8_block, of x in [-128, 127], by lookups in tables; null where int8_block is as fast, and not taken from the
     // level below. Bytes of tables per word; their making from x as int8_block takes it; the sums, of one or two

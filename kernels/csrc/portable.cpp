@@ -69,11 +69,27 @@ void xnor_block(const uint32_t* panel, int n_words, const uint32_t* a, const uin
             for (int r = 0; r < kRows; ++r) sums[r] += static_cast<int32_t>(popcount(a[w] ^ panel[w * kRows + r]));
 }
 
+int32_t screen_dot(const uint8_t* codes, int64_t blocks, const int8_t* x) {
+    int32_t sum = 0;
+    for (int64_t block = 0; block < blocks; ++block, codes += kCodeBytes, x += kCodeColumns)
+        for (int j = 0; j < 32; ++j) {
+            const int a = codes[j], b = codes[32 + j], c = codes[64 + j], last = a >> 6 | (b >> 6) << 2 | (c >> 6) << 4;
+            sum += (a & 63) * x[j] + (b & 63) * x[32 + j] + (c & 63) * x[64 + j] + last * x[96 + j];
+        }
+    return sum;
+}
+
+void screen_dots(const uint8_t* codes, int64_t apart, int64_t blocks, int64_t n_rows, const int8_t* x, int32_t* sums) {
+    for (int64_t s = 0; s < (apart ? kStreams : 1); ++s)
+        for (int64_t r = 0; r < n_rows; ++r)
+            sums[s * n_rows + r] = screen_dot(codes + (s * apart + r) * blocks * kCodeBytes, blocks, x);
+}
+
 }  // namespace
 
 const KernelSet kPortable = {"portable",   transpose,     int8_block,    0,              nullptr,      kWordBits,
                              float_tables, float_block,   xnor_block,    salient_decode, salient_sums, pack_row,
                              unpack_row,   scale_columns, sum_columns,   quantize,       split_digits, sum_quantized,
-                             finish_int8};
+                             finish_int8,  screen_dots};
 
 }  // namespace fbitrain

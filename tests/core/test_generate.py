@@ -202,8 +202,9 @@ def test_the_benchmark_of_a_folder(
     monkeypatch.setattr(bench_model, "DECODED", 4)
     assert run(command.main, command.parser(), [str(packed), "--bench", "--rounds", "2", "--threads", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    rates = {line[:25].strip(): [float(number) for number in line[25:].split()] for line in lines[-3:]}
-    assert set(rates) == {"packed, int8", "packed, float", "dense fp32 (transformers)"}
+    rates = {line[:25].strip(): [float(number) for number in line[25:].split()] for line in lines[-5:]}
+    packed_rows = {f"packed, {how}{what}" for how in ("int8", "float") for what in ("", ", all logits")}
+    assert set(rates) == packed_rows | {"dense fp32 (transformers)"}
     assert all(rate > 0 for pair in rates.values() for rate in pair)
     assert sum("peak memory +" in line for line in lines) == 2
     assert run(command.main, command.parser(), [str(workspace.teacher), "--bench"]) == 1

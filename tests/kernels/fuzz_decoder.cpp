@@ -19,6 +19,11 @@ extern "C" int64_t fbitrain_decoder_hidden(int level, int threads, int mode, con
                                            int64_t wanted, float* hidden) noexcept;
 extern "C" int64_t fbitrain_decoder_logits(int level, int threads, const DecoderModel* model, const float* hidden,
                                            int64_t tokens, float* logits) noexcept;
+extern "C" int64_t fbitrain_screen_bytes(int64_t k) noexcept;
+extern "C" int64_t fbitrain_screen_head(int level, int threads, const DecoderModel* model, uint8_t* codes,
+                                        float* bounds) noexcept;
+extern "C" int64_t fbitrain_decoder_likeliest(int level, int threads, const DecoderModel* model, const uint8_t* codes,
+                                              const float* bounds, const float* hidden, int64_t* token) noexcept;
 
 namespace {
 
@@ -116,6 +121,31 @@ struct Random {
     }
 };
 
+// A screen of a model's head, in arrays of its own, and what it finds.
+struct Screen {
+    std::unique_ptr<uint8_t, void (*)(void*)> codes;
+    std::vector<float> bounds;
+
+    Screen(int level, int threads, const DecoderModel& model)
+        : codes(nullptr, std::free), bounds(3 * model.vocab_size) {
+        const auto bytes = static_cast<size_t>(model.vocab_size * fbitrain_screen_bytes(model.d_model));
+        codes.reset(static_cast<uint8_t*>(std::aligned_alloc(32, bytes)));
+        check(fbitrain_screen_head(level, threads, &model, codes.get(), bounds.data()) == kOk, "screen_head refused");
+        check(fbitrain_screen_head(level, threads, &model, codes.get() + 1, bounds.data()) == kBadArgument, "unaligned");
+    }
+
+    void compare(int level, int threads, const DecoderModel& model, const float* hidden, const float* logits) const {
+        int64_t token = -1, expected = 0;
+        check(fbitrain_decoder_likeliest(level, threads, &model, codes.get(), bounds.data(), hidden, &token) == kOk,
+              "decoder_likeliest refused valid arguments");
+        for (int64_t i = 1; i < model.vocab_size; ++i)
+            if (logits[i] > logits[expected]) expected = i;
+        check(token == expected, "decoder_likeliest found another token");
+        check(fbitrain_decoder_likeliest(level, threads, &model, codes.get(), bounds.data(), nullptr, &token) ==
+                  kBadArgument, "no hidden");
+    }
+};
+
 void valid() {
     Random random;
     const DecoderModel& model = random.model;
@@ -125,6 +155,7 @@ void valid() {
     for (int level = 0; level < 4; ++level) {
         if (fbitrain_supports(level) != 1) continue;
         const int threads = static_cast<int>(pick(1, 3)), mode = static_cast<int>(pick(0, 1));
+        const Screen screen(level, threads, model);
         for (int64_t first = 0; first < total;) {
             const int64_t count = pick(1, total - first);
             std::unique_ptr<int32_t[]> some(new int32_t[count]);
@@ -138,6 +169,7 @@ void valid() {
             check(fbitrain_decoder_logits(level, threads, &model, hidden.get(), wanted, logits.get()) == 0,
                   "decoder_logits refused valid arguments");
             for (int64_t i = 0; i < wanted * model.vocab_size; ++i) check(std::isfinite(logits[i]), "logits not finite");
+            if (wanted == 1) screen.compare(level, threads, model, hidden.get(), logits.get());
             first += count;
         }
     }
@@ -179,6 +211,8 @@ int main(int argc, char** argv) {
     }
     check(fbitrain_decoder_hidden(0, 1, 0, nullptr, nullptr, nullptr, 0, 1, 1, nullptr) == -1, "null model taken");
     check(fbitrain_decoder_logits(0, 1, nullptr, nullptr, 1, nullptr) == -1, "null model taken");
+    check(fbitrain_screen_bytes(0) == 0 && fbitrain_screen_bytes(int64_t{1} << 40) == 0, "no head has such a screen");
+    check(fbitrain_screen_head(0, 1, nullptr, nullptr, nullptr) == kBadArgument, "null model taken");
     check(fbitrain_interleaved_bytes(9, 1, 1) == kNoLevel, "no such level");
     check(fbitrain_interleaved_bytes(0, -1, 1) == kBadArgument, "less than no rows");
     check(fbitrain_interleave(0, 1, nullptr, nullptr, 1, 1) == kBadArgument, "a level without an order of its own");

@@ -57,7 +57,7 @@ def test_a_folder_is_the_same_function_as_through_transformers(
     found = packed.head(packed.hidden(ids).flatten(0, 1)).view_as(expected)
     noise = (found - expected).square().sum() / expected.square().sum()
     assert -10 * torch.log10(noise) > 90
-    step = packed.continuation(33)
+    step = packed.continuation(33).logits
     by_steps = torch.stack([step([token]) for token in ids[1].tolist()])
     torch.testing.assert_close(by_steps, found[1].float(), rtol=1e-4, atol=1e-5)
 
@@ -126,15 +126,15 @@ def test_int8_refuses_a_diverged_model_in_the_users_words(tmp_path: Path) -> Non
     whole["model.norm.weight"][3] = torch.nan  # after the last Linear: no activations are quantized there
     whole["model.embed_tokens.weight"][5, 3] = torch.inf
     save_file(whole, folder / "model.safetensors")
-    assert opened(folder).continuation(2)([1]).isnan().all()
+    assert opened(folder).continuation(2).logits([1]).isnan().all()
     with pytest.raises(UserError, match="position 1 are not; run the model with --activations float"):
-        opened(folder, "int8").continuation(4)([1, 5])
+        opened(folder, "int8").continuation(4).logits([1, 5])
 
 
 def test_sharded_folders_are_read_whole(tmp_path: Path) -> None:
     folder = written(tmp_path)
     whole = load_file(folder / "model.safetensors")
-    expected = opened(folder).continuation(3)([1, 2, 3])
+    expected = opened(folder).continuation(3).logits([1, 2, 3])
     names = sorted(whole)
     for number, part in enumerate((names[:10], names[10:])):
         save_file({name: whole[name] for name in part}, folder / f"part{number}.safetensors")
@@ -142,7 +142,7 @@ def test_sharded_folders_are_read_whole(tmp_path: Path) -> None:
     index = {name: f"part{int(name not in names[:10])}.safetensors" for name in names}
     (folder / "model.safetensors.index.json").write_text(str({"weight_map": index}).replace("'", '"'))
     assert set(mapped_tensors(folder)) == set(whole)
-    assert torch.equal(opened(folder).continuation(3)([1, 2, 3]), expected)
+    assert torch.equal(opened(folder).continuation(3).logits([1, 2, 3]), expected)
 
 
 GENERATE = """
@@ -170,10 +170,10 @@ def test_torchs_defaults_change_nothing(
     tmp_path: Path, set_default: Callable[[Any], None], value: Any, usual: Any
 ) -> None:
     folder = written(tmp_path)
-    expected = opened(folder).continuation(9)([1, 2, 3])
+    expected = opened(folder).continuation(9).logits([1, 2, 3])
     set_default(value)
     try:
-        found = opened(folder).continuation(9)([1, 2, 3])
+        found = opened(folder).continuation(9).logits([1, 2, 3])
     finally:
         set_default(usual)
     assert torch.equal(found, expected)
