@@ -124,8 +124,14 @@ int32_t sum_quantized(const int8_t* q, int64_t n) {
     return total;
 }
 
-// y of the kRows rows of a panel and one token, from its sums over the bits that are set: twice that minus `total`, the
-// sum over all columns, is the sum with signs. It fits, but twice the sum may not: modulo 2^32.
+int32_t sum_magnitudes(const int8_t* q, int64_t n) {
+    int32_t total = 0;
+    for (int64_t i = 0; i < n; ++i) total += q[i] < 0 ? -q[i] : q[i];
+    return total;
+}
+
+// y of the kRows rows of a panel and one token, from its sums over the bits that are set: twice that minus `total` is the
+// sum with signs. It fits, but twice the sum may not: modulo 2^32.
 void finish_int8(const int32_t* sums, int32_t total, float scale, const float* factor, float shift, const float* beta,
                  float* y) {
     for (int r = 0; r < kRows; ++r) {

@@ -1,37 +1,74 @@
 // int8 by lookup with AVX2: the part of avx2.cpp where vpshufb adds up four columns at once, included there inside its
 // unnamed namespace after avx2_xnor.inl, whose order of rows in a register it shares.
 
-constexpr int kLookupWords = 8;   // 256 columns: the most whose sums of int8 fit 16 bits
-constexpr int kLookupBias = 512;  // makes a sum of four columns, -512 to 508, positive
-constexpr int kLowBits = 5;       // of the ten bits of such a sum, so that a byte holds eight of either part
 constexpr int kLookupBytes = kNibbles * 2 * 16;  // of tables per word
 
-// For each nibble the biased sums of its columns that 16 patterns select: their low and their high five bits. Of nibbles
+// A sum of four columns is made positive by the magnitudes of the negative ones, and then has nine bits, or ten if all are
+// -128. Its low and its high part are added up in bytes. Where the high parts of any two words fit a byte, tables are
+// `narrow`: cut at four bits, so that a byte holds two words of either part; else at five, and it holds one.
+constexpr int kNarrowBits = 4, kWideBits = 5, kNarrowWords = 2;
+constexpr int low_bits(bool narrow) { return narrow ? kNarrowBits : kWideBits; }
+
+// The most words whose sums of x fit 16 bits: 512 columns of narrow tables stay below 2^16 / 1.8, 256 others below 2^15 + 1.
+constexpr int lookup_words(bool narrow) { return narrow ? 16 : 8; }
+
+// Per nibble, a lane each, the sum of its four unsigned bytes.
+__m256i sum_fours(__m256i bytes) {
+    return widen(_mm256_maddubs_epi16(bytes, _mm256_set1_epi8(1)));
+}
+__m256i negatives(__m256i x) {  // |x|, at most 128, where x is negative, else 0
+    return _mm256_and_si256(_mm256_sub_epi8(_mm256_setzero_si256(), x), _mm256_cmpgt_epi8(_mm256_setzero_si256(), x));
+}
+
+// The order of int8_block, [j][i] of columns 8 * i + j, with j < 4 or j >= 4 in either half -> [i][j]: four to a nibble.
+__m256i by_nibbles(const int8_t* x) {
+    const __m256i by_nibble = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
+                                               0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm256_shuffle_epi8(load(x), by_nibble);
+}
+
+bool is_narrow(const int8_t* x, int n_words) {
+    int previous = 0;
+    for (int w = 0; w < n_words; ++w) {
+        const __m256i sizes = sum_fours(_mm256_abs_epi8(by_nibbles(x + w * kWordBits)));
+        const int high_parts = sum_lanes(_mm256_srli_epi32(sizes, kNarrowBits));
+        if (previous + high_parts > 255) return false;
+        previous = high_parts;  // sums may begin at any word
+    }
+    return true;
+}
+
+// For each nibble the sums of its columns that 16 patterns select, made positive: their low and their high parts. Of nibbles
 // 2 * i and 2 * i + 1 come [low parts of the one][of the other][high parts of the one][of the other], 16 bytes each.
-void lookup_tables(const int8_t* x, int n_words, uint8_t* tables) {
-    const __m256i by_nibble =  // [j][i] of columns 8 * i + j, j < 4 or j >= 4 -> [i][j]
-        _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
-                         0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+template <bool kNarrow>
+void make_tables(const int8_t* x, int n_words, uint8_t* tables) {
     const __m256i has_ab = _mm256_set1_epi64x(0x0101010000010000);  // of columns a, b, c, d: what patterns 0 to 3 hold
     const __m256i has_c = _mm256_setr_epi64x(0, 0x0001000100010001, 0, 0x0001000100010001);
-    const __m256i has_d = _mm256_set1_epi16(0x0100), low_bits = _mm256_set1_epi16((1 << kLowBits) - 1);
-    const __m256i has_cd = _mm256_or_si256(has_c, has_d), bias = _mm256_set1_epi16(kLookupBias);
+    const __m256i has_d = _mm256_set1_epi16(0x0100), low_part = _mm256_set1_epi16((1 << low_bits(kNarrow)) - 1);
+    const __m256i has_cd = _mm256_or_si256(has_c, has_d);
     for (int w = 0; w < n_words; ++w) {
-        const __m256i fours = _mm256_shuffle_epi8(load(x + w * kWordBits), by_nibble);
+        const __m256i fours = by_nibbles(x + w * kWordBits), biases = sum_fours(negatives(fours));
         #pragma GCC unroll 8
         for (int i = 0; i < kNibbles / 2; ++i, tables += 64) {
             const __m256i ab = _mm256_shuffle_epi8(fours, _mm256_set1_epi16(static_cast<int16_t>(0x0100 + 0x0404 * i)));
             const __m256i cd = _mm256_shuffle_epi8(fours, _mm256_set1_epi16(static_cast<int16_t>(0x0302 + 0x0404 * i)));
+            const __m256i bias = _mm256_shuffle_epi8(biases, _mm256_set1_epi16(static_cast<int16_t>(0x0100 + 0x0404 * i)));
             const __m256i of_ab = _mm256_add_epi16(bias, _mm256_maddubs_epi16(has_ab, ab));
             const __m256i without_d = _mm256_add_epi16(of_ab, _mm256_maddubs_epi16(has_c, cd));
             const __m256i with_d = _mm256_add_epi16(of_ab, _mm256_maddubs_epi16(has_cd, cd));
             auto* out = reinterpret_cast<__m256i*>(tables);
-            _mm256_store_si256(out, _mm256_packus_epi16(_mm256_and_si256(without_d, low_bits),
-                                                        _mm256_and_si256(with_d, low_bits)));
-            _mm256_store_si256(out + 1, _mm256_packus_epi16(_mm256_srli_epi16(without_d, kLowBits),
-                                                            _mm256_srli_epi16(with_d, kLowBits)));
+            _mm256_store_si256(out, _mm256_packus_epi16(_mm256_and_si256(without_d, low_part),
+                                                        _mm256_and_si256(with_d, low_part)));
+            _mm256_store_si256(out + 1, _mm256_packus_epi16(_mm256_srli_epi16(without_d, low_bits(kNarrow)),
+                                                            _mm256_srli_epi16(with_d, low_bits(kNarrow))));
         }
     }
+}
+
+bool lookup_tables(const int8_t* x, int n_words, uint8_t* tables) {
+    const bool narrow = is_narrow(x, n_words);
+    (narrow ? make_tables<true> : make_tables<false>)(x, n_words, tables);
+    return narrow;
 }
 
 // Each word of a panel as four bytes of all 64 rows: two registers per byte, of the lower and the upper 32 rows.
@@ -50,30 +87,31 @@ __m256i twice(const uint8_t* p) {
     return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
-// Adds to the sums of 16 rows what the 16-bit sums of `unpack` hold of them: rows 0..3, 8..11, 4..7, 12..15.
+// Adds to the sums of 16 rows what the unsigned 16-bit sums of `unpack` hold of them: rows 0..3, 8..11, 4..7, 12..15.
 void add_words(int32_t* sums, __m256i words) {
-    add_to(sums, _mm256_srai_epi32(_mm256_unpacklo_epi16(words, words), 16));
-    add_to(sums + kLanes, _mm256_srai_epi32(_mm256_unpackhi_epi16(words, words), 16));
+    add_to(sums, _mm256_unpacklo_epi16(words, _mm256_setzero_si256()));
+    add_to(sums + kLanes, _mm256_unpackhi_epi16(words, _mm256_setzero_si256()));
 }
 
-// Sums of 16 bits that 64 rows x kTokens have of at most kLookupWords words. The biases, 2^15 of 256 columns, are taken out
-// beforehand, modulo 2^16 as all of these sums are but the last.
-template <int kTokens>
+// Sums of 16 bits that 64 rows x kTokens have of at most lookup_words() words.
+template <int kTokens, bool kNarrow>
 struct LookupSums {
     __m256i sum[kTokens][2][2];
+    __m256i worth[kTokens];  // of a low part and of a high part
 
-    explicit LookupSums(int n_words) {
-        for (int t = 0; t < kTokens; ++t)
-            for (int g = 0; g < 2; ++g)
-                for (int half = 0; half < 2; ++half)
-                    sum[t][g][half] = _mm256_set1_epi16(static_cast<int16_t>(-kLookupBias * kNibbles * n_words));
+    explicit LookupSums(const bool* narrow) {
+        #pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t) {
+            worth[t] = _mm256_set1_epi16(static_cast<int16_t>(1 + (1 << (8 + low_bits(kNarrow || narrow[t])))));
+            #pragma GCC unroll 8
+            for (int i = 0; i < 4; ++i) sum[t][i / 2][i % 2] = _mm256_setzero_si256();  // gcc zeroes an array by `rep stos`
+        }
     }
 
-    // A word's, from the byte sums of its low and its high parts.
+    // What the bytes hold of low and of high parts.
     void add(int t, int g, __m256i low, __m256i high) {
-        const __m256i worth = _mm256_set1_epi16(1 + (1 << (8 + kLowBits)));  // of a low part 1, of a high part 32
-        sum[t][g][0] = _mm256_add_epi16(sum[t][g][0], _mm256_maddubs_epi16(_mm256_unpacklo_epi8(low, high), worth));
-        sum[t][g][1] = _mm256_add_epi16(sum[t][g][1], _mm256_maddubs_epi16(_mm256_unpackhi_epi8(low, high), worth));
+        sum[t][g][0] = _mm256_add_epi16(sum[t][g][0], _mm256_maddubs_epi16(_mm256_unpacklo_epi8(low, high), worth[t]));
+        sum[t][g][1] = _mm256_add_epi16(sum[t][g][1], _mm256_maddubs_epi16(_mm256_unpackhi_epi8(low, high), worth[t]));
     }
 
     void add_to_rows(int32_t* sums) const {
@@ -91,12 +129,12 @@ void look_up(__m256i table, __m256i nibbles, bool first, __m256i& sum) {
     in_register(sum);
 }
 
-// 64 rows x kTokens x at most kLookupWords: a lookup and an add do 128 halves of weights.
-template <int kTokens>
-void lookup_tile(const __m256i* nibbles, int n_words, const uint8_t* tables, ptrdiff_t stride, int32_t* sums) {
-    LookupSums<kTokens> sum(n_words);
-    for (int w = 0; w < n_words; ++w, nibbles += 2 * kNibbles, tables += kLookupBytes) {
-        __m256i low[kTokens][2], high[kTokens][2];
+// The next kWords words of 64 rows x kTokens: a lookup and an add do 128 halves of weights.
+template <int kWords, int kTokens, bool kNarrow>
+void look_up_words(const __m256i* nibbles, const uint8_t* tables, ptrdiff_t stride, LookupSums<kTokens, kNarrow>& sum) {
+    __m256i low[kTokens][2], high[kTokens][2];
+    #pragma GCC unroll 2
+    for (int w = 0; w < kWords; ++w, nibbles += 2 * kNibbles, tables += kLookupBytes)
         #pragma GCC unroll 8
         for (int i = 0; i < kNibbles; ++i)
             #pragma GCC unroll 8
@@ -105,15 +143,26 @@ void lookup_tile(const __m256i* nibbles, int n_words, const uint8_t* tables, ptr
                 const __m256i low_table = twice(table), high_table = twice(table + 32);
                 #pragma GCC unroll 8
                 for (int g = 0; g < 2; ++g) {
-                    look_up(low_table, nibbles[2 * i + g], i == 0, low[t][g]);
-                    look_up(high_table, nibbles[2 * i + g], i == 0, high[t][g]);
+                    look_up(low_table, nibbles[2 * i + g], w + i == 0, low[t][g]);
+                    look_up(high_table, nibbles[2 * i + g], w + i == 0, high[t][g]);
                 }
             }
+    #pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t)
         #pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t)
-            #pragma GCC unroll 8
-            for (int g = 0; g < 2; ++g) sum.add(t, g, low[t][g], high[t][g]);
-    }
+        for (int g = 0; g < 2; ++g) sum.add(t, g, low[t][g], high[t][g]);
+}
+
+// 64 rows x kTokens x at most lookup_words().
+template <int kTokens, bool kNarrow>
+void lookup_tile(const __m256i* nibbles, int n_words, const uint8_t* tables, ptrdiff_t stride, const bool* narrow,
+                 int32_t* sums) {
+    constexpr int kWords = kNarrow ? kNarrowWords : 1;
+    LookupSums<kTokens, kNarrow> sum(narrow);
+    int w = 0;
+    for (; w + kWords <= n_words; w += kWords)
+        look_up_words<kWords>(nibbles + w * 2 * kNibbles, tables + w * kLookupBytes, stride, sum);
+    for (; w < n_words; ++w) look_up_words<1>(nibbles + w * 2 * kNibbles, tables + w * kLookupBytes, stride, sum);
     sum.add_to_rows(sums);
 }
 
@@ -127,12 +176,13 @@ constexpr int kLookupAhead = 8;
 // So few tokens that nibbles are not stored: a word's sums of 64 rows, and what is looked up, fit the registers.
 constexpr int kFewLookups = 3;
 
-template <int kTokens>
-void lookup_few(const uint32_t* panel, int n_words, const uint8_t* tables, ptrdiff_t stride, int32_t* sums) {
-    LookupSums<kTokens> sum(n_words);
-    for (int w = 0; w < n_words; ++w, panel += kRows) {
+// The next kWords words.
+template <int kWords, int kTokens, bool kNarrow>
+void look_up_few(const uint32_t* panel, const uint8_t* tables, ptrdiff_t stride, LookupSums<kTokens, kNarrow>& sum) {
+    __m256i low[kTokens][2], high[kTokens][2];
+    #pragma GCC unroll 2
+    for (int w = 0; w < kWords; ++w, panel += kRows) {
         for (int line = 0; line < kWordLines; ++line) __builtin_prefetch(panel + kLookupAhead * kRows + line * kLine);
-        __m256i low[kTokens][2], high[kTokens][2];
         #pragma GCC unroll 8
         for (int b = 0; b < 4; ++b, tables += 64)
             #pragma GCC unroll 8
@@ -149,16 +199,27 @@ void lookup_few(const uint32_t* panel, int n_words, const uint8_t* tables, ptrdi
                     const __m256i low_table = twice(table), high_table = twice(table + 32);
                     #pragma GCC unroll 8
                     for (int g = 0; g < 2; ++g) {
-                        look_up(low_table, nibbles[g], b + upper == 0, low[t][g]);
-                        look_up(high_table, nibbles[g], b + upper == 0, high[t][g]);
+                        look_up(low_table, nibbles[g], w + b + upper == 0, low[t][g]);
+                        look_up(high_table, nibbles[g], w + b + upper == 0, high[t][g]);
                     }
                 }
             }
-        #pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t)
-            #pragma GCC unroll 8
-            for (int g = 0; g < 2; ++g) sum.add(t, g, low[t][g], high[t][g]);
     }
+    #pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t)
+        #pragma GCC unroll 8
+        for (int g = 0; g < 2; ++g) sum.add(t, g, low[t][g], high[t][g]);
+}
+
+template <int kTokens, bool kNarrow>
+void lookup_few(const uint32_t* panel, int n_words, const uint8_t* tables, ptrdiff_t stride, const bool* narrow,
+                int32_t* sums) {
+    constexpr int kWords = kNarrow ? kNarrowWords : 1;
+    LookupSums<kTokens, kNarrow> sum(narrow);
+    int w = 0;
+    for (; w + kWords <= n_words; w += kWords)
+        look_up_few<kWords>(panel + w * kRows, tables + w * kLookupBytes, stride, sum);
+    for (; w < n_words; ++w) look_up_few<1>(panel + w * kRows, tables + w * kLookupBytes, stride, sum);
     sum.add_to_rows(sums);
 }
 
@@ -172,18 +233,30 @@ void store_nibbles(const uint32_t* panel, int n_words, __m256i* nibbles) {
         }
 }
 
+bool all_narrow(const bool* narrow, int tokens) {
+    for (int t = 0; t < tokens; ++t)
+        if (!narrow[t]) return false;
+    return true;
+}
+
 void lookup_block(const uint32_t* const* panels, int n_panels, int n_words, const uint8_t* tables, ptrdiff_t stride,
-                  int tokens, int32_t* const* sums) {
+                  const bool* narrow, int tokens, int32_t* const* sums) {
     if (tokens <= kFewLookups) {
-        constexpr decltype(&lookup_few<1>) by_tokens[] = {nullptr, lookup_few<1>, lookup_few<2>, lookup_few<3>};
-        for (int w = 0; w < n_words; w += kLookupWords) {
-            const int width = n_words - w < kLookupWords ? n_words - w : kLookupWords;
+        constexpr decltype(&lookup_few<1, true>) few[][2] = {{nullptr, nullptr},
+                                                             {lookup_few<1, false>, lookup_few<1, true>},
+                                                             {lookup_few<2, false>, lookup_few<2, true>},
+                                                             {lookup_few<3, false>, lookup_few<3, true>}};
+        const bool all = all_narrow(narrow, tokens);
+        for (int w = 0; w < n_words; w += lookup_words(all)) {
+            const int width = n_words - w < lookup_words(all) ? n_words - w : lookup_words(all);
             for (int p = 0; p < n_panels; ++p)
-                by_tokens[tokens](panels[p] + w * kRows, width, tables + w * kLookupBytes, stride, sums[p]);
+                few[tokens][all](panels[p] + w * kRows, width, tables + w * kLookupBytes, stride, narrow, sums[p]);
         }
         return;
     }
     constexpr int kTogether = 2;  // more tokens do not fit the registers
+    constexpr decltype(&lookup_tile<1, true>) tiles[][2] = {{lookup_tile<1, false>, lookup_tile<1, true>},
+                                                            {lookup_tile<kTogether, false>, lookup_tile<kTogether, true>}};
     __m256i nibbles[2][kBlockWords * kNibbles * 2];
     for (int p = 0; p < n_panels; ++p) store_nibbles(panels[p], n_words, nibbles[p]);
     // The bits of the next block, which lie behind these if they come from memory, are fetched a few with each tile.
@@ -191,12 +264,14 @@ void lookup_block(const uint32_t* const* panels, int n_panels, int n_words, cons
     for (int t = 0, line = 0; t < tokens; t += kTogether) {
         for (int i = 0; i < per_tile && line < lines; ++i, ++line)
             for (int p = 0; p < n_panels; ++p) __builtin_prefetch(panels[p] + n_words * kRows + line * kLine);
-        const auto tile = tokens - t < kTogether ? lookup_tile<1> : lookup_tile<kTogether>;
-        for (int w = 0; w < n_words; w += kLookupWords) {
-            const int width = n_words - w < kLookupWords ? n_words - w : kLookupWords;
+        const int in_tile = tokens - t < kTogether ? 1 : kTogether;
+        const bool all = all_narrow(narrow + t, in_tile);
+        for (int w = 0; w < n_words; w += lookup_words(all)) {
+            const int width = n_words - w < lookup_words(all) ? n_words - w : lookup_words(all);
             const uint8_t* from = tables + t * stride + w * kLookupBytes;
             for (int p = 0; p < n_panels; ++p)
-                tile(nibbles[p] + w * kNibbles * 2, width, from, stride, sums[p] + t * kRows);
+                tiles[in_tile - 1][all](nibbles[p] + w * kNibbles * 2, width, from, stride, narrow + t,
+                                        sums[p] + t * kRows);
         }
     }
 }

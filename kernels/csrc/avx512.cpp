@@ -240,6 +240,6 @@ void xnor_block(const uint32_t* panel, int n_words, const uint32_t* a, const uin
 
 const KernelSet kAvx512 = {"avx512",     nullptr,     int8_block, kLanes,   int8_rows, 16 * kQuadTables,
                            float_tables, float_block, xnor_block, salient_decode, salient_sums, pack_row, unpack_row,
-                           scale_columns, sum_columns, quantize, split_digits, sum_quantized, finish_int8};
+                           scale_columns, sum_columns, quantize, split_digits, sum_quantized, sum_magnitudes, finish_int8};
 
 }  // namespace fbitrain

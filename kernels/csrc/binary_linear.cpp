@@ -49,7 +49,7 @@ private:
         const int64_t stride = ready_.plan.stride, first = first_ * ready_.plan.rows;
         const uint8_t* tables = ready_.lookups.get() + first * stride + word * p_.set.lookup_bytes;
         p_.set.lookup_block(panels.begin(), static_cast<int>(panels.size()), n_words, tables, stride,
-                            tokens_ * ready_.plan.rows, sums.begin());
+                            ready_.flags.get() + first, tokens_ * ready_.plan.rows, sums.begin());
     }
 
     void write_all(int64_t row_of_y) {
@@ -159,8 +159,8 @@ private:
                 for (int r = 0; r < kRows; ++r) v[r] = static_cast<float>(double{v[r]} - salient_->signs(t, r));
             return;
         }
-        // The block functions sum over the bits that are set: twice that minus the sum over all is the sum with signs. It
-        // fits, but twice the sum may not: modulo 2^32.
+        // The block functions sum over the bits that are set: twice that minus the total is the sum with signs. It fits, but
+        // twice the sum may not: modulo 2^32.
         const auto total = static_cast<uint32_t>(ready_.totals[(first_ + t) * p_.groups() + group]);
         const auto with_signs = [&](int r) {
             return static_cast<int32_t>(2 * static_cast<uint32_t>(sums_.ints[t][r]) - total);

@@ -47,6 +47,7 @@ struct Levels {
             set.quantize = below.quantize;
             set.split_digits = below.split_digits;
             set.sum_quantized = below.sum_quantized;
+            set.sum_magnitudes = below.sum_magnitudes;
             set.finish_int8 = below.finish_int8;
         }
         if (!set.screen_dots) set.screen_dots = below.screen_dots;

@@ -84,6 +84,7 @@ struct KernelSet {
     float (*quantize)(const float* z, int64_t padded, int8_t* q);
     float (*split_digits)(const float* z, int64_t padded, int8_t* q);
     int32_t (*sum_quantized)(const int8_t* q, int64_t n);
+    int32_t (*sum_magnitudes)(const int8_t* q, int64_t n);
     void (*finish_int8)(const int32_t* sums, int32_t total, float scale, const float* factor, float shift,
                         const float* beta, float* y);
 
@@ -93,15 +94,16 @@ struct KernelSet {
                         int32_t* sums);
 
     // int8_block, of x in [-128, 127], by lookups in tables; null where int8_block is as fast, and not taken from the
-    // level below. Bytes of tables per word; their making from x as int8_block takes it; the sums, of one or two
-    // panels, so that a token's tables come from memory once for both. x and tables are 32-byte aligned. The panels are
-    // interleaved: the 256 bytes of each of their words have been put into another order in place. That order, and what
-    // is in the tables, is up to the set.
+    // level below. To the sums is added, besides, |x| of all columns where x is negative: twice such a sum less
+    // sum_magnitudes is the sum with signs. Bytes of tables per word; their making from x as int8_block takes it, which
+    // returns a flag to hand on; the sums, of one or two panels, so that a token's tables come from memory once for both.
+    // x and tables are 32-byte aligned. The panels are interleaved: the 256 bytes of each of their words have been put
+    // into another order in place. That order, and what is in the tables, is up to the set.
     void (*interleave)(uint32_t* panel, int n_words);
     int lookup_bytes;
-    void (*lookup_tables)(const int8_t* x, int n_words, uint8_t* tables);
+    bool (*lookup_tables)(const int8_t* x, int n_words, uint8_t* tables);
     void (*lookup_block)(const uint32_t* const* panels, int n_panels, int n_words, const uint8_t* tables, ptrdiff_t stride,
-                         int tokens, int32_t* const* sums);
+                         const bool* flags, int tokens, int32_t* const* sums);
 };
 
 // Each in the file of its name; other null functions are taken from the level below. The files hold no inline function or

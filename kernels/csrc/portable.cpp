@@ -90,6 +90,6 @@ void screen_dots(const uint8_t* codes, int64_t apart, int64_t blocks, int64_t n_
 const KernelSet kPortable = {"portable",   transpose,     int8_block,    0,              nullptr,      kWordBits,
                              float_tables, float_block,   xnor_block,    salient_decode, salient_sums, pack_row,
                              unpack_row,   scale_columns, sum_columns,   quantize,       split_digits, sum_quantized,
-                             finish_int8,  screen_dots};
+                             sum_magnitudes, finish_int8,  screen_dots};
 
 }  // namespace fbitrain

@@ -27,10 +27,18 @@ float read_token(const Linear& p, int64_t token, float* z) {
     return p.beta ? p.set.sum_columns(x, p.bfloat16, by_column ? p.beta : nullptr, p.k) : 0.0f;
 }
 
-// Sums of the quantized values, whose order within a word does not matter: groups are whole words.
-void total_groups(const Linear& p, const int8_t* q, int32_t* totals) {
+// What row `row` of the operand leaves to be taken out of its sums. The order within a word does not matter: groups are
+// whole words.
+void total_groups(const Linear& p, const int8_t* q, int64_t row, Ready& ready) {
     const int64_t size = p.scale == kGroup ? p.group_size : p.padded();
-    for (int64_t g = 0; g < p.groups(); ++g, q += size) totals[g] = p.set.sum_quantized(q, size);
+    const auto total = ready.plan.form == Form::kLookupBlock ? p.set.sum_magnitudes : p.set.sum_quantized;
+    int32_t* totals = ready.totals.get() + row * p.groups();
+    for (int64_t g = 0; g < p.groups(); ++g, q += size) totals[g] = total(q, size);
+}
+
+void make_lookups(const Linear& p, const int8_t* q, int64_t row, Ready& ready) {
+    uint8_t* tables = ready.lookups.get() + row * ready.plan.stride;
+    ready.flags[row] = p.set.lookup_tables(q, static_cast<int>(p.weight.padded_words()), tables);
 }
 
 // From the order of int8_block to that of int8_rows; the four columns of an i stay together.
@@ -69,7 +77,8 @@ Plan plan_tokens(const Linear& p) {
     const int64_t n_words = p.weight.padded_words();
     // What is multiplied in digits is so for any number of tokens: a result does not depend on its neighbours.
     const bool look_up = p.set.lookup_block && (p.m > kRowTokens || p.weight.interleaved);
-    const bool digits = p.mode == kFloatMode && look_up && p.weight.interleaved && !p.salient;
+    // Of digits up to 128, 2^24 columns would add up to 2^31.
+    const bool digits = p.mode == kFloatMode && look_up && p.weight.interleaved && !p.salient && p.padded() < kMaxColumns;
     if (p.mode == kFloatMode && !digits)
         return {Form::kFloatBlock, n_words * p.set.floats_per_word + kSkew / 4, std::min<int64_t>(p.m, kFloatTokens)};
     const int64_t slab = std::min<int64_t>(p.m, kInt8Tokens);
@@ -92,7 +101,7 @@ Ready::Ready(const Linear& p, const Plan& plan)
     if (plan.form == Form::kFloatBlock)
         tables = allocate<float>(count * plan.stride);
     else if (plan.form == Form::kLookupBlock)
-        lookups = allocate<uint8_t>(count * plan.stride);
+        lookups = allocate<uint8_t>(count * plan.stride), flags = allocate<bool>(count);
     else
         quantized = allocate<int8_t>(count * plan.stride);
     if (p.salient) {  // zeros for the lanes that no token takes
@@ -117,28 +126,27 @@ bool prepare(const Linear& p, int64_t first, int64_t t, float* z, Ready& ready) 
     token.shift = read_token(p, first + t, z);
     if (p.mixture) mix_columns(p, first + t, z);
     const int64_t start = t * ready.plan.stride;
-    const int n_words = static_cast<int>(p.weight.padded_words());
     if (ready.plan.rows == kDigits) {
         auto* digits = reinterpret_cast<int8_t*>(z + p.padded());
         token.scale = p.set.split_digits(z, p.padded(), digits);
         if (!std::isfinite(token.scale)) return false;
         for (int64_t row = t * kDigits; row < (t + 1) * kDigits; ++row, digits += p.padded()) {
-            total_groups(p, digits, ready.totals.get() + row * p.groups());
-            p.set.lookup_tables(digits, n_words, ready.lookups.get() + row * ready.plan.stride);
+            total_groups(p, digits, row, ready);
+            make_lookups(p, digits, row, ready);
         }
     } else if (p.mode == kInt8Mode) {
         const bool lookup = ready.plan.form == Form::kLookupBlock;
         int8_t* q = lookup ? reinterpret_cast<int8_t*>(z) : ready.quantized.get() + start;  // in place, if for tables only
         token.scale = p.set.quantize(z, p.padded(), q);
         if (!std::isfinite(token.scale)) return false;
-        total_groups(p, q, ready.totals.get() + t * p.groups());
+        total_groups(p, q, t, ready);
         if (p.salient) lay_plain(p, t, nullptr, q, ready);
-        if (lookup) p.set.lookup_tables(q, n_words, ready.lookups.get() + start);
+        if (lookup) make_lookups(p, q, t, ready);
         if (ready.plan.form == Form::kInt8Rows) order_by_rows(p, ready.plan.stride, q, z);
     } else {
         token.scale = 1.0f;
         if (p.salient) lay_plain(p, t, z, nullptr, ready);
-        p.set.float_tables(z, n_words, ready.tables.get() + start);
+        p.set.float_tables(z, static_cast<int>(p.weight.padded_words()), ready.tables.get() + start);
     }
     return true;
 }

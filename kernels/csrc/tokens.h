@@ -30,7 +30,8 @@ Plan plan_tokens(const Linear& p);
 struct Ready {
     Plan plan;
     Buffer<Token> tokens;
-    Buffer<int32_t> totals;    // [tokens * rows][groups]: sums of the quantized values
+    Buffer<int32_t> totals;    // [tokens * rows][groups]: what twice the sums of the block function are too large by
+    Buffer<bool> flags;        // [tokens * rows], of lookup_tables
     Buffer<int8_t> quantized;  // [tokens * rows][stride]: one of these three, by the plan's form
     Buffer<uint8_t> lookups;
     Buffer<float> tables;

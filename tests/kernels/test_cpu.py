@@ -242,6 +242,39 @@ def test_int8_mode_where_rows_select_what_has_one_sign(level: str, k: int) -> No
         assert torch.equal(y, x @ weight.T)
 
 
+def fours_that_add_up_to(high_parts: Tensor, seed: int) -> Tensor:
+    """Columns [K] of any signs, whose magnitudes add up, four by four, to 16 * high_parts [K / 4] + 15."""
+    sizes = (4 * high_parts[:, None] + torch.tensor([4, 4, 4, 3])).clamp(0, 127).flatten()
+    return sizes * signs(len(sizes), seed=seed)
+
+
+@pytest.mark.parametrize("n_words", [4, 9, 16, 17, 40])
+def test_int8_mode_where_bytes_of_lookups_are_full(level: str, n_words: int) -> None:
+    """High parts of two neighbouring words add up to 255, the most that AVX2 adds up in a byte, or to one more, beside
+    tokens of little magnitude."""
+    k, tokens = 32 * n_words, []
+    for number, first in enumerate([0, 1, 3, n_words - 3] * 2):
+        high_parts = torch.full((8 * n_words,), 3)
+        high_parts[8 * first : 8 * first + 16] = 16
+        high_parts[8 * first] -= int(number < 4)
+        x = fours_that_add_up_to(high_parts, number)
+        x[-1] = 127  # so that a step is 1
+        tokens.append(x)
+    x = torch.stack(tokens)[torch.tensor([0, 1, 4, 2, 5, 6, 7, 3, 3])]  # pairs of one kind and of both
+    weight = torch.cat([x.sign(), -x.sign(), torch.ones(1, k), -torch.ones(1, k), signs(50, k, seed=0)])
+    words = reference.pack_signs(weight)
+    for m in (1, 2, 3, 9):
+        for interleaved in (None, cpu.interleave(level, words, k)):
+            y = cpu.kernel("binary_linear", level)(
+                x[-m:], words, torch.ones(1, 1), None, "tensor", k, k, "int8", interleaved
+            )
+            assert torch.equal(y, x[-m:] @ weight.T)
+    for group_size in (32, 96) if n_words % 3 == 0 else (32,):  # sums that begin at any word
+        alpha = torch.ones(len(weight), k // group_size)
+        y = cpu.kernel("binary_linear", level)(x, words, alpha, None, "group", k, group_size, "int8")
+        assert torch.equal(y, x @ weight.T)
+
+
 def test_int8_mode_of_millions_of_columns(level: str) -> None:
     k = 2**21
     words, x = torch.full((1, k // 32), -1, dtype=torch.int32), torch.full((1, k), 127.0)
