@@ -130,11 +130,11 @@ public:
     Screening(const DecoderModel& model, const Pass& pass, const KernelSet& set, const HeadScreen& screen,
               const float* hidden)
         : model_(model), pass_(pass), set_(set), screen_(screen), hidden_(hidden), x_(hidden, model.d_model),
-          about_(allocate<float>(model.vocab_size)) {}
+          estimates_(allocate<float>(model.vocab_size)) {}
 
     int64_t run() {
         estimate();
-        return likeliest_of(could_reach(logit(first_largest(about_.get(), model_.vocab_size))));
+        return likeliest_of(could_reach(logit(first_largest(estimates_.get(), model_.vocab_size))));
     }
 
 private:
@@ -142,7 +142,7 @@ private:
         return useful_threads(pass_.threads, worth * rows * model_.d_model);
     }
 
-    // about_: logits by integers alone. Rows of distant quarters are read side by side, as find_logits does.
+    // estimates_ = logits by integers alone. Rows of distant quarters are read side by side, as find_logits does.
     void estimate() {
         const int64_t blocks = code_blocks(model_.d_model), apart = model_.vocab_size / kStreams, rest = apart * kStreams;
         const auto estimate_rows = [&](int64_t begin, int64_t stride, int64_t rows) {
@@ -151,7 +151,7 @@ private:
             for (int64_t s = 0; s < (stride ? kStreams : 1); ++s)
                 for (int64_t r = 0; r < rows; ++r) {
                     const int64_t row = begin + s * stride + r;
-                    about_[row] = screen_.scales[row] * x_.scale * static_cast<float>(sums[s * rows + r] - x_.offset);
+                    estimates_[row] = screen_.scales[row] * x_.scale * static_cast<float>(sums[s * rows + r] - x_.offset);
                 }
         };
         const int64_t tasks = (apart + kScreenRows - 1) / kScreenRows;
@@ -171,7 +171,7 @@ private:
         const float bound = least - static_cast<float>(model_.d_model) * FLT_MIN;  // products may be denormal, too
         const auto may = [&](int64_t row) {
             const float kept = screen_.kept[row], lost = screen_.lost[row];
-            return !(about_[row] + kept * per_kept + lost * per_lost < bound) | !((kept + lost) * x_.norm < kSafeSum);
+            return !(estimates_[row] + kept * per_kept + lost * per_lost < bound) | !((kept + lost) * x_.norm < kSafeSum);
         };
         std::vector<int64_t> rows;
         for (int64_t begin = 0; begin < model_.vocab_size; begin += kTogether) {
@@ -205,7 +205,7 @@ private:
     const HeadScreen& screen_;
     const float* hidden_;
     const ScreenedInput x_;
-    const Buffer<float> about_;
+    const Buffer<float> estimates_;
 };
 
 }  // namespace
