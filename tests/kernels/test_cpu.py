@@ -216,7 +216,7 @@ def test_floats_that_have_no_digits_are_multiplied_as_floats(level: str, value: 
 
 @pytest.mark.parametrize("n_words", range(1, 18))
 def test_int8_mode_at_every_width_of_a_block(level: str, n_words: int) -> None:
-    """A block is 16 words. AVX2 looks sums up from 3 tokens on, 8 or 16 words and 2 tokens at a time, 60 tokens a slab."""
+    """A block is 16 words. AVX2 looks up from 3 tokens on, 8 or 16 words of 2 tokens, 60 tokens a slab."""
     k = 32 * n_words - n_words % 3
     for m, n in [(2, 65), (3, 63), (4, 129), (5, 1), (57, 64)]:
         x, words, alpha, _ = linear_inputs(m, n, k, "row", False, k)
