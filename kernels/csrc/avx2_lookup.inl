@@ -4,12 +4,13 @@
 constexpr int kLookupBytes = kNibbles * 2 * 16;  // of tables per word
 
 // A sum of four columns is made positive by the magnitudes of the negative ones, and then has nine bits, or ten if all are
-// -128. Its low and its high part are added up in bytes. Where the high parts of any two words fit a byte, tables are
-// `narrow`: cut at four bits, so that a byte holds two words of either part; else at five, and it holds one.
+// -128. Its low and its high part are added up in bytes. Where the high parts of any two neighbouring words fit a byte,
+// tables are `narrow`: cut at four bits, so that a byte holds two words of either part; else at five, and it holds one.
 constexpr int kNarrowBits = 4, kWideBits = 5, kNarrowWords = 2;
 constexpr int low_bits(bool narrow) { return narrow ? kNarrowBits : kWideBits; }
 
-// The most words whose sums of x fit 16 bits: 512 columns of narrow tables stay below 2^16 / 1.8, 256 others below 2^15 + 1.
+// The most words whose sums fit 16 bits, unsigned. Two words of narrow tables add up to 255 * 16 + 16 * 15 at most, so 16 to
+// 34560; 8 words of others to 256 * 128.
 constexpr int lookup_words(bool narrow) { return narrow ? 16 : 8; }
 
 // Per nibble, a lane each, the sum of its four unsigned bytes.
