@@ -126,7 +126,8 @@ class Decoder:
         self._library = cpu.library()
         self._kept: list[Tensor] = []  # everything that the description below points to
         self._described = self._describe(tensors)
-        self._screen: _Screen | None = None
+        self._screen: _Screen | None = None  # made by the first call of `likeliest`
+        self._screen_bytes = self._library.screen_bytes(shape.d_model)
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache for `capacity` tokens, fp32 for float activations and fp16 for int8."""
@@ -188,11 +189,10 @@ class Decoder:
         if len(hidden) != 1:
             raise ValueError(f"hidden is {describe(hidden)}; it must be torch.float32 [1, {self.shape.d_model}] on cpu")
         self._check_hidden(hidden)
-        row_bytes = self._library.screen_bytes(self.shape.d_model)
-        if not row_bytes:
+        if not self._screen_bytes:
             return int(self.logits(hidden).argmax())
         if self._screen is None:
-            self._screen = self._make_screen(row_bytes)
+            self._screen = self._make_screen()
         token = ctypes.c_int64()
         hidden = hidden.resolve_neg().contiguous()
         status = self._library.decoder_likeliest(
@@ -207,10 +207,10 @@ class Decoder:
         cpu.require_ok(status, "decoder_likeliest")
         return token.value
 
-    def _make_screen(self, row_bytes: int) -> _Screen:
+    def _make_screen(self) -> _Screen:
         rows = self.shape.vocab_size
         screen = _Screen(
-            codes=torch.empty((rows, row_bytes), dtype=torch.uint8, device="cpu"),
+            codes=torch.empty((rows, self._screen_bytes), dtype=torch.uint8, device="cpu"),
             bounds=torch.empty((3, rows), dtype=torch.float32, device="cpu"),
         )
         status = self._library.screen_head(

@@ -2,8 +2,11 @@
 // that pointers lead to is the caller's and only read, but for the cache.
 #pragma once
 
+#include <algorithm>
+
 #include "dense_math.h"
 #include "kernels.h"
+#include "threads.h"
 
 namespace fbitrain {
 
@@ -34,6 +37,9 @@ struct DecoderModel {
 
     int64_t width() const { return n_heads * head_size; }
     int64_t kv_width() const { return n_kv_heads * head_size; }
+    const char* head_row(int64_t row) const {
+        return static_cast<const char*>(head) + row * d_model * bytes_of(format);
+    }
 };
 
 // Keys and values of the positions so far, float16 or float32 by `format`. Both are made of blocks of kWidth positions, so
@@ -82,6 +88,18 @@ void store_keys(const Pass& pass, const DecoderModel& model, const LayerCache& c
 void attend(const Pass& pass, const DecoderModel& model, const LayerCache& cache, const float* query, float* scores,
             float* mixed);
 int64_t scores_per_thread(int64_t tokens, int64_t capacity);
+
+// Calls body(begin, apart, rows) for all rows of a head, which comes from memory: it is to read rows begin .. begin + rows
+// and, if apart is not 0, those `apart`, 2 * apart and so on after each, kStreams in all.
+constexpr int64_t kHeadRows = 16;  // per task and stream
+template <typename Body>
+void by_head_rows(int threads, int64_t vocab_size, const Body& body) {
+    const int64_t apart = vocab_size / kStreams, rest = apart * kStreams;
+    parallel_for(threads, (apart + kHeadRows - 1) / kHeadRows, [&](int64_t task, int) {
+        body(task * kHeadRows, apart, std::min(kHeadRows, apart - task * kHeadRows));
+    });
+    if (rest < vocab_size) body(rest, int64_t{0}, vocab_size - rest);
+}
 
 // logits [tokens][vocab_size] of hidden [tokens][d_model].
 void find_logits(const DecoderModel& model, const Pass& pass, const float* hidden, float* logits);

@@ -17,7 +17,6 @@ namespace fbitrain {
 namespace {
 
 constexpr float kMostCode = 31.0f, kMostInt8 = 127.0f;
-constexpr int64_t kScreenRows = 16;      // rows per task and stream
 constexpr int64_t kScreenWorth = 6;      // binary weights that take as long to read as one weight of a screen
 constexpr float kLeastScreened = 1e-20f;  // max |x|: below, products of floats leave the range where rounding is relative
 constexpr float kSafeSum = FLT_MAX / 4;  // sums that stay below in magnitude do not overflow by being rounded
@@ -122,14 +121,17 @@ struct ScreenedInput {
         norm = static_cast<float>(std::sqrt(squares)) * kUpwards;
         lost = static_cast<float>(std::sqrt(lost_squares)) * kUpwards;
     }
+
+    // Whether bounds say anything: not of NaN and infinity, which the norm then is, and not of next to nothing.
+    bool is_usable() const { return scale * kMostInt8 >= kLeastScreened && std::isfinite(norm); }
 };
 
 // Of one token, in steps.
 class Screening {
 public:
     Screening(const DecoderModel& model, const Pass& pass, const KernelSet& set, const HeadScreen& screen,
-              const float* hidden)
-        : model_(model), pass_(pass), set_(set), screen_(screen), hidden_(hidden), x_(hidden, model.d_model),
+              const float* hidden, const ScreenedInput& x)
+        : model_(model), pass_(pass), set_(set), screen_(screen), hidden_(hidden), x_(x),
           estimates_(allocate<float>(model.vocab_size)) {}
 
     int64_t run() {
@@ -142,23 +144,19 @@ private:
         return useful_threads(pass_.threads, worth * rows * model_.d_model);
     }
 
-    // estimates_ = logits by integers alone. Rows of distant quarters are read side by side, as find_logits does.
+    // estimates_ = logits by integers alone.
     void estimate() {
-        const int64_t blocks = code_blocks(model_.d_model), apart = model_.vocab_size / kStreams, rest = apart * kStreams;
-        const auto estimate_rows = [&](int64_t begin, int64_t stride, int64_t rows) {
-            int32_t sums[kStreams * kScreenRows];
-            set_.screen_dots(screen_.codes + begin * blocks * kCodeBytes, stride, blocks, rows, x_.q.get(), sums);
-            for (int64_t s = 0; s < (stride ? kStreams : 1); ++s)
+        const int64_t blocks = code_blocks(model_.d_model);
+        const auto estimate_rows = [&](int64_t begin, int64_t apart, int64_t rows) {
+            int32_t sums[kStreams * kHeadRows];
+            set_.screen_dots(screen_.codes + begin * blocks * kCodeBytes, apart, blocks, rows, x_.q.get(), sums);
+            for (int64_t s = 0; s < (apart ? kStreams : 1); ++s)
                 for (int64_t r = 0; r < rows; ++r) {
-                    const int64_t row = begin + s * stride + r;
+                    const int64_t row = begin + s * apart + r;
                     estimates_[row] = screen_.scales[row] * x_.scale * static_cast<float>(sums[s * rows + r] - x_.offset);
                 }
         };
-        const int64_t tasks = (apart + kScreenRows - 1) / kScreenRows;
-        parallel_for(threads(kScreenWorth, model_.vocab_size), tasks, [&](int64_t task, int) {
-            estimate_rows(task * kScreenRows, apart, std::min(kScreenRows, apart - task * kScreenRows));
-        });
-        if (rest < model_.vocab_size) estimate_rows(rest, 0, model_.vocab_size - rest);
+        by_head_rows(threads(kScreenWorth, model_.vocab_size), model_.vocab_size, estimate_rows);
     }
 
     // The rows whose logit may be `least` or more, ascending. One that holds NaN or infinity may, and one whose sums might
@@ -192,10 +190,8 @@ private:
     }
 
     float logit(int64_t row) const {
-        const int64_t k = model_.d_model;
-        const char* from = static_cast<const char*>(model_.head) + row * k * bytes_of(model_.format);
         float found;
-        pass_.math.dot_rows(model_.format, from, 0, k, 1, hidden_, &found);
+        pass_.math.dot_rows(model_.format, model_.head_row(row), 0, model_.d_model, 1, hidden_, &found);
         return found;
     }
 
@@ -204,7 +200,7 @@ private:
     const KernelSet& set_;
     const HeadScreen& screen_;
     const float* hidden_;
-    const ScreenedInput x_;
+    const ScreenedInput& x_;
     const Buffer<float> estimates_;
 };
 
@@ -216,7 +212,7 @@ void make_screen(const DecoderModel& model, const Pass& pass, uint8_t* codes, fl
     std::fill_n(rows.get(), pass.threads * padded, 0.0f);
     parallel_for(pass.threads, model.vocab_size, [&](int64_t row, int thread) {
         float* w = rows.get() + thread * padded;
-        pass.math.to_float(model.format, static_cast<const char*>(model.head) + row * k * bytes_of(model.format), k, w);
+        pass.math.to_float(model.format, model.head_row(row), k, w);
         const RowOfScreen made(w, k, codes + row * blocks * kCodeBytes);
         scales[row] = made.scale, kept[row] = made.kept, lost[row] = made.lost;
     });
@@ -224,10 +220,8 @@ void make_screen(const DecoderModel& model, const Pass& pass, uint8_t* codes, fl
 
 int64_t find_likeliest(const DecoderModel& model, const Pass& pass, const KernelSet& set, const HeadScreen& screen,
                        const float* hidden) {
-    const float largest = largest_magnitude(hidden, model.d_model);
-    double sum = 0;
-    for (int64_t i = 0; i < model.d_model; ++i) sum += double{hidden[i]};  // NaN and infinity stay in it
-    if (largest >= kLeastScreened && std::isfinite(sum)) return Screening(model, pass, set, screen, hidden).run();
+    const ScreenedInput x(hidden, model.d_model);
+    if (x.is_usable()) return Screening(model, pass, set, screen, hidden, x).run();
     const auto logits = allocate<float>(model.vocab_size);
     find_logits(model, pass, hidden, logits.get());
     return first_largest(logits.get(), model.vocab_size);
