@@ -242,9 +242,10 @@ void transpose(const uint32_t* words, ptrdiff_t stride, int n_words, uint32_t* p
 
 }  // namespace
 
-const KernelSet kAvx2 = {"avx2",         transpose,     int8_block,   kLanes,         int8_rows,     4 * kPairTables,
-                         float_tables,   float_block,   xnor_block,   salient_decode, salient_sums,  pack_row,
-                         unpack_row,     scale_columns, sum_columns,  quantize,       split_digits, sum_quantized, sum_magnitudes, finish_int8,
-                         screen_dots,    interleave,     kLookupBytes,  lookup_tables, lookup_block};
+const KernelSet kAvx2 = {"avx2",        transpose,      int8_block,   kLanes,       int8_rows,    4 * kPairTables,
+                         float_tables,  float_block,    xnor_block,   salient_decode, salient_sums, pack_row,
+                         unpack_row,    scale_columns,  sum_columns,  quantize,     split_digits, sum_quantized,
+                         sum_magnitudes, finish_int8,   screen_dots,  interleave,   kLookupBytes, lookup_tables,
+                         lookup_block};
 
 }  // namespace fbitrain

@@ -110,9 +110,18 @@ struct LookupSums {
     }
 
     // What the bytes hold of low and of high parts.
-    void add(int t, int g, __m256i low, __m256i high) {
-        sum[t][g][0] = _mm256_add_epi16(sum[t][g][0], _mm256_maddubs_epi16(_mm256_unpacklo_epi8(low, high), worth[t]));
-        sum[t][g][1] = _mm256_add_epi16(sum[t][g][1], _mm256_maddubs_epi16(_mm256_unpackhi_epi8(low, high), worth[t]));
+    void add(const __m256i (&low)[kTokens][2], const __m256i (&high)[kTokens][2]) {
+        #pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t)
+            #pragma GCC unroll 8
+            for (int g = 0; g < 2; ++g) {
+                add_to_half(t, g, 0, _mm256_unpacklo_epi8(low[t][g], high[t][g]));
+                add_to_half(t, g, 1, _mm256_unpackhi_epi8(low[t][g], high[t][g]));
+            }
+    }
+
+    void add_to_half(int t, int g, int half, __m256i parts) {
+        sum[t][g][half] = _mm256_add_epi16(sum[t][g][half], _mm256_maddubs_epi16(parts, worth[t]));
     }
 
     void add_to_rows(int32_t* sums) const {
@@ -123,12 +132,18 @@ struct LookupSums {
     }
 };
 
-// sum += what `table` holds for the nibbles; the first of a word begins the sum.
+// sum += what `table` holds for the nibbles; the first lookup begins the sum.
 void look_up(__m256i table, __m256i nibbles, bool first, __m256i& sum) {
     const __m256i found = _mm256_shuffle_epi8(table, nibbles);
     sum = first ? found : _mm256_add_epi8(sum, found);
     in_register(sum);
 }
+
+// Of what holds the bits of 64 rows: stored nibbles, a register of 32 rows each, or a panel; elements per word.
+template <typename Bits>
+constexpr int kPerWord = kRows;
+template <>
+constexpr int kPerWord<__m256i> = 2 * kNibbles;
 
 // The next kWords words of 64 rows x kTokens: a lookup and an add do 128 halves of weights.
 template <int kWords, int kTokens, bool kNarrow>
@@ -148,23 +163,7 @@ void look_up_words(const __m256i* nibbles, const uint8_t* tables, ptrdiff_t stri
                     look_up(high_table, nibbles[2 * i + g], w + i == 0, high[t][g]);
                 }
             }
-    #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t)
-        #pragma GCC unroll 8
-        for (int g = 0; g < 2; ++g) sum.add(t, g, low[t][g], high[t][g]);
-}
-
-// 64 rows x kTokens x at most lookup_words().
-template <int kTokens, bool kNarrow>
-void lookup_tile(const __m256i* nibbles, int n_words, const uint8_t* tables, ptrdiff_t stride, const bool* narrow,
-                 int32_t* sums) {
-    constexpr int kWords = kNarrow ? kNarrowWords : 1;
-    LookupSums<kTokens, kNarrow> sum(narrow);
-    int w = 0;
-    for (; w + kWords <= n_words; w += kWords)
-        look_up_words<kWords>(nibbles + w * 2 * kNibbles, tables + w * kLookupBytes, stride, sum);
-    for (; w < n_words; ++w) look_up_words<1>(nibbles + w * 2 * kNibbles, tables + w * kLookupBytes, stride, sum);
-    sum.add_to_rows(sums);
+    sum.add(low, high);
 }
 
 // Words of a cache line, and lines of a panel's word.
@@ -177,9 +176,9 @@ constexpr int kLookupAhead = 8;
 // So few tokens that nibbles are not stored: a word's sums of 64 rows, and what is looked up, fit the registers.
 constexpr int kFewLookups = 3;
 
-// The next kWords words.
+// The next kWords words, as above, from a panel's bits.
 template <int kWords, int kTokens, bool kNarrow>
-void look_up_few(const uint32_t* panel, const uint8_t* tables, ptrdiff_t stride, LookupSums<kTokens, kNarrow>& sum) {
+void look_up_words(const uint32_t* panel, const uint8_t* tables, ptrdiff_t stride, LookupSums<kTokens, kNarrow>& sum) {
     __m256i low[kTokens][2], high[kTokens][2];
     #pragma GCC unroll 2
     for (int w = 0; w < kWords; ++w, panel += kRows) {
@@ -206,22 +205,31 @@ void look_up_few(const uint32_t* panel, const uint8_t* tables, ptrdiff_t stride,
                 }
             }
     }
-    #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t)
-        #pragma GCC unroll 8
-        for (int g = 0; g < 2; ++g) sum.add(t, g, low[t][g], high[t][g]);
+    sum.add(low, high);
 }
 
-template <int kTokens, bool kNarrow>
-void lookup_few(const uint32_t* panel, int n_words, const uint8_t* tables, ptrdiff_t stride, const bool* narrow,
-                int32_t* sums) {
-    constexpr int kWords = kNarrow ? kNarrowWords : 1;
-    LookupSums<kTokens, kNarrow> sum(narrow);
-    int w = 0;
-    for (; w + kWords <= n_words; w += kWords)
-        look_up_few<kWords>(panel + w * kRows, tables + w * kLookupBytes, stride, sum);
-    for (; w < n_words; ++w) look_up_few<1>(panel + w * kRows, tables + w * kLookupBytes, stride, sum);
-    sum.add_to_rows(sums);
+// 64 rows x kTokens x n_words, from nibbles that are stored or from the bits of a panel.
+template <int kTokens, bool kNarrow, typename Bits>
+void lookup_rows(const Bits* bits, int n_words, const uint8_t* tables, ptrdiff_t stride, const bool* narrow,
+                 int32_t* sums) {
+    constexpr int kWords = kNarrow ? kNarrowWords : 1, kMost = lookup_words(kNarrow), kStep = kPerWord<Bits>;
+    for (int begin = 0; begin < n_words; begin += kMost) {
+        const int end = n_words - begin < kMost ? n_words : begin + kMost;
+        LookupSums<kTokens, kNarrow> sum(narrow);
+        int w = begin;
+        for (; w + kWords <= end; w += kWords)
+            look_up_words<kWords>(bits + w * kStep, tables + w * kLookupBytes, stride, sum);
+        for (; w < end; ++w) look_up_words<1>(bits + w * kStep, tables + w * kLookupBytes, stride, sum);
+        sum.add_to_rows(sums);
+    }
+}
+
+// Which of these does such tokens.
+template <int kTokens, typename Bits>
+auto lookup_for(const bool* narrow) {
+    bool all_narrow = true;
+    for (int t = 0; t < kTokens; ++t) all_narrow &= narrow[t];
+    return all_narrow ? lookup_rows<kTokens, true, Bits> : lookup_rows<kTokens, false, Bits>;
 }
 
 // The nibbles of an interleaved panel, a register of 32 rows each.
@@ -234,30 +242,16 @@ void store_nibbles(const uint32_t* panel, int n_words, __m256i* nibbles) {
         }
 }
 
-bool all_narrow(const bool* narrow, int tokens) {
-    for (int t = 0; t < tokens; ++t)
-        if (!narrow[t]) return false;
-    return true;
-}
-
 void lookup_block(const uint32_t* const* panels, int n_panels, int n_words, const uint8_t* tables, ptrdiff_t stride,
                   const bool* narrow, int tokens, int32_t* const* sums) {
     if (tokens <= kFewLookups) {
-        constexpr decltype(&lookup_few<1, true>) few[][2] = {{nullptr, nullptr},
-                                                             {lookup_few<1, false>, lookup_few<1, true>},
-                                                             {lookup_few<2, false>, lookup_few<2, true>},
-                                                             {lookup_few<3, false>, lookup_few<3, true>}};
-        const bool all = all_narrow(narrow, tokens);
-        for (int w = 0; w < n_words; w += lookup_words(all)) {
-            const int width = n_words - w < lookup_words(all) ? n_words - w : lookup_words(all);
-            for (int p = 0; p < n_panels; ++p)
-                few[tokens][all](panels[p] + w * kRows, width, tables + w * kLookupBytes, stride, narrow, sums[p]);
-        }
+        constexpr decltype(&lookup_for<1, uint32_t>) few[] = {nullptr, lookup_for<1, uint32_t>, lookup_for<2, uint32_t>,
+                                                              lookup_for<3, uint32_t>};
+        const auto look_up_few = few[tokens](narrow);
+        for (int p = 0; p < n_panels; ++p) look_up_few(panels[p], n_words, tables, stride, narrow, sums[p]);
         return;
     }
     constexpr int kTogether = 2;  // more tokens do not fit the registers
-    constexpr decltype(&lookup_tile<1, true>) tiles[][2] = {{lookup_tile<1, false>, lookup_tile<1, true>},
-                                                            {lookup_tile<kTogether, false>, lookup_tile<kTogether, true>}};
     __m256i nibbles[2][kBlockWords * kNibbles * 2];
     for (int p = 0; p < n_panels; ++p) store_nibbles(panels[p], n_words, nibbles[p]);
     // The bits of the next block, which lie behind these if they come from memory, are fetched a few with each tile.
@@ -265,14 +259,8 @@ void lookup_block(const uint32_t* const* panels, int n_panels, int n_words, cons
     for (int t = 0, line = 0; t < tokens; t += kTogether) {
         for (int i = 0; i < per_tile && line < lines; ++i, ++line)
             for (int p = 0; p < n_panels; ++p) __builtin_prefetch(panels[p] + n_words * kRows + line * kLine);
-        const int in_tile = tokens - t < kTogether ? 1 : kTogether;
-        const bool all = all_narrow(narrow + t, in_tile);
-        for (int w = 0; w < n_words; w += lookup_words(all)) {
-            const int width = n_words - w < lookup_words(all) ? n_words - w : lookup_words(all);
-            const uint8_t* from = tables + t * stride + w * kLookupBytes;
-            for (int p = 0; p < n_panels; ++p)
-                tiles[in_tile - 1][all](nibbles[p] + w * kNibbles * 2, width, from, stride, narrow + t,
-                                        sums[p] + t * kRows);
-        }
+        const auto tile = (tokens - t < kTogether ? lookup_for<1, __m256i> : lookup_for<kTogether, __m256i>)(narrow + t);
+        for (int p = 0; p < n_panels; ++p)
+            tile(nibbles[p], n_words, tables + t * stride, stride, narrow + t, sums[p] + t * kRows);
     }
 }
