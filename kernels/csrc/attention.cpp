@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kQueries = 24;  // tokens of one head that share a pass over its keys: four tiles of `product`
 constexpr int64_t kWorth = 8;     // binary weights that take as long as one multiply-add of floats here
 constexpr int64_t kTurnWorth = 256;   // and as long as a sine and a cosine
-constexpr int64_t kRotateWorth = 64;  // and as long as turning an element and putting it into the cache
+constexpr int64_t kRotateWorth = 512;  // and as long as turning an element and putting it into the cache
 
 // The rotation of Hugging Face's Llama: element i turns with element i + head_size / 2. `turn` holds the cosines of all i,
 // then the sines.
@@ -70,9 +70,18 @@ public:
 
 private:
     void score(const float* query) {
-        for (int64_t block = 0; block * kWidth < end_; ++block)
+        for (int64_t block = 0; block * kWidth < end_; ++block) {
+            fetch_values(block * kWidth);
             pass_.math.product(cache_.format, query, model_.width(), count_, cache_.key_block(kv_head_, block), kWidth,
                                model_.head_size, scores_ + block * kWidth, stride_);
+        }
+    }
+
+    // The values that belong to a block of keys, which are wanted when all keys have been read.
+    void fetch_values(int64_t position) const {
+        const char* values = cache_.value(kv_head_, position);
+        const int64_t bytes = kWidth * cache_.padded_head * bytes_of(cache_.format);
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(values + byte);
     }
 
     void mix(float* mixed) {

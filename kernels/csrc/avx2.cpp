@@ -246,6 +246,6 @@ const KernelSet kAvx2 = {"avx2",        transpose,      int8_block,   kLanes,   
                          float_tables,  float_block,    xnor_block,   salient_decode, salient_sums, pack_row,
                          unpack_row,    scale_columns,  sum_columns,  quantize,     split_digits, sum_quantized,
                          sum_magnitudes, finish_int8,   screen_dots,  interleave,   kLookupBytes, lookup_tables,
-                         lookup_block};
+                         lookup_panels};
 
 }  // namespace fbitrain

@@ -242,15 +242,9 @@ void store_nibbles(const uint32_t* panel, int n_words, __m256i* nibbles) {
         }
 }
 
-void lookup_block(const uint32_t* const* panels, int n_panels, int n_words, const uint8_t* tables, ptrdiff_t stride,
-                  const bool* narrow, int tokens, int32_t* const* sums) {
-    if (tokens <= kFewLookups) {
-        constexpr decltype(&lookup_for<1, uint32_t>) few[] = {nullptr, lookup_for<1, uint32_t>, lookup_for<2, uint32_t>,
-                                                              lookup_for<3, uint32_t>};
-        const auto look_up_few = few[tokens](narrow);
-        for (int p = 0; p < n_panels; ++p) look_up_few(panels[p], n_words, tables, stride, narrow, sums[p]);
-        return;
-    }
+// More tokens share the nibbles, which are stored: of a block of so many words as stay in the L1 cache.
+void look_up_block(const uint32_t* const* panels, int n_panels, int n_words, const uint8_t* tables, ptrdiff_t stride,
+                   const bool* narrow, int tokens, int32_t* const* sums) {
     constexpr int kTogether = 2;  // more tokens do not fit the registers
     __m256i nibbles[2][kBlockWords * kNibbles * 2];
     for (int p = 0; p < n_panels; ++p) store_nibbles(panels[p], n_words, nibbles[p]);
@@ -262,5 +256,22 @@ void lookup_block(const uint32_t* const* panels, int n_panels, int n_words, cons
         const auto tile = (tokens - t < kTogether ? lookup_for<1, __m256i> : lookup_for<kTogether, __m256i>)(narrow + t);
         for (int p = 0; p < n_panels; ++p)
             tile(nibbles[p], n_words, tables + t * stride, stride, narrow + t, sums[p] + t * kRows);
+    }
+}
+
+void lookup_panels(const uint32_t* const* panels, int n_panels, int n_words, const uint8_t* tables, ptrdiff_t stride,
+                   const bool* narrow, int tokens, int32_t* const* sums) {
+    if (tokens <= kFewLookups) {
+        constexpr decltype(&lookup_for<1, uint32_t>) few[] = {nullptr, lookup_for<1, uint32_t>, lookup_for<2, uint32_t>,
+                                                              lookup_for<3, uint32_t>};
+        const auto look_up_few = few[tokens](narrow);
+        for (int p = 0; p < n_panels; ++p) look_up_few(panels[p], n_words, tables, stride, narrow, sums[p]);
+        return;
+    }
+    for (int begin = 0; begin < n_words; begin += kBlockWords) {
+        const uint32_t* blocks[2];
+        for (int p = 0; p < n_panels; ++p) blocks[p] = panels[p] + begin * kRows;
+        const int width = n_words - begin < kBlockWords ? n_words - begin : kBlockWords;
+        look_up_block(blocks, n_panels, width, tables + begin * kLookupBytes, stride, narrow, tokens, sums);
     }
 }

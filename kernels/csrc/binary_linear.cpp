@@ -17,6 +17,7 @@ namespace fbitrain {
 namespace {
 
 constexpr int kWriteAhead = 6;  // tokens
+constexpr int64_t kReadyWorth = 256;  // binary weights that take as long as making a column of a token ready
 
 // The sums of one panel and up to kMaxTokens tokens, of one group at a time where there are groups.
 class PanelSums {
@@ -48,8 +49,8 @@ private:
                  std::initializer_list<int32_t*> sums) const {
         const int64_t stride = ready_.plan.stride, first = first_ * ready_.plan.rows;
         const uint8_t* tables = ready_.lookups.get() + first * stride + word * p_.set.lookup_bytes;
-        p_.set.lookup_block(panels.begin(), static_cast<int>(panels.size()), n_words, tables, stride,
-                            ready_.flags.get() + first, tokens_ * ready_.plan.rows, sums.begin());
+        p_.set.lookup_panels(panels.begin(), static_cast<int>(panels.size()), n_words, tables, stride,
+                             ready_.flags.get() + first, tokens_ * ready_.plan.rows, sums.begin());
     }
 
     void write_all(int64_t row_of_y) {
@@ -76,7 +77,7 @@ private:
 
     // Words of the panel from `word` on, as the block functions take them; fewer at the end of a row.
     const uint32_t* read(int64_t word, int& n_words) {
-        const bool interleaved = ready_.plan.form == Form::kLookupBlock;
+        const bool interleaved = ready_.plan.form == Form::kLookupPanels;
         if (interleaved && p_.weight.interleaved) {
             n_words = static_cast<int>(std::min<int64_t>(kReadWords, p_.weight.padded_words() - word));
             return p_.weight.interleaved + (panel_ * p_.weight.padded_words() + word) * kRows;
@@ -91,8 +92,10 @@ private:
         for (int64_t word = 0; word < p_.weight.padded_words(); word += n_words) {
             const uint32_t* const here = read(word, n_words);
             const uint32_t* const there = beside ? beside->read(word, n_words) : nullptr;
-            for (int begin = 0; begin < n_words; begin += kBlockWords) {
-                const int width = std::min(kBlockWords, n_words - begin);
+            // lookup_panels takes all words at once, which saves one token calls; salient sums are added on the way.
+            const int most = ready_.plan.form == Form::kLookupPanels && !salient_ ? n_words : kBlockWords;
+            for (int begin = 0; begin < n_words; begin += most) {
+                const int width = std::min(most, n_words - begin);
                 const uint32_t* bits = here + begin * kRows;
                 if (beside)
                     look_up({bits, there + begin * kRows}, word + begin, width,
@@ -107,7 +110,7 @@ private:
 
     void add(const uint32_t* bits, int64_t word, int n_words) {
         const int64_t stride = ready_.plan.stride, start = first_ * stride;
-        if (ready_.plan.form == Form::kLookupBlock)
+        if (ready_.plan.form == Form::kLookupPanels)
             look_up({bits}, word, n_words, {&sums_.ints[0][0]});
         else if (p_.mode == kInt8Mode)
             p_.set.int8_block(bits, n_words, ready_.quantized.get() + start + word * kWordBits, stride, tokens_,
@@ -275,7 +278,7 @@ int64_t multiply_as(const Plan& plan, const Linear* linears, int count) {
     if (p.scale == kColumn || shared == linears + count) shared = linears;
     const int n_ready = p.scale == kColumn ? count : 1;
     // Panels of a task. One token's tables stay in a near cache anyway.
-    const bool pairs = plan.form == Form::kLookupBlock && plan.slab * plan.rows > 1 && p.scale != kGroup && !p.salient;
+    const bool pairs = plan.form == Form::kLookupPanels && plan.slab * plan.rows > 1 && p.scale != kGroup && !p.salient;
     const int64_t together = pairs ? 2 : 1;
     const auto passes_of = [=](const Linear& linear) { return (linear.weight.panels() + together - 1) / together; };
     int64_t passes = 0, rows = 0;
@@ -285,7 +288,8 @@ int64_t multiply_as(const Plan& plan, const Linear* linears, int count) {
     for (int64_t first = 0; first < p.m; first += plan.slab) {
         const int64_t tokens = std::min<int64_t>(plan.slab, p.m - first), work = tokens * p.k;
         std::atomic<int64_t> refused{tokens};  // the first token that is not finite
-        parallel_for(useful_threads(p.threads, work * n_ready), tokens * n_ready, [&](int64_t task, int thread) {
+        const int making = useful_threads(p.threads, kReadyWorth * work * n_ready);
+        parallel_for(making, tokens * n_ready, [&](int64_t task, int thread) {
             const int64_t t = task / n_ready, i = task % n_ready;
             float* scratch = ready[i].scratch.get() + thread * ready[i].scratch_of(p);
             if (!prepare(shared[i], first, t, scratch, ready[i])) keep_least(refused, t);

@@ -21,7 +21,7 @@ constexpr int kReadWords = 8 * kBlockWords;
 struct Weight {
     const uint32_t* words;  // [n][row_words]
     int64_t n, row_words;
-    const uint32_t* interleaved = nullptr;  // the panels as `lookup_block` takes them, [panels][padded_words][kRows], or null
+    const uint32_t* interleaved = nullptr;  // the panels as `lookup_panels` takes them, [panels][padded_words][kRows], or null
 
     int64_t panels() const { return (n + kRows - 1) / kRows; }
     int rows_of(int64_t panel) const { return static_cast<int>(std::min<int64_t>(kRows, n - panel * kRows)); }

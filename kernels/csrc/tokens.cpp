@@ -8,12 +8,12 @@
 namespace fbitrain {
 namespace {
 
-// Up to here what does a token at a time is faster than putting the bits in order for lookup_block. Beyond, that is faster,
+// Up to here what does a token at a time is faster than putting the bits in order for lookup_panels. Beyond, that is faster,
 // or as fast where there is a single panel.
 constexpr int kRowTokens = 2;
 
 // Tokens made ready at a time, which bounds the memory: 1 byte per column and token of int8, 8 or 16 of float tables, 8 of
-// tables for lookup_block. Of those as many as fit kLookupBytes, within limits, in whole tiles of two: measured, 16 to 100
+// tables for lookup_panels. Of those as many as fit kLookupBytes, within limits, in whole tiles of two: measured, 16 to 100
 // differ by 5 % at most for up to 11008 columns.
 constexpr int kInt8Tokens = 8 * kMaxTokens, kFloatTokens = 24;
 constexpr int64_t kLookupBytes = int64_t{1} << 21, kLeastLookups = 24, kLookupTokens = 2;
@@ -31,7 +31,7 @@ float read_token(const Linear& p, int64_t token, float* z) {
 // whole words.
 void total_groups(const Linear& p, const int8_t* q, int64_t row, Ready& ready) {
     const int64_t size = p.scale == kGroup ? p.group_size : p.padded();
-    const auto total = ready.plan.form == Form::kLookupBlock ? p.set.sum_magnitudes : p.set.sum_quantized;
+    const auto total = ready.plan.form == Form::kLookupPanels ? p.set.sum_magnitudes : p.set.sum_quantized;
     int32_t* totals = ready.totals.get() + row * p.groups();
     for (int64_t g = 0; g < p.groups(); ++g, q += size) totals[g] = total(q, size);
 }
@@ -76,7 +76,7 @@ void lay_plain(const Linear& p, int64_t t, const float* z, const int8_t* q, Read
 Plan plan_tokens(const Linear& p) {
     const int64_t n_words = p.weight.padded_words();
     // What is multiplied in digits is so for any number of tokens: a result does not depend on its neighbours.
-    const bool look_up = p.set.lookup_block && (p.m > kRowTokens || p.weight.interleaved);
+    const bool look_up = p.set.lookup_panels && (p.m > kRowTokens || p.weight.interleaved);
     // Of digits up to 128, 2^24 columns would add up to 2^31.
     const bool digits = p.mode == kFloatMode && look_up && p.weight.interleaved && !p.salient && p.padded() < kMaxColumns;
     if (p.mode == kFloatMode && !digits)
@@ -91,7 +91,7 @@ Plan plan_tokens(const Linear& p) {
     const int64_t most = std::clamp<int64_t>(kLookupBytes / stride, kLeastLookups, kMaxTokens) / rows / step * step;
     // Slabs of one size: one of a few tokens would read the whole weight for them.
     const int64_t slabs = (p.m + most - 1) / most, equal = round_up((p.m + slabs - 1) / slabs, step);
-    return {Form::kLookupBlock, stride, std::min(p.m, equal), rows};
+    return {Form::kLookupPanels, stride, std::min(p.m, equal), rows};
 }
 
 Ready::Ready(const Linear& p, const Plan& plan)
@@ -100,7 +100,7 @@ Ready::Ready(const Linear& p, const Plan& plan)
     if (plan.form != Form::kFloatBlock) totals = allocate<int32_t>(count * p.groups());
     if (plan.form == Form::kFloatBlock)
         tables = allocate<float>(count * plan.stride);
-    else if (plan.form == Form::kLookupBlock)
+    else if (plan.form == Form::kLookupPanels)
         lookups = allocate<uint8_t>(count * plan.stride), flags = allocate<bool>(count);
     else
         quantized = allocate<int8_t>(count * plan.stride);
@@ -135,7 +135,7 @@ bool prepare(const Linear& p, int64_t first, int64_t t, float* z, Ready& ready) 
             make_lookups(p, digits, row, ready);
         }
     } else if (p.mode == kInt8Mode) {
-        const bool lookup = ready.plan.form == Form::kLookupBlock;
+        const bool lookup = ready.plan.form == Form::kLookupPanels;
         int8_t* q = lookup ? reinterpret_cast<int8_t*>(z) : ready.quantized.get() + start;  // in place, if for tables only
         token.scale = p.set.quantize(z, p.padded(), q);
         if (!std::isfinite(token.scale)) return false;

@@ -12,7 +12,7 @@ struct Token {
 };
 
 // What tokens are turned into: the operand of the function of this name.
-enum class Form { kInt8Rows, kInt8Block, kLookupBlock, kFloatBlock };
+enum class Form { kInt8Rows, kInt8Block, kLookupPanels, kFloatBlock };
 
 // A token of int8 is a row of the operand; one of floats, in lookups, is kDigits rows, the last digit first.
 
