@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kQueries = 24;  // tokens of one head that share a pass over its keys: four tiles of `product`
 constexpr int64_t kWorth = 8;     // binary weights that take as long as one multiply-add of floats here
-constexpr int64_t kTurnWorth = 256;   // and as long as a sine and a cosine
+constexpr int64_t kTurnWorth = 256;    // and as long as a sine and a cosine
 constexpr int64_t kRotateWorth = 512;  // and as long as turning an element and putting it into the cache
 
 // The rotation of Hugging Face's Llama: element i turns with element i + head_size / 2. `turn` holds the cosines of all i,

@@ -92,7 +92,7 @@ private:
         for (int64_t word = 0; word < p_.weight.padded_words(); word += n_words) {
             const uint32_t* const here = read(word, n_words);
             const uint32_t* const there = beside ? beside->read(word, n_words) : nullptr;
-            // lookup_panels takes all words at once, which saves one token calls; salient sums are added on the way.
+            // All at once for lookup_panels, which cuts blocks where it needs them; salient sums are added on the way.
             const int most = ready_.plan.form == Form::kLookupPanels && !salient_ ? n_words : kBlockWords;
             for (int begin = 0; begin < n_words; begin += most) {
                 const int width = std::min(most, n_words - begin);

@@ -96,10 +96,9 @@ struct KernelSet {
     // int8_block, of x in [-128, 127], by lookups in tables; null where int8_block is as fast, and not taken from the
     // level below. To the sums is added, besides, |x| of all columns where x is negative: twice such a sum less
     // sum_magnitudes is the sum with signs. Bytes of tables per word; their making from x as int8_block takes it, which
-    // returns a flag to hand on; the sums, of one or two panels, so that a token's tables come from memory once for both,
-    // and of any number of words.
-    // x and tables are 32-byte aligned. The panels are interleaved: the 256 bytes of each of their words have been put
-    // into another order in place. That order, and what is in the tables, is up to the set.
+    // returns a flag to hand on; the sums, of any number of words, and of one or two panels, so that a token's tables come
+    // from memory once for both. x and tables are 32-byte aligned. The panels are interleaved: the 256 bytes of each of
+    // their words have been put into another order in place. That order, and what is in the tables, is up to the set.
     void (*interleave)(uint32_t* panel, int n_words);
     int lookup_bytes;
     bool (*lookup_tables)(const int8_t* x, int n_words, uint8_t* tables);
