@@ -22,7 +22,7 @@ from fbitrain.kernels.layout import MODES, SCALES, interleaved_words, n_words
 
 LEVELS = ("amx", "avx512", "avx2", "portable")  # fastest first
 _NUMBER = {"portable": 0, "avx2": 1, "avx512": 2, "amx": 3}  # as in csrc/cpu_features.cpp
-_NEEDED = {"amx": "AMX-INT8", "avx512": "AVX-512 VNNI and VPOPCNTDQ", "avx2": "AVX2", "portable": "anything"}
+_NEEDED = {"amx": "AMX-INT8", "avx512": "AVX-512 VNNI and VPOPCNTDQ, and GFNI", "avx2": "AVX2", "portable": "anything"}
 _FORMAT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as in csrc/pack.inl
 DTYPES = {
     "pack_signs": tuple(_FORMAT),

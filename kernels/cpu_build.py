@@ -48,7 +48,7 @@ BASELINE = (
 )
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "avx2": ("-mavx2", "-mfma"),
-    "avx512": tuple(f"-mavx512{part}" for part in ("f", "dq", "bw", "vl", "vnni", "vpopcntdq")),
+    "avx512": (*(f"-mavx512{part}" for part in ("f", "dq", "bw", "vl", "vnni", "vpopcntdq")), "-mgfni"),
     "amx": ("-mavx512f", "-mavx512bw", "-mamx-tile", "-mamx-int8"),
     # Sums of products of floats, which no reference has to be matched bit for bit in.
     "dense_math_avx2": ("-mavx2", "-mfma", "-mf16c", "-ffp-contract=fast"),

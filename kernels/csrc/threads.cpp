@@ -22,6 +22,25 @@ using Clock = std::chrono::steady_clock;
 // Waking a thread that sleeps takes 50 µs and more, as long as a small layer's product.
 constexpr auto kSpinTime = std::chrono::microseconds(100);
 constexpr int kLooksPerCheck = 64;  // of a flag, per look at the clock
+constexpr int kMostRanges = 64;     // threads beyond so many share the ranges of others
+
+// Neighbouring tasks, most of which one thread does: they read neighbouring memory, which arrives faster if one processor
+// reads it on and on. Measured: two threads that take panels in turns read 12e9 bytes per second, in ranges 21e9.
+struct alignas(64) Range {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+
+    // A share of what is left, so that the last tasks are taken singly. False if nothing is.
+    bool take(int64_t& begin, int64_t& stop) {
+        constexpr int kShares = 4;
+        begin = next;
+        do {
+            if (begin >= end) return false;
+            stop = begin + std::max<int64_t>(1, (end - begin) / kShares);
+        } while (!next.compare_exchange_weak(begin, stop));
+        return true;
+    }
+};
 
 void pause() {
 #if defined(__x86_64__)
@@ -70,9 +89,8 @@ public:
         grow(threads - 1);
         run_ = run;
         self_ = self;
-        n_tasks_ = n_tasks;
         threads_ = threads;
-        next_ = 0;
+        cut(n_tasks, std::min(threads, kMostRanges));
         wanted_ = threads - 1;
         open_ = true;
         wake();
@@ -118,15 +136,20 @@ private:
         --sleepers_;
     }
 
-    // Takes a share of the tasks that are left, so that the last ones are taken singly and all threads end together.
+    // Does the tasks of this thread's range, then helps with the others', so that all threads end together.
     void work(int thread) {
-        for (;;) {
-            int64_t begin = next_, share;
-            do {
-                share = std::max<int64_t>(1, (n_tasks_ - begin) / (int64_t{4} * threads_));
-                if (begin >= n_tasks_) return;
-            } while (!next_.compare_exchange_weak(begin, begin + share));
-            for (int64_t task = begin; task < begin + share; ++task) run_(self_, task, thread);
+        for (int i = 0; i < n_ranges_; ++i) {
+            Range& range = ranges_[(thread + i) % n_ranges_];
+            for (int64_t task, stop; range.take(task, stop);)
+                for (; task < stop; ++task) run_(self_, task, thread);
+        }
+    }
+
+    void cut(int64_t n_tasks, int n_ranges) {
+        n_ranges_ = n_ranges;
+        for (int64_t i = 0; i < n_ranges; ++i) {
+            ranges_[i].next = n_tasks * i / n_ranges;
+            ranges_[i].end = n_tasks * (i + 1) / n_ranges;
         }
     }
 
@@ -137,10 +160,10 @@ private:
     // What the loop is; written while open_ is false and nobody is inside.
     Run run_ = nullptr;
     const void* self_ = nullptr;
-    int64_t n_tasks_ = 0;
+    Range ranges_[kMostRanges];
+    int n_ranges_ = 0;
     int wanted_ = 0;
     std::atomic<int> threads_{1};
-    std::atomic<int64_t> next_{0};
     std::atomic<bool> open_{false};
     std::atomic<int> inside_{0}, sleepers_{0};
     std::atomic<uint64_t> loops_{0};

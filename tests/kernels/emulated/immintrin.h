@@ -110,6 +110,46 @@ inline __m512i _mm512_sra_epi32(__m512i a, __m128i count) {
     const int shift = count.low > 31 ? 31 : static_cast<int>(count.low);
     return each_lane([&](int i) { return static_cast<uint32_t>(static_cast<int32_t>(a.lane[i]) >> shift); });
 }
+inline __m512i _mm512_set1_epi64(int64_t x) {
+    return each_lane([&](int i) { return static_cast<uint32_t>(static_cast<uint64_t>(x) >> (i % 2 ? 32 : 0)); });
+}
+inline __m512i _mm512_unpacklo_epi32(__m512i a, __m512i b) {
+    return each_lane([&](int i) { return (i % 2 ? b : a).lane[i / 4 * 4 + i % 4 / 2]; });
+}
+inline __m512i _mm512_unpackhi_epi32(__m512i a, __m512i b) {
+    return each_lane([&](int i) { return (i % 2 ? b : a).lane[i / 4 * 4 + 2 + i % 4 / 2]; });
+}
+inline __m512i _mm512_unpacklo_epi64(__m512i a, __m512i b) {
+    return each_lane([&](int i) { return (i % 4 / 2 ? b : a).lane[i / 4 * 4 + i % 2]; });
+}
+inline __m512i _mm512_unpackhi_epi64(__m512i a, __m512i b) {
+    return each_lane([&](int i) { return (i % 4 / 2 ? b : a).lane[i / 4 * 4 + 2 + i % 2]; });
+}
+inline __m128i _mm512_extracti32x4_epi32(__m512i a, int quarter) {
+    __m128i result;
+    std::memcpy(&result, a.lane + 4 * quarter, sizeof result);
+    return result;
+}
+inline __m128i _mm_add_epi32(__m128i a, __m128i b) {
+    const auto add = [](uint64_t x, uint64_t y) {
+        return uint64_t{static_cast<uint32_t>(x) + static_cast<uint32_t>(y)} | ((x >> 32) + (y >> 32)) << 32;
+    };
+    return {add(a.low, b.low), add(a.high, b.high)};
+}
+// Each byte of x times an 8 x 8 matrix of bits, that of its 8 bytes: bit i of the result is the parity of the byte and byte
+// 7 - i of the matrix.
+inline __m512i _mm512_gf2p8affine_epi64_epi8(__m512i x, __m512i matrix, int constant) {
+    return each_lane([&](int i) {
+        const uint64_t rows = matrix.lane[i / 2 * 2] | uint64_t{matrix.lane[i / 2 * 2 + 1]} << 32;
+        uint32_t result = 0;
+        for (int bit = 0; bit < 32; ++bit) {
+            const uint32_t byte = x.lane[i] >> bit / 8 * 8 & 0xFF;
+            const auto row = static_cast<uint32_t>(rows >> 8 * (7 - bit % 8)) & 0xFF;
+            result |= static_cast<uint32_t>((__builtin_popcount(byte & row) & 1) ^ (constant >> bit % 8 & 1)) << bit;
+        }
+        return result;
+    });
+}
 inline __m512i _mm512_popcnt_epi32(__m512i a) {
     return each_lane([&](int i) { return static_cast<uint32_t>(__builtin_popcount(a.lane[i])); });
 }
