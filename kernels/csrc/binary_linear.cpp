@@ -19,7 +19,7 @@ namespace {
 constexpr int kWriteAhead = 6;  // tokens
 constexpr int64_t kReadyWorth = 256;  // binary weights that take as long as making a column of a token ready
 
-// The sums of one panel and up to kMaxTokens tokens, of one group at a time where there are groups.
+// The sums of one panel and a block of tokens, of one group at a time where there are groups.
 class PanelSums {
 public:
     PanelSums(const Linear& p, const Ready& ready, int64_t panel, int64_t first, int tokens)
@@ -256,10 +256,10 @@ private:
     bool entries_hold_ = true;
     alignas(64) uint32_t bits_[kReadWords * kRows];
     alignas(64) union {  // by mode
-        int32_t ints[kMaxTokens][kRows];
+        int32_t ints[kInt8Block][kRows];
         float floats[kMaxTokens][kRows];
     } sums_;
-    alignas(64) float result_[kMaxTokens][kRows];  // of groups
+    alignas(64) float result_[kMaxTokens][kRows];  // of groups, whose blocks are no larger
     alignas(64) float factor_[kRows], beta_[kRows];
 };
 
@@ -295,14 +295,13 @@ int64_t multiply_as(const Plan& plan, const Linear* linears, int count) {
             if (!prepare(shared[i], first, t, scratch, ready[i])) keep_least(refused, t);
         });
         if (refused < tokens) return first + refused + 1;
-        const int64_t block = p.salient ? kSalientTokens : kMaxTokens / plan.rows;
-        const int64_t token_blocks = (tokens + block - 1) / block;
+        const int64_t token_blocks = (tokens + plan.block - 1) / plan.block;
         std::atomic<bool> entries_hold{true};
         parallel_for(useful_threads(p.threads, work * rows), passes * token_blocks, [&](int64_t task, int) {
-            const int64_t begin = task % token_blocks * block;
-            int64_t pass = task / token_blocks, i = 0;
+            const int64_t begin = task / passes * plan.block;  // all panels meet a block while a cache holds it
+            int64_t pass = task % passes, i = 0;
             for (; pass >= passes_of(linears[i]); ++i) pass -= passes_of(linears[i]);
-            const int in_block = static_cast<int>(std::min<int64_t>(block, tokens - begin));
+            const int in_block = static_cast<int>(std::min<int64_t>(plan.block, tokens - begin));
             const Ready& made = ready[n_ready == 1 ? 0 : i];
             const int64_t panel = pass * together;
             PanelSums sums(linears[i], made, panel, begin, in_block);

@@ -21,6 +21,7 @@ struct Plan {
     Form form;
     int64_t stride;  // from one row to the next, in elements
     int64_t slab;    // tokens made ready at a time, which bounds the memory
+    int64_t block;   // and of these, tokens multiplied at a time
     int rows = 1;    // of a token
 };
 
