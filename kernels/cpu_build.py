@@ -52,6 +52,7 @@ INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "amx": ("-mavx512f", "-mavx512bw", "-mamx-tile", "-mamx-int8"),
     # Sums of products of floats, which no reference has to be matched bit for bit in.
     "dense_math_avx2": ("-mavx2", "-mfma", "-mf16c", "-ffp-contract=fast"),
+    "dense_math_avx512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-ffp-contract=fast"),
 }
 
 

@@ -44,6 +44,9 @@ void floats_to_halves(Four v, uint16_t* p) {
 const MathSet kMathPortable = {rms_norm, swiglu, powers, to_float, to_half, product, dot_rows};
 
 const MathSet& math_set(int level) {
+#if defined(FBITRAIN_DENSE_MATH_AVX512)
+    if (level >= kLevelAvx512) return kMathAvx512;
+#endif
 #if defined(FBITRAIN_DENSE_MATH_AVX2)
     if (level >= kLevelAvx2) return kMathAvx2;
 #endif

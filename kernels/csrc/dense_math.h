@@ -40,6 +40,7 @@ struct MathSet {
 
 extern const MathSet kMathPortable;
 extern const MathSet kMathAvx2;
+extern const MathSet kMathAvx512;
 
 // The functions for a level that kernel_set has accepted.
 const MathSet& math_set(int level);

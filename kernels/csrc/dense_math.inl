@@ -158,7 +158,7 @@ constexpr int kTileTokens = 6;  // times 2 registers of sums: as many as 16 regi
 template <int kTokens, typename B>
 void product_tile(const float* a, ptrdiff_t a_stride, const B* b, ptrdiff_t b_stride, int64_t k, float* c,
                   ptrdiff_t c_stride) {
-    constexpr int kVectors = kTokens == 1 ? 4 : 2;
+    constexpr int kVectors = kTokens == 1 && 4 * kLanes <= kWidth ? 4 : 2;
     for (int column = 0; column < kWidth; column += kVectors * kLanes) {
         Floats sum[kTokens][kVectors] = {};
         for (int64_t i = 0; i < k; ++i) {

@@ -23,11 +23,19 @@ def cxx() -> list[str]:
 
 @pytest.fixture(scope="session")
 def emulated_library(cxx: list[str], tmp_path_factory: pytest.TempPathFactory) -> cpu.Library:
-    """The kernels with avx512.cpp and amx.cpp compiled against emulated/immintrin.h: they run on any CPU."""
+    """The kernels with AVX-512 and AMX, compiled against emulated/immintrin.h: they run on any CPU."""
     sources = [cpu_build.SOURCES / name for name in cpu_build.BASELINE if name != "cpu_features.cpp"]
-    sources += [cpu_build.SOURCES / "avx512.cpp", cpu_build.SOURCES / "amx.cpp", EMULATED / "any_cpu.cpp"]
+    sources += [cpu_build.SOURCES / f"{name}.cpp" for name in ("avx512", "amx", "dense_math_avx512")]
+    sources.append(EMULATED / "any_cpu.cpp")
     library = tmp_path_factory.mktemp("emulated") / "emulated.so"
-    defines = ["-DFBITRAIN_AVX512", "-DFBITRAIN_AMX", f"-I{EMULATED}", f"-I{cpu_build.SOURCES}"]
+    defines = [
+        "-DFBITRAIN_AVX512",
+        "-DFBITRAIN_AMX",
+        "-DFBITRAIN_DENSE_MATH_AVX512",
+        "-Wno-psabi",
+        f"-I{EMULATED}",
+        f"-I{cpu_build.SOURCES}",
+    ]
     command = [*cxx, *cpu_build.FLAGS, "-O1", *defines, "-shared", *map(str, sources), "-o", str(library)]
     subprocess.run(command, check=True, timeout=120)
     return cpu.Library(library)

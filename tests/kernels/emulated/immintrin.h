@@ -2,6 +2,8 @@
 // plain C++, after the operations in Intel's Intrinsics Guide. An address that the instruction needs aligned is checked.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -14,9 +16,10 @@ struct __m128i {
 struct __m512i {
     uint32_t lane[16];
 };
-struct __m512 {
-    float lane[16];
+struct __m256i {
+    uint16_t half[16];
 };
+typedef float __m512 __attribute__((vector_size(64)));  // a vector of the compiler's, for dense_math.inl computes with it
 
 inline void require(bool holds, const char* what) {
     if (holds) return;
@@ -64,7 +67,7 @@ inline void _mm512_store_ps(void* p, __m512 v) {
     require_aligned(p);
     std::memcpy(p, &v, sizeof v);
 }
-inline __m512 _mm512_setzero_ps() { return {}; }
+inline __m512 _mm512_setzero_ps() { return __m512{}; }
 inline __m512i _mm512_set1_epi32(int32_t x) {
     return each_lane([=](int) { return static_cast<uint32_t>(x); });
 }
@@ -73,7 +76,7 @@ inline __m512i _mm512_set1_epi8(int8_t x) {
 }
 inline __m512 _mm512_set1_ps(float x) {
     __m512 result;
-    for (float& lane : result.lane) lane = x;
+    for (int i = 0; i < 16; ++i) result[i] = x;
     return result;
 }
 inline __m512i _mm512_castps_si512(__m512 v) {
@@ -96,7 +99,7 @@ inline __m512i _mm512_add_epi32(__m512i a, __m512i b) {
     return each_lane([&](int i) { return a.lane[i] + b.lane[i]; });
 }
 inline __m512 _mm512_add_ps(__m512 a, __m512 b) {
-    for (int i = 0; i < 16; ++i) a.lane[i] += b.lane[i];
+    for (int i = 0; i < 16; ++i) a[i] += b[i];
     return a;
 }
 inline __m512i _mm512_srli_epi32(__m512i a, unsigned count) {
@@ -155,7 +158,40 @@ inline __m512i _mm512_popcnt_epi32(__m512i a) {
 }
 inline __m512 _mm512_permutexvar_ps(__m512i index, __m512 table) {
     __m512 result;
-    for (int i = 0; i < 16; ++i) result.lane[i] = table.lane[index.lane[i] & 15];
+    for (int i = 0; i < 16; ++i) result[i] = table[index.lane[i] & 15];
+    return result;
+}
+inline __m256i _mm256_loadu_si256(const __m256i* p) {
+    __m256i result;
+    std::memcpy(&result, p, sizeof result);
+    return result;
+}
+inline void _mm256_storeu_si256(__m256i* p, __m256i v) { std::memcpy(p, &v, sizeof v); }
+inline __m512 _mm512_cvtph_ps(__m256i v) {
+    __m512 result;
+    for (int i = 0; i < 16; ++i) {
+        const int exponent = v.half[i] >> 10 & 31, fraction = v.half[i] & 1023;
+        const float size = exponent == 31   ? (fraction ? NAN : INFINITY)
+                           : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                           : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+        result[i] = std::copysign(size, v.half[i] >> 15 ? -1.0f : 1.0f);
+    }
+    return result;
+}
+constexpr int _MM_FROUND_TO_NEAREST_INT = 0;
+inline __m256i _mm512_cvtps_ph(__m512 v, int) {
+    __m256i result;
+    for (int i = 0; i < 16; ++i) {
+        const float size = std::fabs(v[i]);
+        int bits = 0x7E00;  // NaN
+        if (size >= 65520.0f) {
+            bits = 0x7C00;
+        } else if (size == size) {
+            const int exponent = size > 0 ? std::max(std::ilogb(size), -14) : -14;
+            bits = ((exponent + 14) << 10) + static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent)));
+        }
+        result.half[i] = static_cast<uint16_t>(bits | (std::signbit(v[i]) ? 0x8000 : 0));
+    }
     return result;
 }
 // Four unsigned bytes of a times four signed bytes of b, summed without saturation.
