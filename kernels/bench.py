@@ -44,6 +44,7 @@ DECODE_TOKENS = 8  # up to here a weight is read from memory, not from the cache
 BURST = 8  # calls of one contender in a row, as a model calls one layer after the other, each with another weight
 BANDWIDTH_BYTES = 128 * 2**20
 N_EXPERTS, SALIENT_SHARE = 4, 0.05
+TILE_TOKENS = 8  # from here on AMX multiplies int8 (csrc/amx.cpp)
 LOOKED_UP = 60  # tokens, or any number whose sums are looked up
 DIGITS = 3  # lookups for one of int8, where a float is put in fixed point (csrc/kernels.h)
 ENTRY_BYTES = 3  # of a salient weight: its column and its int8 value
@@ -59,8 +60,10 @@ class Peaks:
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder) / "peaks.so"
             source = str(SOURCES / "bench_peaks.cpp")
+            defines = ["-DFBITRAIN_AMX"] if level == "amx" else []
             subprocess.run(
-                [*find_compiler(), *FLAGS, "-fvisibility=default", "-shared", source, "-o", library], check=True
+                [*find_compiler(), *FLAGS, *defines, "-fvisibility=default", "-shared", source, "-o", library],
+                check=True,
             )
             self.loaded = ctypes.CDLL(str(library))
         self.loaded.fbitrain_peak.argtypes = [ctypes.c_char_p]
@@ -74,7 +77,8 @@ class Peaks:
 
     def instructions(self, kernel: str, tokens: int) -> float:
         """Weights times tokens per second, all threads together; 0 where no loop is known (portable)."""
-        level = "avx512" if self.level == "amx" else self.level
+        on_tiles = self.level == "amx" and kernel == "int8" and tokens >= TILE_TOKENS
+        level = "avx512" if self.level == "amx" and not on_tiles else self.level
         name = f"{level} {kernel}" + (" 1" if tokens < 3 else "")
         return float(self.loaded.fbitrain_peak(name.encode())) * self.threads
 

@@ -40,7 +40,7 @@ constexpr int kLoops = 50000, kChains = 8;
 #define AVX2_FLOAT(j) "vpermilps %%ymm12, %%ymm14, %%ymm15\n" SUM("vaddps", "ymm", j)
 #define SCALAR_XNOR(j) "popcnt %%rax, %%rcx\n"
 
-#define AVX512_INT8_ONE(j) "vpandd %%zmm14, %%zmm13, %%zmm15\n vpdpbusd %%zmm12, %%zmm15, %%zmm" #j "\n"
+#define AVX512_INT8_ONE(j) "vgf2p8affineqb $0, %%zmm14, %%zmm13, %%zmm15\n vpdpbusd %%zmm12, %%zmm15, %%zmm" #j "\n"
 #define AVX512_INT8(j) "vpdpbusd %%zmm12, %%zmm14, %%zmm" #j "\n"
 #define AVX512_FLOAT_ONE(j) "vpsrld $4, %%zmm12, %%zmm11\n vpermps %%zmm14, %%zmm11, %%zmm15\n" SUM("vaddps", "zmm", j)
 #define AVX512_FLOAT(j) "vpermps %%zmm14, %%zmm12, %%zmm15\n" SUM("vaddps", "zmm", j)
@@ -57,11 +57,32 @@ double avx512_float_one() PEAK(AVX512_FLOAT_ONE, 64)
 double avx512_float() PEAK(AVX512_FLOAT, 64)
 double avx512_xnor() PEAK(AVX512_XNOR, 512)
 
+#if defined(FBITRAIN_AMX)  // set where these can be assembled and run
+double amx_int8() {
+    constexpr int kTiles = 6, kSums = 4, kRowBytes = 64, kRows = 16;
+    alignas(64) uint8_t config[64] = {1};
+    for (int tile = 0; tile < kTiles; ++tile) config[16 + 2 * tile] = kRowBytes, config[48 + tile] = kRows;
+    __asm__ volatile("ldtilecfg %0" ::"m"(config));
+    const double start = now();
+    for (int i = 0; i < kLoops; ++i)
+        __asm__ volatile(
+            "tdpbsud %%tmm5, %%tmm4, %%tmm0\n tdpbsud %%tmm5, %%tmm4, %%tmm1\n"
+            "tdpbsud %%tmm5, %%tmm4, %%tmm2\n tdpbsud %%tmm5, %%tmm4, %%tmm3" ::);
+    const double taken = now() - start;
+    __asm__ volatile("tilerelease" ::);
+    return double{kLoops} * kSums * kRows * kRows * kRowBytes / taken;
+}
+#endif
+
 struct Peak {
     const char* name;
     double (*measure)();
 };
-constexpr Peak kPeaks[] = {{"avx2 int8 1", avx2_int8_one},    {"avx2 int8", avx2_int8},
+constexpr Peak kPeaks[] = {
+#if defined(FBITRAIN_AMX)
+                           {"amx int8", amx_int8},
+#endif
+                           {"avx2 int8 1", avx2_int8_one},    {"avx2 int8", avx2_int8},
                            {"avx2 float 1", avx2_float_one},  {"avx2 float", avx2_float},
                            {"avx2 xnor 1", scalar_xnor},      {"avx2 xnor", scalar_xnor},
                            {"avx512 int8 1", avx512_int8_one}, {"avx512 int8", avx512_int8},
