@@ -256,7 +256,7 @@ private:
     bool entries_hold_ = true;
     alignas(64) uint32_t bits_[kReadWords * kRows];
     alignas(64) union {  // by mode
-        int32_t ints[kInt8Block][kRows];
+        int32_t ints[kBlockTokens][kRows];
         float floats[kMaxTokens][kRows];
     } sums_;
     alignas(64) float result_[kMaxTokens][kRows];  // of groups, whose blocks are no larger

@@ -12,7 +12,7 @@
 namespace fbitrain {
 namespace {
 
-constexpr int64_t kPiece = kInt8Block;  // tokens that go through the layers together: a full block of the products
+constexpr int64_t kPiece = kBlockTokens;  // tokens that go through the layers together: a full block of the products
 
 // Some of the tokens of a piece.
 struct Rows {

@@ -17,7 +17,7 @@ constexpr int kRowTokens = 2;
 // Tokens made ready at a time, which bounds the memory: 1 byte per column and token of int8, 8 or 16 of float tables, 8 of
 // tables for lookup_panels. Of those as many as fit kLookupBytes, within limits, in whole tiles of two: measured, 16 to 100
 // differ by 5 % at most for up to 11008 columns.
-constexpr int kInt8Tokens = 2 * kInt8Block, kFloatTokens = 24;
+constexpr int kInt8Tokens = 2 * kBlockTokens, kFloatTokens = 24;
 constexpr int64_t kLookupBytes = int64_t{1} << 21, kLeastLookups = 24, kLookupTokens = 2;
 
 // Of int8, tokens multiplied at a time: as many as fit kBlockBytes, so that a cache near by keeps them for all panels, within
@@ -102,7 +102,7 @@ Plan plan_tokens(const Linear& p) {
         const int64_t stride = p.padded() + kSkew, fitting = kBlockBytes / stride / kTileTokens * kTileTokens;
         if (p.salient) return {Form::kInt8Block, stride, slab, equal_part(slab, kSalientTokens, kSalientLanes)};
         if (p.scale == kGroup) return {Form::kInt8Block, stride, slab, equal_part(slab, kMaxTokens, 1)};
-        const int64_t most = std::clamp<int64_t>(fitting, kLeastBlock, kInt8Block);
+        const int64_t most = std::clamp<int64_t>(fitting, kLeastBlock, kBlockTokens);
         return {Form::kInt8Block, stride, slab, equal_part(slab, most, kTileTokens)};
     }
     const int64_t stride = n_words * p.set.lookup_bytes + kSkew;

@@ -10,7 +10,8 @@ namespace fbitrain {
 namespace {
 
 constexpr int kNibbles = kWordBits / 4;
-constexpr int kSlabTokens = 16 * kMaxTokens;  // tokens whose nibbles exist at a time
+constexpr int kSlabTokens = 4 * kBlockTokens;  // tokens whose nibbles exist at a time
+constexpr int kWriteAhead = 6;  // tokens
 
 void split_nibbles(const uint32_t* a, int64_t n_words, uint8_t* nibbles) {
     for (int64_t w = 0; w < n_words; ++w)
@@ -32,7 +33,7 @@ struct Product {
 void run_panel(const Product& p, int64_t panel, int64_t first, int64_t begin, int tokens, const uint32_t* a,
                const uint8_t* nibbles) {
     alignas(64) uint32_t bits[kReadWords * kRows];
-    alignas(64) int32_t differing[kMaxTokens][kRows];
+    alignas(64) int32_t differing[kBlockTokens][kRows];
     std::memset(differing, 0, sizeof(int32_t) * tokens * kRows);
     const int64_t stride = p.token_stride();
     for (int64_t word = 0; word < p.b.padded_words();) {
@@ -47,6 +48,8 @@ void run_panel(const Product& p, int64_t panel, int64_t first, int64_t begin, in
     }
     for (int t = 0; t < tokens; ++t) {
         int32_t* out = p.out + (first + begin + t) * p.b.n + panel * kRows;
+        if (t + kWriteAhead < tokens)  // each token's part is in another page
+            for (int r = 0; r < kRows; r += 16) __builtin_prefetch(out + kWriteAhead * p.b.n + r, 1);
         for (int r = 0; r < p.b.rows_of(panel); ++r) out[r] = static_cast<int32_t>(p.k) - 2 * differing[t][r];
     }
 }
@@ -63,11 +66,11 @@ int64_t multiply(const Product& p) {
             std::fill(row + p.b.row_words, row + stride, 0u);
             split_nibbles(row, stride, nibbles.get() + t * stride * kNibbles);
         });
-        const int64_t token_blocks = (count + kMaxTokens - 1) / kMaxTokens;
+        const int64_t token_blocks = (count + kBlockTokens - 1) / kBlockTokens;
         parallel_for(useful_threads(p.threads, count * p.k * p.b.n), p.b.panels() * token_blocks,
                      [&](int64_t task, int) {
-                         const int64_t begin = task % token_blocks * kMaxTokens;
-                         const int tokens = static_cast<int>(std::min<int64_t>(kMaxTokens, count - begin));
+                         const int64_t begin = task % token_blocks * kBlockTokens;
+                         const int tokens = static_cast<int>(std::min<int64_t>(kBlockTokens, count - begin));
                          run_panel(p, task / token_blocks, first, begin, tokens, a.get(), nibbles.get());
                      });
     }
