@@ -16,6 +16,7 @@ from fbitrain.kernels import cpu, ops
 from fbitrain.kernels.dispatch import Call, backend_name
 from fbitrain.kernels.reference import sign
 
+MEASURED = ("avx2", "avx512", "amx")
 MIN_WORK = 2**24  # weights times tokens; below it the overhead of the calls decides
 
 
@@ -38,8 +39,8 @@ def sign_matmul_of_gradient(dy: Tensor, weight: Tensor) -> Tensor:
 
 
 def pays(backend: str, dtype: torch.dtype, m: int, n: int, k: int) -> bool:
-    """Whether packing and the kernels of `backend` beat torch: measured in fp32 with AVX2, and assumed nowhere else."""
-    return backend == "avx2" and dtype == torch.float32 and m * n * k >= MIN_WORK
+    """Whether packing and the kernels of `backend` beat torch: measured in fp32, and assumed nowhere else."""
+    return backend in MEASURED and dtype == torch.float32 and m * n * k >= MIN_WORK
 
 
 def _from_bits(x: Tensor, weight: Tensor) -> bool:

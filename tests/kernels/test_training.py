@@ -78,7 +78,9 @@ def test_the_backend_is_chosen_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ("avx2", torch.float32, 512, True),
         ("avx2", torch.float32, 1, False),
         ("avx2", torch.bfloat16, 512, False),
-        ("amx", torch.float32, 512, False),
+        ("avx512", torch.float32, 512, True),
+        ("amx", torch.float32, 512, True),
+        ("amx", torch.bfloat16, 512, False),
         ("reference", torch.float32, 512, False),
     ],
 )
