@@ -15,10 +15,12 @@ namespace {
 constexpr int kRowTokens = 2;
 
 // Tokens made ready at a time, which bounds the memory: 1 byte per column and token of int8, 8 or 16 of float tables, 8 of
-// tables for lookup_panels. Of those as many as fit kLookupBytes, within limits, in whole tiles of two: measured, 16 to 100
-// differ by 5 % at most for up to 11008 columns.
-constexpr int kInt8Tokens = 2 * kBlockTokens, kFloatTokens = 24;
-constexpr int64_t kLookupBytes = int64_t{1} << 21, kLeastLookups = 24, kLookupTokens = 2;
+// tables for lookup_panels. Of tables as many as fit kTableBytes, a cache near by, within limits. Of floats 12 are as fast then
+// as 24 if they fit, and 1.2 times as fast if they do not (AVX-512, 5632 columns). Of those for lookup_panels whole tiles of
+// two: measured, 16 to 100 differ by 5 % at most for up to 11008 columns.
+constexpr int64_t kTableBytes = int64_t{1} << 21;
+constexpr int64_t kInt8Tokens = 2 * kBlockTokens, kFloatTokens = 24, kLeastFloats = 12;
+constexpr int64_t kLeastLookups = 24, kLookupTokens = 2;
 
 // Of int8, tokens multiplied at a time: as many as fit kBlockBytes, so that a cache near by keeps them for all panels, within
 // limits, in whole tiles of AMX. Measured with AMX: 192 are done 1.5 times as fast as 60, each, as they share the making of B.
@@ -92,8 +94,10 @@ Plan plan_tokens(const Linear& p) {
     // Of digits up to 128, 2^24 columns would add up to 2^31.
     const bool digits = p.mode == kFloatMode && look_up && p.weight.interleaved && !p.salient && p.padded() < kMaxColumns;
     if (p.mode == kFloatMode && !digits) {
-        const int64_t slab = std::min<int64_t>(p.m, kFloatTokens);
-        return {Form::kFloatBlock, n_words * p.set.floats_per_word + kSkew / 4, slab, slab};
+        const int64_t stride = n_words * p.set.floats_per_word + kSkew / 4;
+        const bool all_fit = kFloatTokens * stride * static_cast<int64_t>(sizeof(float)) <= kTableBytes;
+        const int64_t slab = std::min(p.m, all_fit ? kFloatTokens : kLeastFloats);
+        return {Form::kFloatBlock, stride, slab, slab};
     }
     const int64_t slab = equal_part(p.m, kInt8Tokens, kTileTokens);
     if (!look_up && p.m <= kRowTokens && p.scale != kGroup && p.set.int8_rows)
@@ -108,7 +112,7 @@ Plan plan_tokens(const Linear& p) {
     const int64_t stride = n_words * p.set.lookup_bytes + kSkew;
     const int rows = digits ? kDigits : 1;
     const int64_t step = p.salient ? kSalientLanes : kLookupTokens;
-    const int64_t most = std::clamp<int64_t>(kLookupBytes / stride, kLeastLookups, kMaxTokens) / rows / step * step;
+    const int64_t most = std::clamp<int64_t>(kTableBytes / stride, kLeastLookups, kMaxTokens) / rows / step * step;
     const int64_t lookup_slab = equal_part(p.m, most, step);
     return {Form::kLookupPanels, stride, lookup_slab, lookup_slab, rows};
 }
