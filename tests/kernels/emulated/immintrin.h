@@ -41,6 +41,11 @@ inline __m512i _mm512_load_si512(const void* p) {
     std::memcpy(&result, p, sizeof result);
     return result;
 }
+inline __m512i _mm512_loadu_si512(const void* p) {
+    __m512i result;
+    std::memcpy(&result, p, sizeof result);
+    return result;
+}
 using __mmask16 = uint16_t;
 inline __m512i _mm512_maskz_loadu_epi32(__mmask16 mask, const void* p) {
     __m512i result = {};
