@@ -1,8 +1,8 @@
 """Products with the signs of a latent float weight, for training: from its bits where that is faster than torch.
 
 A weight is packed anew for each product, which takes less time than making its signs as floats and less memory by a
-factor of 32. Which way is taken is a pure function of backend, dtype and sizes (`pays`); docs/kernels.md has the
-measurements behind it.
+factor of 32. Which way is taken is a pure function of backend, dtype and sizes (`pays`); docs/kernels-measured.md has
+the measurements behind it.
 
 Letters: N out_features, K in_features, M tokens.
 """

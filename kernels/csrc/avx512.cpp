@@ -266,10 +266,42 @@ void xnor_block(const uint32_t* panel, int n_words, const uint32_t* a, const uin
     }
 }
 
+// As in salient.inl, sixteen entries at a time by gathers.
+__mmask16 first_lanes(int n) { return static_cast<__mmask16>(n >= kLanes ? 0xFFFF : (1 << n) - 1); }
+
+void gather_signs(const void* values, bool float16, const uint32_t* words, int n, SalientEntries& entries) {
+    decode_values(values, float16, n, entries);
+    for (int i = 0; i < n; i += kLanes) {
+        const __m512i column = _mm512_loadu_si512(entries.column + i);
+        const __m512i word = _mm512_mask_i32gather_epi32(_mm512_set1_epi32(0), first_lanes(n - i),
+                                                         _mm512_srli_epi32(column, 5), words, sizeof(uint32_t));
+        // The entry's bit, moved to the top, is the opposite of a float's sign.
+        const __m512i to_top = _mm512_andnot_si512(column, _mm512_set1_epi32(31));
+        const __m512i bit = _mm512_and_si512(_mm512_sllv_epi32(word, to_top), _mm512_set1_epi32(INT32_MIN));
+        _mm512_storeu_si512(entries.sign + i, _mm512_xor_si512(bit, _mm512_castps_si512(_mm512_set1_ps(-1.0f))));
+    }
+}
+
+void gather_sums(const SalientEntries& entries, int n, const float* x, int lanes, float* values, float* signs) {
+    if (lanes == kSalientLanes) return salient_sums_of_eight(entries, n, x, values, signs);
+    __m512 value_sum = _mm512_setzero_ps(), sign_sum = _mm512_setzero_ps();
+    for (int i = 0; i < n; i += kLanes) {
+        const __mmask16 present = first_lanes(n - i);
+        const __m512 at_column = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), present,
+                                                          _mm512_loadu_si512(entries.column + i), x, sizeof(float));
+        const __m512 value = _mm512_maskz_loadu_ps(present, entries.value + i);
+        const __m512 sign = _mm512_maskz_loadu_ps(present, entries.sign + i);
+        value_sum = _mm512_add_ps(value_sum, _mm512_mul_ps(value, at_column));
+        sign_sum = _mm512_add_ps(sign_sum, _mm512_mul_ps(sign, at_column));
+    }
+    values[0] = _mm512_reduce_add_ps(value_sum);
+    signs[0] = _mm512_reduce_add_ps(sign_sum);
+}
+
 }  // namespace
 
 const KernelSet kAvx512 = {"avx512",     nullptr,     int8_block, kLanes,   int8_rows, 16 * kQuadTables,
-                           float_tables, float_block, xnor_block, salient_decode, salient_sums, pack_row, unpack_row,
+                           float_tables, float_block, xnor_block, gather_signs, gather_sums, pack_row, unpack_row,
                            scale_columns, sum_columns, quantize, split_digits, sum_quantized, sum_magnitudes, finish_int8};
 
 }  // namespace fbitrain

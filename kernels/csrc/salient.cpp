@@ -11,10 +11,11 @@ template <typename Column>
 int take_columns(const Column* columns, int64_t n, int64_t end, int64_t previous, int32_t* out) {
     n = std::lower_bound(columns, columns + n, end, [](Column a, int64_t b) { return a < b; }) - columns;
     if (n == 0) return 0;
-    bool ascending = columns[0] > previous && columns[n - 1] < end;
-    for (int64_t i = 1; i < n; ++i) ascending &= columns[i - 1] < columns[i];
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<int32_t>(columns[i]);
-    return ascending ? static_cast<int>(n) : -1;
+    int32_t falls = columns[0] <= previous || columns[0] >= end || columns[n - 1] >= end;
+    // Signed, of which the compiler makes vectors: one beyond int32 is negative, and so less than the one before it.
+    for (int64_t i = 1; i < n; ++i) falls |= out[i - 1] >= out[i];
+    return falls ? -1 : static_cast<int>(n);
 }
 
 }  // namespace

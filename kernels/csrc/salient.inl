@@ -2,11 +2,15 @@
 
 #include "float16.inl"
 
-void salient_decode(const void* values, bool float16, const uint32_t* words, int n, SalientEntries& entries) {
+void decode_values(const void* values, bool float16, int n, SalientEntries& entries) {
     if (float16)
         for (int i = 0; i < n; ++i) entries.value[i] = from_float16(static_cast<const uint16_t*>(values)[i]);
     else
         for (int i = 0; i < n; ++i) entries.value[i] = static_cast<float>(static_cast<const int8_t*>(values)[i]);
+}
+
+void salient_decode(const void* values, bool float16, const uint32_t* words, int n, SalientEntries& entries) {
+    decode_values(values, float16, n, entries);
     for (int i = 0; i < n; ++i) {
         const int32_t column = entries.column[i];
         const auto bit = static_cast<int32_t>(words[column >> 5] >> (column & 31) & 1u);

@@ -107,6 +107,41 @@ inline __m512 _mm512_add_ps(__m512 a, __m512 b) {
     for (int i = 0; i < 16; ++i) a[i] += b[i];
     return a;
 }
+inline __m512 _mm512_mul_ps(__m512 a, __m512 b) {
+    for (int i = 0; i < 16; ++i) a[i] *= b[i];
+    return a;
+}
+inline float _mm512_reduce_add_ps(__m512 v) {
+    float total = 0;
+    for (int i = 0; i < 16; ++i) total += v[i];
+    return total;
+}
+inline __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void* p) {
+    __m512 result = _mm512_setzero_ps();
+    for (int i = 0; i < 16; ++i)
+        if (mask >> i & 1) result[i] = static_cast<const float*>(p)[i];
+    return result;
+}
+inline void _mm512_storeu_si512(void* p, __m512i v) { std::memcpy(p, &v, sizeof v); }
+inline __m512i _mm512_andnot_si512(__m512i a, __m512i b) {
+    return each_lane([&](int i) { return ~a.lane[i] & b.lane[i]; });
+}
+inline __m512i _mm512_sllv_epi32(__m512i a, __m512i count) {
+    return each_lane([&](int i) { return count.lane[i] > 31 ? 0u : a.lane[i] << count.lane[i]; });
+}
+inline __m512i _mm512_mask_i32gather_epi32(__m512i source, __mmask16 mask, __m512i index, const void* p, int scale) {
+    for (int i = 0; i < 16; ++i)
+        if (mask >> i & 1)
+            std::memcpy(&source.lane[i], static_cast<const char*>(p) + int64_t{static_cast<int32_t>(index.lane[i])} * scale, 4);
+    return source;
+}
+inline __m512 _mm512_mask_i32gather_ps(__m512 source, __mmask16 mask, __m512i index, const void* p, int scale) {
+    for (int i = 0; i < 16; ++i)
+        if (mask >> i & 1)
+            source[i] = *reinterpret_cast<const float*>(static_cast<const char*>(p) +
+                                                        int64_t{static_cast<int32_t>(index.lane[i])} * scale);
+    return source;
+}
 inline __m512i _mm512_srli_epi32(__m512i a, unsigned count) {
     return each_lane([&](int i) { return count > 31 ? 0u : a.lane[i] >> count; });
 }
