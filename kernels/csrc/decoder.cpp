@@ -12,7 +12,8 @@
 namespace fbitrain {
 namespace {
 
-constexpr int64_t kPiece = kBlockTokens;  // tokens that go through the layers together: a full block of the products
+// Tokens that go through the layers together: full blocks of the products.
+int64_t piece_of(const KernelSet& set) { return set.lookup_panels ? 4 * kMaxTokens : kBlockTokens; }
 
 // Some of the tokens of a piece.
 struct Rows {
@@ -150,7 +151,7 @@ private:
 // hidden [wanted][d_model] of the last tokens. Returns what `multiply` does.
 int64_t read(const DecoderModel& model, const DecoderCache& cache, const KernelSet& set, const Pass& pass, int mode,
              const int32_t* ids, int64_t wanted, float* hidden) {
-    const int64_t pieces = (pass.tokens + kPiece - 1) / kPiece;
+    const int64_t pieces = (pass.tokens + piece_of(set) - 1) / piece_of(set);
     const Activations activations(model, cache, pass.threads, (pass.tokens + pieces - 1) / pieces);
     for (int64_t piece = 0; piece < pieces; ++piece) {
         const int64_t begin = piece * pass.tokens / pieces, end = (piece + 1) * pass.tokens / pieces;
