@@ -42,7 +42,7 @@ from fbitrain.pretrained import load_lm
 from fbitrain.pretrained_shape import read_shape
 from fbitrain.release import release
 from tests.core.test_student import V, batch, gpt2, llama, neox, opt
-from tests.core.test_teacher import tiny_llama, write_gguf
+from tests.core.tiny_teacher import tiny_llama, write_gguf
 
 CPU = torch.device("cpu")
 PARTIAL = BinarizeConfig(method="partial", scale="row", beta=False, salient=SalientConfig(fraction=0.2))

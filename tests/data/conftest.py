@@ -12,6 +12,9 @@ import tokenizers
 import zstandard
 from tokenizers import decoders, models, pre_tokenizers
 
+from fbitrain.data.config import DataConfig
+from tests.data.corpora import corpus
+
 WriteShard = Callable[[Path, Sequence[str]], Path]
 
 
@@ -47,3 +50,8 @@ def write_shard() -> WriteShard:
         return path
 
     return write
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, write_shard: WriteShard) -> DataConfig:
+    return corpus(tmp_path_factory.mktemp("corpus"), write_shard)

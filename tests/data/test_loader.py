@@ -1,59 +1,25 @@
-"""Batches of a rank: continued bit for bit, redistributed over other ranks, and never hanging on a lost worker."""
+"""Batches of a rank: continued bit for bit, redistributed over other ranks, every document once."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import select
-import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fbitrain.data.config import DataConfig, PhaseConfig, SourceConfig
-from fbitrain.data.duplicates import write_duplicates
 from fbitrain.data.errors import DataError
 from fbitrain.data.loader import TokenLoader
 from fbitrain.data.pretokenize import pretokenize
-from fbitrain.data.streaming.plan import find_sources
-from fbitrain.data.streaming.worker import WorkerProcess
+from tests.data.corpora import rank_loader, take
 
 BOS, EOS = 256, 257
-SUFFIXES = [".jsonl", ".jsonl.gz", ".jsonl.zst"]
-
-
-def corpus(root: Path, write_shard: Any, n_documents: int = 60) -> DataConfig:
-    """Two sources in three formats; every document is unique and says where it comes from."""
-    for name, factor in (("web", 3), ("code", 11)):
-        for i, suffix in enumerate(SUFFIXES):
-            texts = [f"{name} {i} {j} " + "é" * (j * factor % 29) for j in range(n_documents // 3 + i)]
-            write_shard(root / name / f"{i}{suffix}", texts)
-    sources = [SourceConfig("web", [str(root / "web")], 2.0), SourceConfig("code", [str(root / "code")], 1.0)]
-    return DataConfig(sources=sources, seq_len=31, n_lanes=5, n_workers=0, seed=4)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, write_shard: Any) -> DataConfig:
-    return corpus(tmp_path_factory.mktemp("corpus"), write_shard)
-
-
-def rank_loader(data: DataConfig, tokenizer: str, rank: int = 0, world_size: int = 1, **more: Any) -> TokenLoader:
-    return TokenLoader(data, tokenizer, rank, world_size, **{"micro_batch_size": 2, **more})
-
-
-def take(loader: TokenLoader, n: int) -> tuple[list[list[list[int]]], Any]:
-    """`n` batches as lists, and the last state as a file would give it back."""
-    batches = [next(loader).tolist() for _ in range(n)]
-    return batches, json.loads(json.dumps(loader.state()))
 
 
 def test_batches_are_int64_of_seq_len_plus_1(data: DataConfig, byte_tokenizer: str) -> None:
@@ -160,56 +126,6 @@ def loader_text(ids: list[int]) -> list[str]:
     return [str(document) for document in found]
 
 
-@pytest.mark.parametrize(
-    ("changed", "key"),
-    [({"n_lanes": 6}, "n_lanes"), ({"seed": 5}, "seed"), ({"seq_len": 32}, "seq_len"), ({"add_eos": False}, "add_eos")],
-)
-def test_a_state_of_other_settings_is_refused(data: DataConfig, byte_tokenizer: str, changed: Any, key: str) -> None:
-    _, state = take(rank_loader(data, byte_tokenizer), 1)
-    with pytest.raises(DataError, match=f"has {key}={getattr(data, key)}, this run has {key}={changed[key]}"):
-        rank_loader(dataclasses.replace(data, **changed), byte_tokenizer, states=[state])
-
-
-def test_a_state_of_other_duplicates_is_refused(data: DataConfig, byte_tokenizer: str, tmp_path: Path) -> None:
-    lists = []
-    for i, lines in enumerate(([1], [1, 2])):
-        lists.append(str(tmp_path / f"{i}.npz"))
-        write_duplicates(Path(lists[i]), find_sources(data), [("web", "0.jsonl", np.array(lines))])
-    _, state = take(rank_loader(dataclasses.replace(data, duplicates=lists[0]), byte_tokenizer), 1)
-    with pytest.raises(DataError, match="has duplicates="):
-        rank_loader(dataclasses.replace(data, duplicates=lists[1]), byte_tokenizer, states=[state])
-
-
-def test_other_tokenizers_sources_and_ranks_are_refused(data: DataConfig, byte_tokenizer: str, tmp_path: Path) -> None:
-    _, state = take(rank_loader(data, byte_tokenizer), 1)
-    content = (Path(byte_tokenizer) / "tokenizer.json").read_text()
-    (tmp_path / "tokenizer.json").write_text(content.replace("</s>", "<end>"))
-    (tmp_path / "config.json").write_text('{"bos_token_id": 256, "eos_token_id": [257]}')
-    with pytest.raises(DataError, match="tokenizer="):
-        rank_loader(data, str(tmp_path), states=[state])
-    with pytest.raises(DataError, match="sources are code, web, this run's are web"):
-        rank_loader(dataclasses.replace(data, sources=data.sources[:1]), byte_tokenizer, states=[state])
-    with pytest.raises(DataError, match="give the state of every rank"):
-        rank_loader(data, byte_tokenizer, states=[state, state])
-    _, half = take(rank_loader(data, byte_tokenizer, 1, 2), 1)
-    with pytest.raises(DataError, match=r"miss lanes \[0, 2, 4\]"):
-        rank_loader(data, byte_tokenizer, states=[half])
-    with pytest.raises(DataError, match="n_lanes=5 is less than the 6 ranks"):
-        rank_loader(data, byte_tokenizer, 0, 6)
-
-
-def test_changed_shards_are_refused(tmp_path: Path, byte_tokenizer: str, write_shard: Any) -> None:
-    data = corpus(tmp_path, write_shard, 9)
-    _, state = take(rank_loader(data, byte_tokenizer), 1)
-    saved = rank_loader(data, byte_tokenizer).shard_list()
-    with open(tmp_path / "web" / "0.jsonl", "a") as file:
-        file.write("\n")
-    with pytest.raises(DataError, match=r"'web'.*0\.jsonl had \d+ bytes and has \d+"):
-        rank_loader(data, byte_tokenizer, states=[state], saved_shards=saved)
-    with pytest.raises(DataError, match=r"'web'.*their sizes differ"):
-        rank_loader(data, byte_tokenizer, states=[state])
-
-
 def test_few_documents_for_many_lanes(tmp_path: Path, byte_tokenizer: str, write_shard: Any, caplog: Any) -> None:
     write_shard(tmp_path / "a.jsonl", ["only", "two"])
     data = DataConfig([SourceConfig("a", [str(tmp_path)])], seq_len=5, n_lanes=4, n_workers=0)
@@ -274,67 +190,6 @@ def test_state_is_small(tmp_path: Path, byte_tokenizer: str, write_shard: Any) -
     assert len(json.dumps(state)) < 64_000
 
 
-def workers(loader: TokenLoader) -> list[WorkerProcess]:
-    return [feed for feed in loader._feeds.values() if isinstance(feed, WorkerProcess)]
-
-
-def test_workers_ignore_a_launchers_signals_and_end_with_close(data: DataConfig, byte_tokenizer: str) -> None:
-    loader = rank_loader(dataclasses.replace(data, n_workers=1), byte_tokenizer)
-    process = workers(loader)[0].process
-    for number in (signal.SIGTERM, signal.SIGINT):  # at once, while the interpreter is still starting
-        os.kill(process.pid, number)
-    first, _ = take(loader, 3)
-    os.kill(process.pid, signal.SIGTERM)
-    assert first + take(loader, 300)[0] == take(rank_loader(data, byte_tokenizer), 303)[0]
-    loader.close()
-    loader.close()
-    assert process.returncode == -signal.SIGKILL
-
-
-def test_a_killed_worker_is_an_error(data: DataConfig, byte_tokenizer: str) -> None:
-    with rank_loader(dataclasses.replace(data, n_workers=2), byte_tokenizer) as loader:
-        next(loader)
-        workers(loader)[1].process.kill()
-        with pytest.raises(DataError, match="was killed by signal 9"):
-            take(loader, 100_000)
-
-
-def test_a_worker_that_raises_is_an_error(data: DataConfig, byte_tokenizer: str, monkeypatch: Any, capfd: Any) -> None:
-    monkeypatch.setattr("fbitrain.data.streaming.worker.COMMAND", "raise MemoryError('no room')")
-    with pytest.raises(DataError, match="ended with exit status 1"):
-        next(rank_loader(dataclasses.replace(data, n_workers=1), byte_tokenizer))
-    assert "no room" in capfd.readouterr().err
-
-
-def test_workers_end_with_a_killed_parent(data: DataConfig, byte_tokenizer: str, tmp_path: Path) -> None:
-    script = tmp_path / "trainer.py"  # no main guard: a worker must not import it
-    script.write_text(
-        "from fbitrain.data.loader import TokenLoader\n"
-        "from fbitrain.data.config import *\n"
-        f"loader = TokenLoader({dataclasses.replace(data, n_workers=1)!r}, {byte_tokenizer!r}, 0, 1, 1)\n"
-        "next(loader)\n"
-        "import os, sys\n"
-        "if os.fork():\n"
-        "    print(loader._feeds[0].process.pid, flush=True)\n"
-        "sys.stdin.read()\n"  # both stay; the child, as a fork does, holds the worker's pipe open
-        "os._exit(0)\n"
-    )
-    command = [sys.executable, str(script)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as trainer:
-        assert trainer.stdout is not None
-        worker = os.pidfd_open(int(trainer.stdout.readline()))
-        trainer.kill()
-        readable = select.select([worker], [], [], 10.0)[0]  # a pidfd turns readable when its process ends
-        os.close(worker)
-    assert readable
-
-
-def test_workers_need_neither_torch_nor_transformers() -> None:
-    heavy = "{'torch', 'transformers', 'huggingface_hub'}"
-    check = f"import sys, fbitrain.data.streaming.worker; sys.exit(bool({heavy} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
-
-
 @pytest.fixture(scope="module")
 def tokenized(data: DataConfig, byte_tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     folder = tmp_path_factory.mktemp("tokens")
@@ -358,31 +213,6 @@ def test_tokens_outlive_their_text(tokenized: DataConfig, byte_tokenizer: str) -
     gone = [dataclasses.replace(source, paths=["/nowhere"]) for source in tokenized.sources]
     without_text = dataclasses.replace(tokenized, sources=gone)
     assert take(rank_loader(without_text, byte_tokenizer), 3) == take(rank_loader(tokenized, byte_tokenizer), 3)
-
-
-def test_another_kind_of_place_is_another_plan(data: DataConfig, byte_tokenizer: str) -> None:
-    _, state = take(rank_loader(data, byte_tokenizer), 1)
-    saved = {name: dict.fromkeys(shards, -1) for name, shards in rank_loader(data, byte_tokenizer).shard_list().items()}
-    state["fingerprint"]["web"]["sha256"] = "of unknown sizes"
-    with pytest.raises(DataError, match=r"the size of 0\.jsonl was not known then and is now"):
-        rank_loader(data, byte_tokenizer, states=[state], saved_shards=saved)
-
-
-def test_other_fields_are_another_stream(data: DataConfig, byte_tokenizer: str) -> None:
-    _, state = take(rank_loader(data, byte_tokenizer), 1)
-    sources = [dataclasses.replace(data.sources[0], text_key="content"), *data.sources[1:]]
-    with pytest.raises(DataError, match=r"'web' was read as text from field 'text' .* reads text from 'content'"):
-        rank_loader(dataclasses.replace(data, sources=sources), byte_tokenizer, states=[state])
-
-
-def test_a_document_that_changed_under_a_stopped_run(tmp_path: Path, byte_tokenizer: str, write_shard: Any) -> None:
-    """Of the same size, so only the document that was in use can tell."""
-    path = write_shard(tmp_path / "a.jsonl", ["x" * 400] * 5)
-    data = DataConfig([SourceConfig("a", [str(tmp_path)])], seq_len=31, n_lanes=1, n_workers=0)
-    _, state = take(rank_loader(data, byte_tokenizer), 1)
-    path.write_bytes(path.read_bytes().replace(b"x" * 10, b"\\u00e9" + b"xxxx"))
-    with pytest.raises(DataError, match=r"a\.jsonl of source 'a' has changed since the run began: the document in use"):
-        next(rank_loader(data, byte_tokenizer, states=[state]))
 
 
 def test_fewer_phases_than_before(data: DataConfig, byte_tokenizer: str) -> None:
