@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from fbitrain.config_checks import NO_DECAY_KINDS, semantic_problems
+from fbitrain.config_checks import semantic_problems
+from fbitrain.config_optim import OptimConfig, with_old_keys
 from fbitrain.config_reading import ConfigError as ConfigError
 from fbitrain.config_reading import read_values, typed
 from fbitrain.data.config import DataConfig, SourceConfig
@@ -72,17 +73,11 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """AdamW with linear warm-up and cosine decay (defaults: arXiv 2407.07093)."""
+class BatchChange:
+    """From a step on, another number of tokens per step."""
 
-    lr: float = 3e-4
-    min_lr: float = 3e-5  # reached at train.total_steps
-    warmup_steps: int = 2000  # optimizer steps
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    no_decay: list[str] = field(default_factory=lambda: list(NO_DECAY_KINDS))  # parameter kinds without weight decay
-    max_grad_norm: float = 1.0  # 0: no clipping
+    from_step: int = 0  # the first step of this size
+    global_batch_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,6 +87,7 @@ class TrainConfig:
     total_steps: int = 1000  # 0, in fine-tuning only: evaluate and save what the start gives
     micro_batch_size: int = 8  # sequences per rank per forward
     global_batch_tokens: int = 2**19  # tokens per step over all ranks; grad_accum_steps is derived from it
+    batch_changes: list[BatchChange] = field(default_factory=list)  # a batch that grows, in the order of their steps
     resume: str = (
         "auto"  # auto: from the run's newest complete checkpoint if there is one; never; or a checkpoint folder
     )
@@ -184,6 +180,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     """
     problems: list[str] = []
     values = read_values(Path(path), overrides, problems)
+    if "optim" in values:
+        values["optim"] = with_old_keys(values["optim"])
     sizes = {f"model.{name}": size for name, size in _preset_values(values, problems).items()}
     config, unread = typed(Config, values, sizes, problems)
     config = _with_origins(config)

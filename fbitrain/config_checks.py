@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from fbitrain.config_optim import optim_problems
 from fbitrain.data.config import data_problems
 from fbitrain.model.config import SALIENT_METHODS, binarize_problems, model_problems
 from fbitrain.pretrained_shape import is_binary_run
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from fbitrain.config import Config
 
 PRECISIONS = ("auto", "bf16", "fp32")
-NO_DECAY_KINDS = ("scales", "norms", "embeddings", "biases")
 
 
 def semantic_problems(config: Config, world_size: int) -> Iterator[str]:
@@ -26,7 +26,7 @@ def semantic_problems(config: Config, world_size: int) -> Iterator[str]:
     yield from _calibration_problems(config)
     yield from _train_problems(config, world_size)
     yield from _distill_problems(config)
-    yield from _optim_problems(config)
+    yield from optim_problems(config.optim, config.train.total_steps)
     yield from _engine_problems(config)
 
 
@@ -107,25 +107,6 @@ def _idle_calibration(config: Config) -> Iterator[str]:
                 f"calibration.{name} has nothing to do: model.pretrained={config.model.pretrained} is binary already "
                 "and keeps the salient weights that it has; leave it out, or start from a model in full precision"
             )
-
-
-def _optim_problems(config: Config) -> Iterator[str]:
-    optim = config.optim
-    if not optim.lr > 0:
-        yield f"optim.lr={optim.lr} must be positive"
-    if not 0 <= optim.min_lr <= optim.lr:
-        yield f"optim.min_lr={optim.min_lr} must lie between 0 and optim.lr={optim.lr}"
-    total = config.train.total_steps
-    if optim.warmup_steps < 0 or 0 < total < optim.warmup_steps:  # a run of no steps has no use for warm-up
-        yield f"optim.warmup_steps={optim.warmup_steps} must lie in 0 to train.total_steps={total}"
-    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
-        yield f"optim.betas={optim.betas} must be two numbers in [0, 1)"
-    for name in ("weight_decay", "max_grad_norm"):
-        if getattr(optim, name) < 0:
-            yield f"optim.{name}={getattr(optim, name)} must not be negative"
-    for kind in optim.no_decay:
-        if kind not in NO_DECAY_KINDS:
-            yield f"optim.no_decay has {kind!r}; choose from {', '.join(NO_DECAY_KINDS)}"
 
 
 def _engine_problems(config: Config) -> Iterator[str]:

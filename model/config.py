@@ -63,6 +63,10 @@ class BinarizeConfig:
     """How Linears become binary: effective weight α·sign(W) + β (docs/design.md, Numbers)."""
 
     enabled: bool = True  # false trains the full-precision twin, the paper's baseline
+    # Phases of precision in one run: the first `from_step` steps train in full precision, the next `anneal_steps` mix
+    # full precision and binary in a share that rises from 0 to 1, and all later steps are binary.
+    from_step: int = 0
+    anneal_steps: int = 0
     # binary (FBI-LLM), partial (PB-LLM), cherry (CherryQ), mixture_of_scales (BinaryMoS), onebit (OneBit);
     # bnn, xnor, bireal, recu, fda (BiBench's five); bitnet (BitNet), ternary (BitNet b1.58)
     method: str = "binary"
