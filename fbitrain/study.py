@@ -1,210 +1,182 @@
-"""A study: one configuration in many variants and seeds, run one after another, and what came of each.
+"""The runs of a study (study_file.py): which there are, what each waits for, what is noted beside it.
 
-    base: launch/studies/smollm2.yaml       the configuration that every variant starts from
-    seeds: [0, 1]
-    variants:
-      - name: PB-LLM, 10 %, Hessian
-        set: [binarize.method=partial, binarize.salient.criterion=hessian]
-        seeds: [0]                          where the seed changes nothing
-    expect:                                 orderings of the held-out perplexity that the papers claim
-      - [PB-LLM 10 % Hessian, PB-LLM 10 % magnitude]
-
-A seed draws the weights that are random and orders the data. A variant whose run is finished is not run again, so a
-study that was interrupted goes on where it was. Beside each run lies study.json: the configuration that it was started
-with, and the seconds it took, over all attempts.
+A seed draws the weights that are random and orders the data. A run that is finished is not run again, so a study that
+was interrupted goes on where it was. Beside each run lies study.json: the configuration that it was started with, the
+seconds it took over all attempts, and whether the last one failed.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fbitrain.config import load_config, to_yaml
+from fbitrain.config import Config, load_config, to_yaml
 from fbitrain.errors import UserError
 from fbitrain.files import read_json_lines, write_json
+from fbitrain.study_file import Setting, Study, Variant, slug
 
-PERPLEXITY = "heldout/perplexity"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What is changed of the base configuration, and with which seeds it runs."""
-
-    name: str
-    overrides: tuple[str, ...]
-    seeds: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Study:
-    """What a study file says. `expected` holds pairs of names: the first is to have the lower perplexity."""
-
-    base: str
-    variants: tuple[Variant, ...]
-    expected: tuple[tuple[str, str], ...]
+BITS_PER_BYTE = "heldout/bits_per_byte"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One variant with one seed, and the folder it lives in."""
+    """One variant with one seed, and with one setting of its grid if it has one; and the folder it lives in."""
 
     variant: Variant
     seed: int
     folder: Path
+    setting: Setting | None = None
 
     @property
-    def overrides(self) -> list[str]:
-        place = [f"run.dir={self.folder.parent}", f"run.name={self.folder.name}"]
-        return [*self.variant.overrides, *place, f"train.seed={self.seed}", f"data.seed={self.seed}"]
-
-    def config(self, base: str) -> str:
-        """The resolved configuration as YAML. Raises ConfigError."""
-        return to_yaml(load_config(base, self.overrides))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A variant's results: per seed where there are several."""
-
-    name: str
-    perplexities: tuple[float, ...]
-    bits_per_weight: float
-    tokens: int
-    seconds: float  # the median over seeds, start to end; NaN if a run was not timed
-
-    @property
-    def perplexity(self) -> float:
-        return statistics.median(self.perplexities)
-
-
-def load_study(path: Path) -> Study:
-    """Reads a study file; raises UserError with every problem in it."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"the study {path} cannot be read: {' '.join(str(error).split())}") from None
-    problems = list(_problems(raw))
-    if problems:
-        raise UserError(f"the study {path} has mistakes: {'; '.join(problems)}")
-    variants = tuple(
-        Variant(item["name"], tuple(item.get("set", ())), tuple(item.get("seeds") or raw["seeds"]))
-        for item in raw["variants"]
-    )
-    return Study(raw["base"], variants, tuple((low, high) for low, high in raw.get("expect") or ()))
+    def release(self) -> Path:
+        """Where the run is released for those that learn from it."""
+        return self.folder / "release"
 
 
 def runs(study: Study, folder: Path) -> list[Run]:
     """Every run of a study, its first seeds first, so that a study cut short has something of everything."""
     each = [
-        Run(variant, seed, folder / f"{slug(variant.name)}-seed{seed}")
+        Run(variant, seed, folder / "-".join([slug(variant.name), *_setting_slug(setting), f"seed{seed}"]), setting)
         for variant in study.variants
+        for setting in variant.grid or (None,)
         for seed in variant.seeds
     ]
     return sorted(each, key=lambda run: run.variant.seeds.index(run.seed))
 
 
-def slug(name: str) -> str:
-    """A name as a folder may have it."""
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+def _setting_slug(setting: Setting | None) -> list[str]:
+    return [slug(setting.name)] if setting else []
+
+
+def runs_of(study: Study, folder: Path, name: str) -> list[Run]:
+    """The runs of the variant called `name`."""
+    return [run for run in runs(study, folder) if run.variant.name == name]
+
+
+def teacher_of(study: Study, run: Run) -> Run | None:
+    """The run that `run` learns from."""
+    name = run.variant.teacher
+    return runs_of(study, run.folder.parent, name)[0] if name else None
+
+
+def is_teacher(study: Study, run: Run) -> bool:
+    """Whether a variant of the study learns from `run`."""
+    names = {variant.teacher for variant in study.variants}
+    return run.variant.name in names and run.seed == run.variant.seeds[0]
 
 
 def is_finished(run: Run) -> bool:
     return (run.folder / "FINISHED.json").is_file()
 
 
-def begin(run: Run, base: str) -> None:
+def waits_for(study: Study, run: Run, pending: Collection[Run] = ()) -> list[Run]:
+    """The runs that have to end before `run` can begin: a grid's in success or failure, as long as one is finished.
+
+    A run of `pending` that failed before is to be tried again.
+    """
+    waiting = []
+    if name := run.variant.tuned_from:
+        grid = runs_of(study, run.folder.parent, name)
+        waiting += [each for each in grid if not is_finished(each) and (each in pending or not has_failed(each))]
+        if not waiting and not any(map(is_finished, grid)):
+            waiting += grid
+    teacher = teacher_of(study, run)
+    return waiting + ([teacher] if teacher and not is_finished(teacher) else [])
+
+
+def best_setting(finished: dict[Setting, list[Run]]) -> Setting:
+    """The setting with the fewest held-out bits per byte, by the median of its finished runs."""
+    return min(
+        finished, key=lambda setting: statistics.median(or_infinite(bits_per_byte(r)) for r in finished[setting])
+    )
+
+
+def finished_of_grid(study: Study, folder: Path, name: str) -> dict[Setting, list[Run]]:
+    """Setting -> its finished runs, of the variant called `name`; settings without any are left out."""
+    found: dict[Setting, list[Run]] = {}
+    for run in runs_of(study, folder, name):
+        if run.setting and is_finished(run):
+            found.setdefault(run.setting, []).append(run)
+    return found
+
+
+def overrides(study: Study, run: Run) -> list[str]:
+    """What `run` changes of the base. Raises UserError if it is tuned from a variant of which nothing is finished."""
+    changes = list(run.variant.overrides)
+    if name := run.variant.tuned_from:
+        finished = finished_of_grid(study, run.folder.parent, name)
+        if not finished:
+            raise UserError(f"{run.folder.name} is tuned from {name!r}, of which no run is finished")
+        changes += best_setting(finished).overrides
+    if teacher := teacher_of(study, run):
+        changes.append(f"distill.teacher={teacher.release / 'dense'}")
+    if run.setting:
+        changes += run.setting.overrides
+    place = [f"run.dir={run.folder.parent}", f"run.name={run.folder.name}"]
+    return [*changes, *place, f"train.seed={run.seed}", f"data.seed={run.seed}"]
+
+
+def config_of(study: Study, run: Run) -> Config:
+    """The resolved configuration. Raises ConfigError, and UserError as `overrides` does."""
+    return load_config(study.base, overrides(study, run))
+
+
+def begin(study: Study, run: Run) -> None:
     """Notes the configuration that `run` is started with. Raises UserError if it was begun with another.
 
-    A run is timed only if `add_seconds` followed each time that it was begun.
+    A run is timed only if `end` followed each time that it was begun.
     """
-    _require_same_settings(run, base)
+    config = require_same_settings(study, run)
     noted = _noted(run)
     untimed = is_finished(run) or not noted.get("timed", True)
     seconds = math.nan if untimed else noted.get("seconds", 0.0)
-    write_json(run.folder / "study.json", {"config": run.config(base), "seconds": seconds, "timed": False})
+    write_json(run.folder / "study.json", {"config": to_yaml(config), "seconds": seconds, "timed": False})
 
 
-def add_seconds(run: Run, seconds: float) -> None:
-    """Adds to the time that `run` took."""
+def end(run: Run, seconds: float, *, failed: bool = False) -> None:
+    """Adds to the time that `run` took, and notes whether this attempt failed."""
     noted = _noted(run)
-    write_json(run.folder / "study.json", {**noted, "seconds": noted["seconds"] + seconds, "timed": True})
+    write_json(
+        run.folder / "study.json", {**noted, "seconds": noted["seconds"] + seconds, "timed": True, "failed": failed}
+    )
 
 
-def outcomes(study: Study, folder: Path) -> list[Outcome]:
-    """The results of the variants that have a finished run, in the order of the study, by their finished runs.
-
-    Raises UserError for a run with other settings than the study has now.
-    """
-    by_name: dict[str, list[Run]] = {}
-    for run in runs(study, folder):
-        by_name.setdefault(run.variant.name, []).append(run)
-    finished = [some for variant in study.variants if (some := list(filter(is_finished, by_name[variant.name])))]
-    for run in (run for some in finished for run in some):
-        _require_same_settings(run, study.base)
-    return [_outcome(some) for some in finished]
-
-
-def verdicts(study: Study, results: Sequence[Outcome]) -> Iterator[tuple[str, str, str]]:
-    """(lower, higher, verdict) of each expected ordering.
-
-    It holds if every seed of the one is below every seed of the other, and fails if every seed is above; else the two
-    cannot be told apart. A perplexity that is not finite is above all that are.
-    """
-    by_name = {outcome.name: [_or_infinite(value) for value in outcome.perplexities] for outcome in results}
-    for low, high in study.expected:
-        if low not in by_name or high not in by_name:
-            yield low, high, "not run"
-            continue
-        lows, highs = by_name[low], by_name[high]
-        alone = " (one run each)" if len(lows) == len(highs) == 1 else ""
-        if max(lows) < min(highs):
-            yield low, high, "holds" + alone
-        elif min(lows) > max(highs):
-            yield low, high, "does not hold" + alone
-        else:
-            yield low, high, "cannot be told apart"
-
-
-def _or_infinite(perplexity: float) -> float:
-    return perplexity if math.isfinite(perplexity) else math.inf
-
-
-def _require_same_settings(run: Run, base: str) -> None:
-    config = run.config(base)
-    if _noted(run).get("config", config) != config:
+def require_same_settings(study: Study, run: Run) -> Config:
+    """The configuration of `run`; raises UserError if it was begun with another."""
+    config = config_of(study, run)
+    if _noted(run).get("config", (text := to_yaml(config))) != text:
         raise UserError(f"{run.folder} has other settings than the study now; remove it, or rename the variant")
+    return config
 
 
-def _seconds(run: Run) -> float:
+def seconds_of(run: Run) -> float:
+    """How long `run` took, over all attempts; NaN if one was not timed."""
     noted = _noted(run)
     return float(noted["seconds"]) if noted.get("timed") else math.nan
 
 
-def _noted(run: Run) -> dict[str, Any]:
-    path = run.folder / "study.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def has_failed(run: Run) -> bool:
+    """Whether the last attempt at `run` ended before its last step."""
+    return not is_finished(run) and bool(_noted(run).get("failed"))
 
 
-def _outcome(some: Sequence[Run]) -> Outcome:
-    lines = [list(read_json_lines(run.folder / "metrics.jsonl")) for run in some]
-    return Outcome(
-        some[0].variant.name,
-        tuple(_last(run, line, PERPLEXITY) for run, line in zip(some, lines, strict=True)),
-        _last(some[0], lines[0], "model/bits_per_weight"),
-        max(int(line[-1]["tokens"]) for line in lines),
-        statistics.median(map(_seconds, some)),
-    )
+def metrics_of(run: Run) -> Iterator[dict[str, Any]]:
+    """The lines of its metrics.jsonl."""
+    return read_json_lines(run.folder / "metrics.jsonl")
 
 
-def _last(run: Run, lines: Sequence[Mapping[str, Any]], key: str) -> float:
+def bits_per_byte(run: Run) -> float:
+    """The last figure of a finished run. Raises UserError if it has none."""
+    return last_of(run, list(metrics_of(run)), BITS_PER_BYTE)
+
+
+def last_of(run: Run, lines: list[dict[str, Any]], key: str) -> float:
+    """The last value of `key` in `lines`, the metrics of `run`."""
     found = [line[key] for line in lines if key in line]
     if not found:
         raise UserError(
@@ -213,35 +185,11 @@ def _last(run: Run, lines: Sequence[Mapping[str, Any]], key: str) -> float:
     return float(found[-1])
 
 
-def _problems(raw: Any) -> Iterator[str]:
-    if not isinstance(raw, dict) or not isinstance(raw.get("base"), str) or not isinstance(raw.get("variants"), list):
-        yield "it must have base: (a configuration file), seeds: and variants:"
-        return
-    if unknown := sorted(set(map(str, raw)) - {"base", "seeds", "variants", "expect"}):
-        yield f"unknown keys {', '.join(unknown)}"
-    names: list[str] = []
-    for i, item in enumerate(raw["variants"]):
-        if not isinstance(item, dict) or not isinstance(item.get("name"), str) or not slug(item["name"]):
-            yield f"variants[{i}] has no name"
-            continue
-        yield from _variant_problems(item, raw.get("seeds"), names)
-        names.append(item["name"])
-    pairs = raw.get("expect") or []
-    for pair in pairs if isinstance(pairs, list) else [pairs]:
-        if not isinstance(pair, list) or len(pair) != 2:
-            yield f"expect: {pair!r} is not a pair of names"
-            continue
-        yield from (f"expect: no variant is called {name!r}" for name in pair if name not in names)
+def or_infinite(value: float) -> float:
+    """A figure that is not finite is above all that are."""
+    return value if math.isfinite(value) else math.inf
 
 
-def _variant_problems(item: Mapping[str, Any], seeds: Any, earlier: Sequence[str]) -> Iterator[str]:
-    name, own = item["name"], item.get("seeds", seeds)
-    if slug(name) in map(slug, earlier):
-        yield f"two variants are called {name!r}"
-    if not isinstance(own, list) or not own or not all(isinstance(seed, int) for seed in own):
-        yield f"variant {name!r} has no list of seeds"
-    overrides = item.get("set", [])
-    if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
-        yield f"set: of variant {name!r} is not a list of section.key=value"
-    if unknown := sorted(set(map(str, item)) - {"name", "set", "seeds"}):
-        yield f"variant {name!r} has unknown keys {', '.join(unknown)}"
+def _noted(run: Run) -> dict[str, Any]:
+    path = run.folder / "study.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -56,7 +56,8 @@ def run_steps(parts: Parts, state: TrainerState, stop: StopSignal) -> None:
     """All steps that are left, with what happens between them."""
     config, rank = parts.config, parts.rank
     if state.step == 0:
-        parts.writer.scalars(0, 0, {"model/bits_per_weight": parts.bits_per_weight})
+        model = {"model/bits_per_weight": parts.bits_per_weight, "model/flops_per_token": parts.flops_per_token}
+        parts.writer.scalars(0, 0, model)
         save_start(parts, state)
         if config.eval.every:
             evaluate(parts, state)

@@ -1,26 +1,30 @@
 """Run a study and say what came of it: `compare.py launch/studies/NAME.yaml [--only TEXT] [--table]`.
 
-Each variant is a run of launch/finetune.py in runs/studies/NAME; finished ones are kept. The table, the orderings that
-the study expects and a picture go to runs/studies/NAME too.
+Each variant is a run of launch/pretrain.py, or of launch/finetune.py where it starts from a pretrained model, in
+runs/studies/NAME; finished ones are kept. The table, the orderings that the study expects and pictures go to
+runs/studies/NAME too. `--results FILE` keeps all figures, and `--from FILE` draws the table and the pictures of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from fbitrain.errors import UserError
-from fbitrain.files import replacing, write_text
+from fbitrain.files import write_text
 from fbitrain.launch.cli import positive, run
-from fbitrain.study import Outcome, Run, Study, add_seconds, begin, is_finished, load_study, outcomes, runs, verdicts
+from fbitrain.study import Run, begin, config_of, end, is_finished, is_teacher, overrides, runs, teacher_of, waits_for
+from fbitrain.study_file import Study, load_study
+from fbitrain.study_plots import draw
+from fbitrain.study_results import outcomes, read_results, write_results
+from fbitrain.study_table import table
 
 LAUNCH = Path(__file__).parent
 
@@ -32,86 +36,91 @@ def main(arguments: argparse.Namespace) -> int:
     if not wanted:
         raise UserError(f"no variant of {arguments.study} has {arguments.only!r} in its name")
     failed: list[str] = []
-    if not arguments.table:
+    if not (arguments.table or arguments.results_from):
         todo = [each for each in wanted if not is_finished(each)]
-        with ThreadPoolExecutor(arguments.jobs) as jobs:
-            problems = list(jobs.map(lambda each: train(study, each, arguments.jobs, arguments.discard), todo))
-        failed = [problem for problem in problems if problem]
-    results = outcomes(study, folder)
+        failed = train_all(study, todo, arguments.jobs, arguments.discard)
+    results = read_results(study, arguments.results_from) if arguments.results_from else outcomes(study, folder)
     if not results:
         raise UserError("; ".join(failed) or f"nothing of {arguments.study} has finished in {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if arguments.results:
+        write_results(study, results, arguments.results)
     write_text(folder / "table.md", table(study, results))
-    draw(results, folder / "perplexity.png")
+    pictures = draw(study, results, folder)
     print(table(study, results))
-    print(f"{folder / 'table.md'}, {folder / 'perplexity.png'}")
+    print(", ".join(map(str, [folder / "table.md", *pictures])))
     if failed:
         raise UserError("; ".join(failed))
     return 0
 
 
+def train_all(study: Study, todo: Sequence[Run], jobs: int, discard: bool) -> list[str]:
+    """Carries out `todo`, in its order but for runs that wait for others; returns a sentence for each that failed."""
+    waiting, running, failed = list(todo), dict[Future[str], Run](), []
+    with ThreadPoolExecutor(jobs) as pool:
+        while True:
+            pending = [*waiting, *running.values()]
+            ready = [each for each in waiting if not waits_for(study, each, pending)]
+            for each in ready[: jobs - len(running)]:
+                waiting.remove(each)
+                running[pool.submit(train, study, each, jobs, discard)] = each
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[future]
+                failed += [future.result()] if future.result() else []
+    for each in waiting:
+        missing = ", ".join(other.folder.name for other in waits_for(study, each))
+        failed.append(f"{each.folder.name} was not run, because these are not finished: {missing}")
+    return failed
+
+
 def train(study: Study, one: Run, jobs: int, discard: bool) -> str:
     """One run to its end, its output in its folder; returns a sentence if it failed, else an empty one."""
+    teacher = teacher_of(study, one)
+    if teacher and (problem := release(teacher)):
+        return f"{one.folder.name} was not run: {problem}"
     one.folder.mkdir(parents=True, exist_ok=True)
     try:
-        begin(one, study.base)
+        begin(study, one)
+        script = "finetune.py" if config_of(study, one).model.pretrained else "pretrain.py"
     except UserError as error:
         return str(error)
-    threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
     print(f"{one.folder.name} …", flush=True)
-    log, started = one.folder / "log.txt", time.perf_counter()
-    with log.open("a") as output:
+    started = time.perf_counter()
+    code = call(one, [script, study.base, *overrides(study, one)], jobs)
+    end(one, time.perf_counter() - started, failed=not is_finished(one))
+    if code or not is_finished(one):
+        return f"{one.folder.name} failed with exit code {code}, see {one.folder / 'log.txt'}"
+    if is_teacher(study, one) and (problem := release(one)):
+        return problem
+    if discard:
+        shutil.rmtree(one.folder / "checkpoints")
+    return ""
+
+
+def release(one: Run) -> str:
+    """Writes out the model of a finished run for those that learn from it; returns a sentence if that failed."""
+    if (one.release / "dense" / "config.json").is_file():
+        return ""
+    code = call(one, ["release.py", str(one.folder), "--format=dense", "--dtype=float32", f"--out={one.release}"], 1)
+    return f"{one.folder.name} could not be released, see {one.folder / 'log.txt'}" if code else ""
+
+
+def call(one: Run, command: Sequence[str], jobs: int) -> int:
+    """Runs a command of launch/ with its share of the cores, its output in the run's log; returns the exit code."""
+    threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
+    with (one.folder / "log.txt").open("a") as output:
         # A world of one needs no launcher, and two launchers would want the same port.
         done = subprocess.run(
-            [sys.executable, str(LAUNCH / "finetune.py"), study.base, *one.overrides],
+            [sys.executable, str(LAUNCH / command[0]), *command[1:]],
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": threads, "LOCAL_SIZE": str(jobs)},
             stdin=subprocess.DEVNULL,
             check=False,
         )
-    add_seconds(one, time.perf_counter() - started)
-    if done.returncode or not is_finished(one):
-        return f"{one.folder.name} failed with exit code {done.returncode}, see {log}"
-    if discard:
-        shutil.rmtree(one.folder / "checkpoints")
-    return ""
-
-
-def table(study: Study, results: Sequence[Outcome]) -> str:
-    """Markdown: a row per variant, then the orderings."""
-    rows = [
-        "| variant | perplexity (each seed) | bits per weight | training tokens | minutes |",
-        "|---|---|---|---|---|",
-    ]
-    for outcome in results:
-        each = ", ".join(f"{value:,.2f}" for value in outcome.perplexities)
-        minutes = f"{outcome.seconds / 60:.1f}" if math.isfinite(outcome.seconds) else "not timed"
-        costs = f"{outcome.bits_per_weight:.2f} | {outcome.tokens:,} | {minutes}"
-        rows.append(f"| {outcome.name} | {each} | {costs} |")
-    rows += ["", "| expected to be lower | than | |", "|---|---|---|"]
-    rows += [f"| {low} | {high} | {verdict} |" for low, high, verdict in verdicts(study, results)]
-    return "\n".join(rows) + "\n"
-
-
-def draw(results: Sequence[Outcome], path: Path) -> None:
-    """Perplexity over bits per weight, a point per seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(results) + 1.2), layout="constrained")
-    for y, outcome in enumerate(results):
-        finite = [value for value in outcome.perplexities if math.isfinite(value)]
-        axes.plot(finite, [y] * len(finite), "o", color="tab:blue", alpha=0.7)
-    labels = [f"{outcome.name} ({outcome.bits_per_weight:.2f} bits)" for outcome in results]
-    axes.set(xscale="log", xlabel="held-out perplexity, a point per seed", yticks=range(len(results)))
-    axes.set_yticklabels(labels, fontsize=8)
-    axes.invert_yaxis()
-    axes.grid(alpha=0.3)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    pyplot.close(figure)
+    return done.returncode
 
 
 def parser() -> argparse.ArgumentParser:
@@ -125,6 +134,10 @@ def parser() -> argparse.ArgumentParser:
     )
     commands.add_argument(
         "--runs", type=Path, default=Path("runs/studies"), help="where runs live (default runs/studies)"
+    )
+    commands.add_argument("--results", type=Path, metavar="FILE", help="write all figures to FILE, as JSON")
+    commands.add_argument(
+        "--from", dest="results_from", type=Path, metavar="FILE", help="run nothing, sum up what --results wrote"
     )
     return commands
 

@@ -12,7 +12,10 @@ import pytest
 
 from fbitrain.errors import UserError
 from fbitrain.launch import compare
-from fbitrain.study import Study, add_seconds, begin, load_study, outcomes, runs, slug, verdicts
+from fbitrain.study import begin, config_of, end, overrides, runs
+from fbitrain.study_file import Study, load_study, slug
+from fbitrain.study_results import outcomes, verdicts
+from fbitrain.study_table import table
 
 ROOT = Path(__file__).parents[2]
 TEXT = """
@@ -44,19 +47,19 @@ def study(tmp_path: Path) -> Study:
     return load_study(path)
 
 
-def finish(study: Study, folder: Path, perplexities: Sequence[float]) -> None:
+def finish(study: Study, folder: Path, figures: Sequence[float]) -> None:
     """Writes what the runs would have left, in the order of `runs`; negative: not finished."""
-    for run, value in zip(runs(study, folder), perplexities, strict=True):
+    for run, value in zip(runs(study, folder), figures, strict=True):
         run.folder.mkdir(parents=True)
         lines = [
-            {"step": 0, "tokens": 0, "model/bits_per_weight": 1.5},
-            {"step": 0, "tokens": 0, "heldout/perplexity": 1e9},
-            {"step": 2, "tokens": 512, "heldout/perplexity": value},
+            {"step": 0, "tokens": 0, "model/bits_per_weight": 1.5, "model/flops_per_token": 1e12},
+            {"step": 0, "tokens": 0, "heldout/perplexity": 1e9, "heldout/bits_per_byte": 9.0},
+            {"step": 2, "tokens": 512, "heldout/perplexity": 10 * value, "heldout/bits_per_byte": value},
         ]
         (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         for seconds in (60.0, 30.0):
-            begin(run, study.base)
-            add_seconds(run, seconds)
+            begin(study, run)
+            end(run, seconds)
         if value >= 0:
             (run.folder / "FINISHED.json").write_text("{}")
 
@@ -65,8 +68,14 @@ def test_runs_of_all_variants_come_with_their_first_seed_first(study: Study, tmp
     names = " ".join(run.folder.name for run in runs(study, tmp_path))
     assert names == "onebit-seed0 mos-4-experts-seed0 full-precision-seed0 onebit-seed1 mos-4-experts-seed1"
     run = runs(study, tmp_path)[3]
-    assert run.overrides[0] == "binarize.method=onebit"
-    assert set(run.overrides[1:]) == {f"run.dir={tmp_path}", "run.name=onebit-seed1", "train.seed=1", "data.seed=1"}
+    method, *rest = overrides(study, run)
+    assert method == "binarize.method=onebit"
+    assert set(rest) == {
+        f"run.dir={tmp_path}",
+        "run.name=onebit-seed1",
+        "train.seed=1",
+        "data.seed=1",
+    }
 
 
 def test_an_ordering_holds_only_beyond_the_seeds(study: Study, tmp_path: Path) -> None:
@@ -79,17 +88,16 @@ def test_overlapping_seeds_are_noise_and_unfinished_variants_are_left_out(study:
     finish(study, tmp_path, [30.0, 20.0, -1.0, 21.0, 29.0])
     results = outcomes(study, tmp_path)
     assert [outcome.name for outcome in results] == ["OneBit", "MoS, 4 experts"]
-    assert [verdict for *_, verdict in verdicts(study, results)] == ["cannot be told apart", "not run"]
-    text = compare.table(study, results)
-    assert "| OneBit | 30.00, 21.00 | 1.50 | 512 | 1.5 |" in text
-    compare.draw(results, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert [verdict for *_, verdict in verdicts(study, results)] == ["undecided", "not run"]
+    # 14 layers of 12 have 12·(4·768² + 3·768·2048) binary weights, more than the tokens by far.
+    row = "| OneBit | 30.000, 21.000 | 25.500 | 300.00, 210.00 | 1.50 | 512 | 0.0 | 1.5 | 0.512 |"
+    assert row in table(study, results)
 
 
 def test_a_variant_counts_by_the_seeds_that_are_finished(study: Study, tmp_path: Path) -> None:
     finish(study, tmp_path, [30.0, 20.0, 15.0, 31.0, -1.0])
     results = outcomes(study, tmp_path)
-    assert [outcome.perplexities for outcome in results] == [(30.0, 31.0), (20.0,), (15.0,)]
+    assert [outcome.bits_per_byte for outcome in results] == [(30.0, 31.0), (20.0,), (15.0,)]
     assert [verdict for *_, verdict in verdicts(study, results)] == ["holds", "holds (one run each)"]
 
 
@@ -97,7 +105,7 @@ def test_a_run_that_diverged_is_above_all_others_and_one_run_is_said_to_be_one(s
     finish(study, tmp_path, [math.inf, 20.0, 15.0, math.inf, 22.0])
     assert [verdict for *_, verdict in verdicts(study, outcomes(study, tmp_path))] == ["holds", "holds"]
     single = replace(study, expected=(("full precision", "full precision"),))
-    assert [verdict for *_, verdict in verdicts(single, outcomes(single, tmp_path))] == ["cannot be told apart"]
+    assert [verdict for *_, verdict in verdicts(single, outcomes(single, tmp_path))] == ["undecided"]
     few = replace(study, variants=tuple(replace(variant, seeds=(0,)) for variant in study.variants))
     assert {verdict for *_, verdict in verdicts(few, outcomes(few, tmp_path))} == {"holds (one run each)"}
 
@@ -112,24 +120,24 @@ def test_a_run_with_other_settings_than_the_study_has_now_is_refused(study: Stud
 
 def test_a_run_is_timed_only_if_all_its_attempts_were(study: Study, tmp_path: Path) -> None:
     finish(study, tmp_path, [1.0] * 5)
-    row = "| full precision | 1.00 | 1.50 | 512 | {} |"
-    assert row.format("1.5") in compare.table(study, outcomes(study, tmp_path))
+    row = "| full precision | 1.000 | 1.000 | 10.00 | 1.50 | 512 | 0.0 | {} | 0.512 |"
+    assert row.format("1.5") in table(study, outcomes(study, tmp_path))
     run = runs(study, tmp_path)[2]
     (run.folder / "FINISHED.json").unlink()
-    begin(run, study.base)  # compare.py was killed here, and the run went on
-    begin(run, study.base)
-    add_seconds(run, 1.0)
+    begin(study, run)  # compare.py was killed here, and the run went on
+    begin(study, run)
+    end(run, 1.0)
     (run.folder / "FINISHED.json").write_text("{}")
-    assert row.format("not timed") in compare.table(study, outcomes(study, tmp_path))
+    assert row.format("not timed") in table(study, outcomes(study, tmp_path))
     (run.folder / "study.json").unlink()  # run by hand
-    assert row.format("not timed") in compare.table(study, outcomes(study, tmp_path))
+    assert row.format("not timed") in table(study, outcomes(study, tmp_path))
 
 
 def test_a_run_without_heldout_figures_says_what_to_set(study: Study, tmp_path: Path) -> None:
     finish(study, tmp_path, [1.0] * 5)
     metrics = runs(study, tmp_path)[0].folder / "metrics.jsonl"
     metrics.write_text('{"step": 0, "tokens": 0, "model/bits_per_weight": 1}\n')
-    with pytest.raises(UserError, match=r"onebit-seed0 has no heldout/perplexity .* set data\.heldout"):
+    with pytest.raises(UserError, match=r"onebit-seed0 has no heldout/bits_per_byte .* set data\.heldout"):
         outcomes(study, tmp_path)
 
 
@@ -167,4 +175,4 @@ def test_every_variant_of_a_shipped_study_is_a_configuration_that_runs(
     monkeypatch.chdir(ROOT)
     study = load_study(path)
     for run in runs(study, Path("runs")):
-        run.config(study.base)
+        config_of(study, run)
