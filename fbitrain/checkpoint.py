@@ -1,7 +1,7 @@
 """Save and resume as a transaction.
 
 A checkpoint holds the fp32 weights and the optimizer's state as flat slices of named parameters, so that any number of
-ranks under any ZeRO stage can read what any other wrote. A folder counts only once COMPLETE.json is in it, its last file.
+ranks under any ZeRO stage can read what any other wrote. A folder counts only once COMPLETE.json, its last, is in it.
 
     step_00000200/
       shard_rank00000.safetensors   slices this rank owned: "kind|parameter|start" -> fp32 [n]; kinds are weight, and

@@ -97,11 +97,15 @@ class OptimConfig:
 
 
 def with_old_keys(optim: Any) -> Any:
-    """The section as it is written today: `no_decay`, a list of kinds, became `decay_factor`."""
-    if not isinstance(optim, dict) or not isinstance(optim.get("no_decay"), list):
+    """The section as it is written today: `no_decay`, a list of kinds, became `decay_factor`.
+
+    What `no_decay` cannot have been is left as it is, to be refused.
+    """
+    exempt = optim.get("no_decay") if isinstance(optim, dict) else None
+    if not isinstance(exempt, list) or not set(map(str, exempt)) <= {"scales", "norms", "embeddings", "biases"}:
         return optim
     rest = {key: value for key, value in optim.items() if key != "no_decay"}
-    exempt = [*optim["no_decay"], *(["routers"] if "scales" in optim["no_decay"] else [])]
+    exempt = [*exempt, *(["routers"] if "scales" in exempt else [])]  # a kind of its own since
     return {"decay_factor": {kind: 0.0 if kind in exempt else 1.0 for kind in KINDS}, **rest}
 
 

@@ -36,7 +36,7 @@ class RankMemory:
 
     weights: int  # what the forward multiplies with, in the compute dtype
     gradients: int
-    optimizer: int  # fp32 latent weights, both Adam moments, and the fp32 gradients of this rank's part
+    optimizer: int  # fp32 latent weights, Adam's moments or Muon's momentum, and fp32 gradients of this rank's part
     buckets: int  # DeepSpeed's communication buffer
     activations: int
     loss: int  # logits of one chunk of student and teacher, and the gradients of hidden states and head
@@ -57,9 +57,18 @@ class RankMemory:
 
 
 def rank_memory(
-    config: Config, n_parameters: int, *, world_size: int, precision: str, teacher: TeacherSize | None
+    config: Config,
+    n_parameters: int,
+    *,
+    n_muon: int = 0,
+    world_size: int,
+    precision: str,
+    teacher: TeacherSize | None,
 ) -> RankMemory:
-    """The peak of one rank of `world_size` for a student of `n_parameters`; `precision` is bf16 or fp32."""
+    """The peak of one rank of `world_size` for a student of `n_parameters`; `precision` is bf16 or fp32.
+
+    `n_muon` of the parameters have Muon, which keeps one number for each, not two.
+    """
     stage, c = config.engine.zero_stage, COMPUTE_BYTES[precision]
     tokens = config.train.micro_batch_size * config.data.seq_len
 
@@ -67,7 +76,7 @@ def rank_memory(
         """Elements a rank keeps of something that ZeRO partitions from `first_stage` on."""
         return math.ceil(n_parameters / world_size) if stage >= first_stage else n_parameters
 
-    optimizer = 8 * part(1)
+    optimizer = 8 * part(1) - 4 * (math.ceil(n_muon / world_size) if stage >= 1 else n_muon)
     if stage >= 1:
         optimizer += 4 * part(1)  # DeepSpeed's own fp32 copy, also when it computes in fp32
         optimizer += 4 * part(1) if precision == "bf16" else 0

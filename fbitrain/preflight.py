@@ -22,7 +22,7 @@ from fbitrain.preflight_data import look_at_data
 from fbitrain.release_tokenizer import tokenizer_source
 
 GB = 1e9
-CHECKPOINT_BYTES = 12  # per parameter: an fp32 weight and its two Adam moments
+CHECKPOINT_BYTES = 12  # per parameter: an fp32 weight and its two Adam moments; 4 less where Muon keeps one number
 MEND_MEMORY = (
     "use more ranks, a higher engine.zero_stage, train.activation_checkpointing or a smaller train.micro_batch_size"
 )
@@ -47,18 +47,23 @@ def inspect_run(config: Config, *, world_size: int, ranks_here: int) -> Report:
     except UserError as error:
         report.problems.append(str(error))
         return report
+    n_muon = 0  # where the matrices of a pretrained model are not counted, an estimate that is too high
     if config.model.pretrained:
         n_parameters = _describe_pretrained(report, config)
     else:
-        n_parameters = _describe_model(report, count_parameters(config.model, config.binarize))
+        count = count_parameters(config.model, config.binarize)
+        n_parameters = _describe_model(report, count)
+        n_muon = count.binary + count.dense if config.optim.optimizer == "muon" else 0
     _describe_tokens(report, config, world_size)
     _check_inputs(report, config, world_size, ranks_here)
     if not n_parameters or not config.model.n_heads:  # a model that says too little of itself to be added up
         return report
-    _check_disk(report, config, n_parameters)
+    _check_disk(report, config, CHECKPOINT_BYTES * n_parameters - 4 * n_muon)
     precision = "bf16" if resolve_precision(config.engine.precision) is torch.bfloat16 else "fp32"
     teacher, remark = _teacher_size(config)
-    memory = rank_memory(config, n_parameters, world_size=world_size, precision=precision, teacher=teacher)
+    memory = rank_memory(
+        config, n_parameters, n_muon=n_muon, world_size=world_size, precision=precision, teacher=teacher
+    )
     _describe_memory(report, config, memory, f"over {world_size} ranks, {precision}", remark)
     _check_memory(report, memory, ranks_here)
     return report
@@ -116,13 +121,13 @@ def _check_inputs(report: Report, config: Config, world_size: int, ranks_here: i
     report.problems += [problem for problem in problems if problem not in report.problems]
 
 
-def _check_disk(report: Report, config: Config, n_parameters: int) -> None:
+def _check_disk(report: Report, config: Config, checkpoint_bytes: int) -> None:
     folder = config.run_dir.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     checkpoints = config.checkpoint.keep + 1 if config.checkpoint.keep else 2  # one more while the next is written
-    needed = checkpoints * CHECKPOINT_BYTES * n_parameters
+    needed = checkpoints * checkpoint_bytes
     report.add("disk", f"{needed / GB:.1f} GB for {checkpoints} checkpoints; {free / GB:.1f} GB free in {folder}")
     if free < needed:
         report.problems.append(
@@ -149,7 +154,7 @@ def _describe_memory(report: Report, config: Config, memory: RankMemory, spread:
     for label, size, remark in (
         ("weights", memory.weights, ""),
         ("gradients", memory.gradients, ""),
-        ("optimizer", memory.optimizer, f"fp32 weights, Adam moments; {place}"),
+        ("optimizer", memory.optimizer, f"fp32 weights, optimizer state; {place}"),
         ("buckets", memory.buckets, ""),
         ("activations", memory.activations, f"{checkpointing} checkpointing"),
         ("loss", memory.loss, f"in chunks of {config.distill.chunk_tokens} tokens"),

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fbitrain.config import Config, ConfigError, differences, flatten, load_config, to_yaml
+from fbitrain.config_optim import DecayFactors
 from fbitrain.model.config import PRESETS, BinarizeConfig, ModelConfig
 
 ROOT = Path(__file__).parents[2]
@@ -225,7 +226,18 @@ def test_an_unknown_key_names_the_nearest(minimal: Path, override: str, hint: st
         ("train.compile=perhaps", ["train.compile='perhaps'", "bool"]),
         ("optim.betas=[0.9]", ["optim.betas=[0.9]", "two numbers"]),
         ("optim.betas=0.9", ["optim.betas=0.9", "list"]),
-        ("optim.no_decay=[scale]", ["'scale'", "scales, norms, embeddings"]),
+        ("optim.no_decay=[scale]", ["optim.no_decay is not a field of OptimConfig"]),
+        ("optim.optimizer=lion", ["optim.optimizer='lion' is unknown", "adamw, muon"]),
+        ("optim.schedule=step", ["optim.schedule='step' is unknown", "cosine, linear, wsd, two_stage"]),
+        ("optim.lr_factor.scale=0.1", ["optim.lr_factor.scale is not a field", "did you mean optim.lr_factor.scales?"]),
+        ("optim.lr_factor.scales=-1", ["optim.lr_factor.scales=-1", "must not be negative"]),
+        ("optim.cooldown_steps=5", ["optim.cooldown_steps=5 is for optim.schedule=wsd, not cosine"]),
+        ("optim.stage2_lr=1e-4", ["optim.stage2_lr=0.0001 is for optim.schedule=two_stage, not cosine"]),
+        ("optim.muon.update_size=big", ["optim.muon.update_size='big' is unknown", "spectral, rms"]),
+        ("optim.muon.ns_steps=0", ["optim.muon.ns_steps=0 must be at least 1"]),
+        ("optim.muon.momentum=1", ["optim.muon.momentum=1", "[0, 1)"]),
+        ("optim.muon.fused=[{name: qkv, rows: [8]}]", ["optim.muon.fused[0]", "at least two matrices"]),
+        ("optim.on_change=ignore", ["optim.on_change='ignore' is unknown", "refuse, restart"]),
         ("optim.min_lr=1", ["optim.min_lr=1", "optim.lr="]),
         ("optim.warmup_steps=2000000", ["optim.warmup_steps", "train.total_steps"]),
         ("engine.zero_stage=0", ["precision=fp32"]),
@@ -250,6 +262,34 @@ def test_a_wrong_value_says_what_and_how_to_mend_it(minimal: Path, override: str
     text = "\n".join(problems_of(minimal, override))
     for word in words:
         assert word in text
+
+
+def test_schedules_must_fit_the_run(minimal: Path) -> None:
+    run = ("train.total_steps=100", "optim.warmup_steps=10")
+    (problem,) = problems_of(minimal, *run, "optim.schedule=wsd", "optim.cooldown_steps=91")
+    assert "optim.cooldown_steps=91 must lie in 0 to train.total_steps=100 less optim.warmup_steps=10" in problem
+    stages = ("optim.schedule=two_stage", "optim.lr=1e-3", "optim.min_lr=0", "optim.stage2_step=101")
+    found = problems_of(minimal, *run, *stages, "optim.stage2_lr=2e-3")
+    assert len(found) == 2
+    assert "optim.stage2_step=101 must lie between optim.warmup_steps=10 and train.total_steps=100" in found[0]
+    assert "optim.stage2_lr=0.002 must lie between optim.min_lr=0.0 and optim.lr=0.001" in found[1]
+
+
+def test_the_rate_and_decay_of_muons_matrices_are_muons(minimal: Path) -> None:
+    found = problems_of(
+        minimal, "optim.optimizer=muon", "optim.lr_factor.matrices=0.5", "optim.decay_factor.matrices=0"
+    )
+    assert len(found) == 2
+    assert "set optim.muon.lr instead" in found[0]
+    assert "set optim.muon.weight_decay instead" in found[1]
+
+
+def test_an_old_runs_list_of_kinds_without_decay_is_still_read(minimal: Path) -> None:
+    config = load_config(minimal, ["optim.no_decay=[scales, norms]"])
+    assert config.optim.decay_factor == DecayFactors(scales=0, routers=0, norms=0, embeddings=1, biases=1)
+    everything = load_config(minimal, ["optim.no_decay=[scales, norms, embeddings, biases]"])
+    assert everything.optim.decay_factor == DecayFactors()
+    assert load_config(minimal, ["optim.no_decay=[]"]).optim.decay_factor.scales == 1
 
 
 def test_a_run_of_no_steps_needs_no_word_on_its_warm_up(minimal: Path, tmp_path: Path) -> None:

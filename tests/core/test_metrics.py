@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from fbitrain.engine import Fragment
 from fbitrain.kernels.reference import sign
-from fbitrain.metrics import SignTracker
 from fbitrain.model.config import METHODS, SALIENT_METHODS, BinarizeConfig, has_signs_of_weights
 from fbitrain.model.linear import BinaryLinear
 from fbitrain.model.methods import Source, make_layer
 from fbitrain.model.partial import PartialBinaryLinear
+from fbitrain.tracking import SignTracker
 
 N, K = 5, 9
 
@@ -28,7 +28,7 @@ def engine_of(layer: nn.Module, cut: int) -> Any:
 
     def fragments() -> Any:
         for start, stop in ((0, cut), (cut, N * K)):
-            yield Fragment("layer.weight", (N, K), start, stop, flat[start:stop], flat, flat)
+            yield Fragment("layer.weight", (N, K), start, stop, flat[start:stop], {})
 
     return SimpleNamespace(student=SimpleNamespace(lm=nn.ModuleDict({"layer": layer})), fragments=fragments)
 

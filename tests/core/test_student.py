@@ -89,7 +89,7 @@ def test_kinds_go_by_the_module_that_owns_a_parameter() -> None:
     assert found["h.0.ln_1.weight"] == found["ln_f.bias"] == "norms"
     assert found["h.1.mlp.c_fc.weight"] == "matrices"
     assert found["h.1.mlp.c_fc.bias"] == "biases"
-    assert parameter_kinds(Student(llama(tied=False), DistillConfig()))["lm.lm_head.weight"] == "matrices"
+    assert parameter_kinds(Student(llama(tied=False), DistillConfig()))["lm.lm_head.weight"] == "head"
 
 
 @pytest.mark.parametrize("kd_weight", [0.0, 0.7])
