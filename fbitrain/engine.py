@@ -90,15 +90,6 @@ def native_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def lr_at(config: Config, step: int) -> float:
-    """Learning rate of step `step` (1-based): linear warm-up, then cosine from lr to min_lr at total_steps."""
-    optim, total = config.optim, config.train.total_steps
-    if step <= optim.warmup_steps:
-        return optim.lr * step / optim.warmup_steps
-    progress = (step - optim.warmup_steps) / max(1, total - optim.warmup_steps)
-    return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """DeepSpeed's JSON, derived from ours; nobody writes it by hand."""
     engine, train = config.engine, config.train

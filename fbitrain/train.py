@@ -22,13 +22,14 @@ from fbitrain.build import Heldout, Parts, build, finished, write_finished
 from fbitrain.checkpoint import TrainerState
 from fbitrain.config import Config
 from fbitrain.data.errors import DataError
-from fbitrain.engine import Engine, init_distributed, lr_at
+from fbitrain.engine import Engine, init_distributed
 from fbitrain.errors import UserError
 from fbitrain.evaluate import bits_per_byte, perplexity_of
 from fbitrain.files import write_json
 from fbitrain.fine_tune import needs_calibration, with_known_sizes
 from fbitrain.metrics import gather_scales, memory_scalars, peak_tflops, router_scalars
 from fbitrain.ranks import StopSignal, StreamError, agreed, from_rank_0, on_all_ranks, say
+from fbitrain.schedules import batch_tokens_at, lr_at
 
 
 def train(config: Config) -> None:
@@ -69,7 +70,7 @@ def run_steps(parts: Parts, state: TrainerState, stop: StopSignal) -> None:
             if state.step > saved_step:
                 save(parts, state, data_state)
             raise on_all_ranks(error) from None
-        state = TrainerState(state.step + 1, state.tokens + config.train.global_batch_tokens)
+        state = TrainerState(state.step + 1, state.tokens + batch_tokens_at(config.train, state.step + 1))
         bar.update()
         last = state.step == config.train.total_steps
         if state.step % config.metrics.every == 0 or last:
