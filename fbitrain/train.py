@@ -91,7 +91,8 @@ def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[s
     """
     config, engine, teacher = parts.config, parts.engine, parts.teacher
     lr = lr_at(config, state.step + 1)
-    n_micro_batches = config.grad_accum_steps(engine.world_size)
+    n_micro_batches = config.grad_accum_steps(engine.world_size, state.step + 1)
+    engine.set_grad_accum_steps(n_micro_batches)
     failure = ""
     finite = torch.ones((), dtype=torch.bool, device=engine.device)
     for i in range(n_micro_batches):
