@@ -157,7 +157,8 @@ def _recipe(config: Config, training: Training) -> str:
         "temperature": f"{distill.temperature:g}",
         "steps, tokens": f"{training.step} of {config.train.total_steps}, {training.tokens:,}",
         "batch, sequence": f"{_batch(config)} tokens per step, {config.data.seq_len} tokens",
-        "learning rate": f"{config.optim.lr} → {config.optim.min_lr}, {config.optim.warmup_steps} warm-up steps",
+        "learning rate": f"{config.optim.lr} → {config.optim.min_lr} ({config.optim.schedule}), "
+        f"{config.optim.warmup_steps} warm-up steps",
         "data": ", ".join(f"{source.name} ({source.weight:g})" for source in config.data.sources),
     }
     return "## Recipe\n\n| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items() if value)

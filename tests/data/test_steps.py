@@ -105,3 +105,13 @@ def test_other_sizes_of_the_past_keep_the_steps(phased: DataConfig, byte_tokeniz
     for batches in found:
         assert any("web" in sources for sources in batches[: 10 // ranks])
         assert all(sources <= {"code"} for sources in batches[10 // ranks :])
+
+
+def test_lanes_are_counted_in_the_order_they_are_drawn(phased: DataConfig, byte_tokenizer: str) -> None:
+    """12 sequences of 5 lanes: the next one is lane 2's, and with other sizes it is the first after 3 steps."""
+    _, states = begun(phased, byte_tokenizer, 1, 6)
+    with rank_loader(phased, byte_tokenizer, states=states, sequences_per_step=20) as loader:
+        state = loader.state()
+    assert state["next_lane"] == 2
+    in_turn = [state["lanes"][str(lane)]["sequence"] for lane in (2, 3, 4, 0, 1)]
+    assert in_turn == [60, 61, 62, 63, 64]
