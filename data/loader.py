@@ -22,6 +22,7 @@ from fbitrain.data.sources.fingerprint import ShardList, fingerprint, require_sa
 from fbitrain.data.sources.shards import Shard
 from fbitrain.data.streaming.plan import LanePlan, find_sources, plan_lanes, record_format
 from fbitrain.data.streaming.source_reader import SourceState
+from fbitrain.data.streaming.steps import SequencesPerStep, StepSizes
 from fbitrain.data.streaming.stream import border_tokens, initial_state, too_many_bad_records
 from fbitrain.data.streaming.worker import Drawn, Feed, Job, LaneFeed, WorkerProcess
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -41,7 +42,8 @@ class TokenLoader:
     n_workers, the mixture's weights and text or pretokenized shards may change between runs; new weights concern what
     comes after. `saved_shards` is the saved run's shard_list(), by which a changed shard is named.
 
-    `sequences_per_step`, over all ranks, is needed where data.phases says at which steps the mixture changes.
+    `sequences_per_step`, over all ranks, is needed where data.phases says at which steps the mixture changes; of a
+    batch that grows, it is every size with the steps that are done when it begins.
 
     Raises DataError for missing or changed shards, a state that does not fit, more bad records than allowed, a rank
     without documents, and a tokenizer process that died.
@@ -57,7 +59,7 @@ class TokenLoader:
         *,
         states: Sequence[Mapping[str, Any]] | None = None,
         saved_shards: ShardList | None = None,
-        sequences_per_step: int = 0,
+        sequences_per_step: SequencesPerStep = 0,
         log_documents: bool = False,
     ) -> None:
         if data.n_lanes < world_size:
@@ -79,14 +81,17 @@ class TokenLoader:
         }
         plans = plan_lanes(data, sources, sequences_per_step=sequences_per_step, log_documents=log_documents)
         mine = plans[rank::world_size]
-        self._mixture = {"sequences_per_step": sequences_per_step, "phases": [list(p.weights) for p in mine[0].phases]}
+        self._mixture = {
+            "sequences_per_step": StepSizes.of(sequences_per_step).to_json(),
+            "phases": [list(p.weights) for p in mine[0].phases],
+        }
         self._drawn = 0  # sequences that all ranks together have drawn
         saved = {plan.lane: initial_state(plan) for plan in mine}
         first = rank
         if states is not None:
             _require_continuable(self._identity, states, sources, saved_shards)
-            saved, self._drawn = _continued(states, mine, world_size, self._mixture)
             first = _next_lane(states, rank, world_size)
+            saved, self._drawn = _continued(states, _in_turn(mine, first), world_size, self._mixture)
         self._empty = {lane: state for lane, state in saved.items() if state["empty"]}
         self._feeds = self._open_feeds(_in_turn(mine, first), saved, tokenizer)
         # A lane that was found empty is not drawn again; its feed knows.
@@ -261,12 +266,16 @@ def _require_continuable(
 def _continued(
     states: Sequence[Mapping[str, Any]], plans: Sequence[LanePlan], world_size: int, mixture: Mapping[str, Any]
 ) -> tuple[dict[int, dict[str, Any]], int]:
-    """The states of our lanes among those of all saved ranks, and the sequences drawn by all of them."""
+    """The states of our lanes, given in turn, among those of all saved ranks, and the sequences drawn by all of them.
+
+    Where the steps have other sizes than they had, as many steps are done, and phases begin as many steps from here.
+    """
     before = states[0]
     every = _merge_lanes(states, before["n_lanes"])
-    drawn, per_step = before["drawn"], mixture["sequences_per_step"]
-    if per_step and before["mixture"]["sequences_per_step"] not in (0, per_step):
-        drawn = drawn // before["mixture"]["sequences_per_step"] * per_step  # as many steps, of another size
+    drawn = before["drawn"]
+    was, now = (StepSizes.of(of["sequences_per_step"]) for of in (before["mixture"], mixture))
+    if was.spans and now.spans and was != now:
+        drawn = now.sequences_after(was.steps_within(drawn))
     lanes = {plan.lane: copy.deepcopy(every[str(plan.lane)]) for plan in plans}
     for position, (lane, state) in enumerate(lanes.items()):
         if before["mixture"]["phases"] != mixture["phases"]:

@@ -30,6 +30,7 @@ from fbitrain.model.build import BinarizeReport, build_student
 from fbitrain.model.config import has_signs_of_weights
 from fbitrain.ranks import agreed, from_rank_0, say
 from fbitrain.release_tokenizer import tokenizer_source
+from fbitrain.schedules import batch_spans
 from fbitrain.student import Student
 from fbitrain.teacher import Teacher, load_teacher
 from fbitrain.tracking import ScaleTracker, SignTracker
@@ -212,7 +213,7 @@ def open_stream(config: Config, tokenizer_path: str, rank: int, world_size: int,
         config.train.micro_batch_size,
         states=states,
         saved_shards=saved_shards,
-        sequences_per_step=config.train.global_batch_tokens // config.data.seq_len,
+        sequences_per_step=[(first - 1, tokens // config.data.seq_len) for first, tokens in batch_spans(config.train)],
         log_documents=config.debug.log_documents,
     )
 

@@ -21,6 +21,7 @@ from fbitrain.data.config import DataConfig, SourceConfig
 from fbitrain.errors import UserError
 from fbitrain.model.config import PRESETS, BinarizeConfig, ModelConfig
 from fbitrain.pretrained_shape import SIZES, origins, read_shape
+from fbitrain.schedules import batch_tokens_at
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,10 @@ class Config:
     def run_dir(self) -> Path:
         return Path(self.run.dir) / self.run.name
 
-    def grad_accum_steps(self, world_size: int) -> int:
-        """Micro-batches per rank and step, so that every step sees `train.global_batch_tokens`."""
-        return self.train.global_batch_tokens // (self.train.micro_batch_size * self.data.seq_len * world_size)
+    def grad_accum_steps(self, world_size: int, step: int = 1) -> int:
+        """Micro-batches per rank in step `step` (from 1), so that it sees as many tokens as `train` says."""
+        portion = self.train.micro_batch_size * self.data.seq_len * world_size
+        return batch_tokens_at(self.train, step) // portion
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int = 1) -> Config:

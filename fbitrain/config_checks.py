@@ -31,7 +31,7 @@ def semantic_problems(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _train_problems(config: Config, world_size: int) -> Iterator[str]:
-    train, data = config.train, config.data
+    data = config.data
     for section, name, least in (
         ("train", "total_steps", 0 if config.model.pretrained else 1),
         ("train", "micro_batch_size", 1),
@@ -50,16 +50,38 @@ def _train_problems(config: Config, world_size: int) -> Iterator[str]:
         yield "eval.prompts has an empty prompt; give it a word, or take it out"
     if config.eval.every and config.eval.max_tokens < data.seq_len:
         yield f"eval.max_tokens={config.eval.max_tokens} is less than one window of data.seq_len={data.seq_len} tokens"
-    portion = train.micro_batch_size * data.seq_len * world_size
-    if portion > 0 and train.global_batch_tokens % portion:
-        yield (
-            f"train.global_batch_tokens={train.global_batch_tokens} is not a multiple of "
-            f"micro_batch_size*seq_len*world_size={train.micro_batch_size}*{data.seq_len}*{world_size}={portion}"
-        )
+    yield from _batch_problems(config, world_size)
     if world_size > data.n_lanes:
         yield f"data.n_lanes={data.n_lanes} is less than the {world_size} ranks of this run; every rank needs a lane"
     if 0 < config.model.max_seq_len < data.seq_len:
         yield f"data.seq_len={data.seq_len} is longer than model.max_seq_len={config.model.max_seq_len}"
+
+
+def _batch_problems(config: Config, world_size: int) -> Iterator[str]:
+    """Of the tokens per step and the steps at which they change."""
+    train, seq_len = config.train, config.data.seq_len
+    sizes = {"train.global_batch_tokens": train.global_batch_tokens}
+    before = 1
+    for i, change in enumerate(train.batch_changes):
+        where = f"train.batch_changes[{i}]"
+        sizes[f"{where}.global_batch_tokens"] = change.global_batch_tokens
+        if change.global_batch_tokens < 1:
+            yield f"{where}.global_batch_tokens={change.global_batch_tokens} must be at least 1"
+        if change.from_step <= before:
+            yield f"{where}.from_step={change.from_step} must be more than {before}, where the size before it begins"
+        if change.from_step > train.total_steps:
+            yield (
+                f"{where}.from_step={change.from_step} comes after the last step, "
+                f"train.total_steps={train.total_steps}; take the change out, or train for longer"
+            )
+        before = max(before, change.from_step)
+    portion = train.micro_batch_size * seq_len * world_size
+    for name, tokens in sizes.items():
+        if portion > 0 and tokens % portion:
+            yield (
+                f"{name}={tokens} is not a multiple of "
+                f"micro_batch_size*seq_len*world_size={train.micro_batch_size}*{seq_len}*{world_size}={portion}"
+            )
 
 
 def _distill_problems(config: Config) -> Iterator[str]:

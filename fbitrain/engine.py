@@ -174,6 +174,16 @@ class Engine:
         """Student.forward under DeepSpeed's hooks."""
         return self._deepspeed(*args, **kwargs)
 
+    def set_grad_accum_steps(self, n: int) -> None:
+        """Makes a step of `n` micro-batches; called before its first one, when the last step has ended."""
+        engine = self._deepspeed
+        if n == engine.gradient_accumulation_steps():
+            return
+        engine.set_train_batch_size(n * engine.train_micro_batch_size_per_gpu() * self.world_size)
+        engine.micro_steps = 0  # a step ends where the micro-batches since the start are a multiple of n
+        if hasattr(engine.optimizer, "gradient_accumulation_steps"):  # ZeRO's own copy of the number
+            engine.optimizer.gradient_accumulation_steps = n
+
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of one micro-batch's mean loss; DeepSpeed averages over micro-batches and ranks."""
         self._deepspeed.backward(loss)

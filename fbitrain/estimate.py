@@ -16,6 +16,7 @@ from typing import Any
 
 from fbitrain.config import Config
 from fbitrain.model.config import ModelConfig
+from fbitrain.schedules import tokens_after
 
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
 RUNTIME_BYTES = 600_000_000  # interpreter, torch, DeepSpeed and transformers, or a CUDA context with its libraries
@@ -112,7 +113,7 @@ def activation_bytes(model: ModelConfig, tokens: int, compute_bytes: int, *, che
 
 def tokens_in_total(config: Config) -> int:
     """Tokens the student is trained on from the first to the last step."""
-    return config.train.total_steps * config.train.global_batch_tokens
+    return tokens_after(config.train, config.train.total_steps)
 
 
 def read_teacher_size(folder: Path) -> TeacherSize:

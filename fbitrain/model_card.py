@@ -12,6 +12,7 @@ from fbitrain.files import read_json_lines
 from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig
 from fbitrain.model.hf import ReleasedModel
 from fbitrain.pretrained_shape import is_binary_run
+from fbitrain.schedules import batch_spans
 
 # Papers of the methods, by binarize.method.
 PAPERS = {
@@ -155,11 +156,18 @@ def _recipe(config: Config, training: Training) -> str:
         + (f" + {distill.hidden_weight:g} · MSE(hidden states)" if distill.hidden_weight else ""),
         "temperature": f"{distill.temperature:g}",
         "steps, tokens": f"{training.step} of {config.train.total_steps}, {training.tokens:,}",
-        "batch, sequence": f"{config.train.global_batch_tokens:,} tokens per step, {config.data.seq_len} tokens",
-        "learning rate": f"{config.optim.lr} → {config.optim.min_lr}, {config.optim.warmup_steps} warm-up steps",
+        "batch, sequence": f"{_batch(config)} tokens per step, {config.data.seq_len} tokens",
+        "learning rate": f"{config.optim.lr} → {config.optim.min_lr} ({config.optim.schedule}), "
+        f"{config.optim.warmup_steps} warm-up steps",
         "data": ", ".join(f"{source.name} ({source.weight:g})" for source in config.data.sources),
     }
     return "## Recipe\n\n| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items() if value)
+
+
+def _batch(config: Config) -> str:
+    """Tokens of the first step, and every later size with the step it begins at."""
+    spans = batch_spans(config.train)
+    return ", ".join(f"{tokens:,}" + (f" from step {first:,} on" if first > 1 else "") for first, tokens in spans)
 
 
 def _calibration(config: Config) -> str:

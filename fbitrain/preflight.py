@@ -20,6 +20,7 @@ from fbitrain.fine_tune import own_checkpoint, with_known_sizes
 from fbitrain.model.size import ParameterCount, count_parameters
 from fbitrain.preflight_data import look_at_data
 from fbitrain.release_tokenizer import tokenizer_source
+from fbitrain.schedules import batch_spans
 
 GB = 1e9
 CHECKPOINT_BYTES = 12  # per parameter: an fp32 weight and its two Adam moments; 4 less where Muon keeps one number
@@ -99,11 +100,13 @@ def _describe_model(report: Report, count: ParameterCount) -> int:
 
 def _describe_tokens(report: Report, config: Config, world_size: int) -> None:
     train = config.train
-    report.add(
-        "tokens",
-        f"{train.global_batch_tokens:,} per step = {world_size} ranks × {train.micro_batch_size} sequences "
-        f"× {config.data.seq_len} tokens × {config.grad_accum_steps(world_size)} grad_accum_steps",
-    )
+    for first, tokens in batch_spans(train):
+        report.add(
+            "tokens" if first == 1 else "",
+            f"{tokens:,} per step {'' if first == 1 else f'from step {first:,} on '}= {world_size} ranks "
+            f"× {train.micro_batch_size} sequences × {config.data.seq_len} tokens "
+            f"× {config.grad_accum_steps(world_size, first)} grad_accum_steps",
+        )
     report.add("", f"{tokens_in_total(config):,} in {train.total_steps:,} steps")
 
 

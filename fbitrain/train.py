@@ -29,7 +29,7 @@ from fbitrain.files import write_json
 from fbitrain.fine_tune import needs_calibration, with_known_sizes
 from fbitrain.metrics import memory_scalars, peak_tflops, router_scalars
 from fbitrain.ranks import StopSignal, StreamError, agreed, from_rank_0, on_all_ranks, say
-from fbitrain.schedules import lr_at
+from fbitrain.schedules import batch_tokens_at, lr_at
 from fbitrain.tracking import gather_scales
 
 
@@ -72,7 +72,7 @@ def run_steps(parts: Parts, state: TrainerState, stop: StopSignal) -> None:
             if state.step > saved_step:
                 save(parts, state, data_state)
             raise on_all_ranks(error) from None
-        state = TrainerState(state.step + 1, state.tokens + config.train.global_batch_tokens)
+        state = TrainerState(state.step + 1, state.tokens + batch_tokens_at(config.train, state.step + 1))
         bar.update()
         last = state.step == config.train.total_steps
         if state.step % config.metrics.every == 0 or last:
@@ -92,7 +92,8 @@ def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[s
     Raises StreamError on all ranks, before the update, if the stream of any of them fails.
     """
     config, engine, teacher = parts.config, parts.engine, parts.teacher
-    n_micro_batches = config.grad_accum_steps(engine.world_size)
+    n_micro_batches = config.grad_accum_steps(engine.world_size, state.step + 1)
+    engine.set_grad_accum_steps(n_micro_batches)
     failure = ""
     finite = torch.ones((), dtype=torch.bool, device=engine.device)
     for i in range(n_micro_batches):

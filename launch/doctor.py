@@ -1,5 +1,7 @@
 """Say what this machine has and whether a run fits it: `doctor.py [--config YAML [section.key=value ...]]`.
 
+With --picture FILE.png it also draws the schedules of the run.
+
 Exit code 1 if the run (or, without --config, any run) cannot work here; every reason is one sentence on stderr.
 Nothing outside the standard library is imported before the packages are known to be there.
 """
@@ -12,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 from fbitrain.launch.cli import positive, run
 
@@ -51,8 +54,11 @@ def missing_packages() -> list[str]:
 def inspect(arguments: argparse.Namespace) -> list[str]:
     """Prints what is here and what the run would take; returns what keeps it from running."""
     from fbitrain.config import load_config
+    from fbitrain.errors import UserError
 
     config = None
+    if arguments.picture and not arguments.config:
+        raise UserError("--picture draws the schedules of a run; name the run with --config")
     if arguments.config:  # checked before torch is imported: a mistyped key is reported at once
         config = load_config(arguments.config, arguments.overrides, world_size=arguments.world_size)
     n_gpus = print_machine()
@@ -60,12 +66,16 @@ def inspect(arguments: argparse.Namespace) -> list[str]:
     if config is None:
         return problems
     from fbitrain.preflight import inspect_run
+    from fbitrain.schedule_picture import draw_schedules
 
     ranks_here = arguments.ranks_per_node or min(arguments.world_size, n_gpus or arguments.world_size)
     report = inspect_run(config, world_size=arguments.world_size, ranks_here=ranks_here)
     print(f"\n{arguments.config}")
     for label, text in report.lines:
         print_line(label, text)
+    if arguments.picture:
+        draw_schedules(config, arguments.picture)
+        print_line("picture", f"its schedules are drawn in {arguments.picture}")
     return problems + report.problems
 
 
@@ -140,6 +150,12 @@ def parser() -> argparse.ArgumentParser:
         prog="doctor.py", description="Say what this machine has and what a run would take."
     )
     commands.add_argument("--config", metavar="YAML", help="the run to check: its files, memory and tokens per step")
+    commands.add_argument(
+        "--picture",
+        type=Path,
+        metavar="FILE.png",
+        help="draw the run's learning rate, weight decay and batch over its steps",
+    )
     commands.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
     commands.add_argument("--world-size", type=positive, default=1, help="ranks of the run, over all nodes (default 1)")
     commands.add_argument("--ranks-per-node", type=positive, help="ranks on this node (default: one per GPU, or all)")

@@ -29,6 +29,7 @@ TORCH_FREE = (
     "fbitrain/estimate.py",
     "fbitrain/config_reading.py",
     "fbitrain/pretrained_shape.py",
+    "fbitrain/schedules.py",
     "model/config.py",
     "model/size.py",
     "data/config.py",

@@ -16,6 +16,7 @@ from fbitrain.data.reading.documents import BlockLimits
 from fbitrain.data.reading.records import RecordFormat
 from fbitrain.data.sources.patterns import is_url
 from fbitrain.data.sources.shards import Shard, find_files, find_shards
+from fbitrain.data.streaming.steps import SequencesPerStep, StepSizes
 
 # With this many units of equal size per lane, no lane gets more than about a quarter above its share of a source.
 UNITS_PER_LANE = 4
@@ -99,7 +100,7 @@ def plan_lanes(
     data: DataConfig,
     sources: Mapping[str, Sequence[Shard]],
     *,
-    sequences_per_step: int = 0,
+    sequences_per_step: SequencesPerStep = 0,
     log_documents: bool = False,
 ) -> list[LanePlan]:
     """One plan per lane. Every record of every shard is in exactly one unit, and every unit in exactly one lane."""
@@ -134,13 +135,14 @@ def block_bytes(data: DataConfig) -> int:
     return max(LEAST_BLOCK_BYTES, min(MOST_BLOCK_BYTES, each))
 
 
-def plan_phases(data: DataConfig, sequences_per_step: int) -> tuple[Phase, ...]:
+def plan_phases(data: DataConfig, sequences_per_step: SequencesPerStep) -> tuple[Phase, ...]:
     """The sources' own weights from the start, then data.phases, whose borders are steps."""
     assert sequences_per_step or not data.phases, "phases begin at steps: say how many sequences a step has"
+    sizes = StepSizes.of(sequences_per_step)
     phases = [Phase(0, tuple(source.weight for source in data.sources))]
     for phase in data.phases:
         weights = tuple(phase.weights.get(source.name, source.weight) for source in data.sources)
-        phases.append(Phase(phase.from_step * sequences_per_step, weights))
+        phases.append(Phase(sizes.sequences_after(phase.from_step), weights))
     return tuple(phases)
 
 

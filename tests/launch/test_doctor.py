@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.image
 import psutil
 import pytest
 import torch
@@ -121,6 +122,52 @@ def test_a_run_that_fits_is_added_up(folder: Path, capsys: pytest.CaptureFixture
     assert "code: 1 shards" in captured.out
     assert "not counted" not in captured.out  # the teacher's size was found
     assert not (folder / "runs").exists()  # looking leaves nothing behind
+
+
+def test_the_tokens_of_a_growing_batch(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = "train.batch_changes=[{from_step: 4, global_batch_tokens: 512}, {from_step: 9, global_batch_tokens: 128}]"
+    assert examine(folder, "--world-size", "4", "engine.precision=fp32", changes) == 0
+    out = capsys.readouterr().out
+    assert "256 per step = 4 ranks × 2 sequences × 16 tokens × 2 grad_accum_steps" in out
+    assert "512 per step from step 4 on = 4 ranks × 2 sequences × 16 tokens × 4 grad_accum_steps" in out
+    assert "128 per step from step 9 on = 4 ranks × 2 sequences × 16 tokens × 1 grad_accum_steps" in out
+    assert f"{3 * 256 + 5 * 512 + 2 * 128:,} in 10 steps" in out
+
+
+SCHEDULED = (
+    ("optim.schedule=cosine",),
+    ("optim.schedule=linear", "optim.min_lr=0", "optim.weight_decay=0", "train.total_steps=1"),
+    ("optim.schedule=wsd", "optim.cooldown_steps=3", "optim.optimizer=muon", "optim.muon.weight_decay=0.1"),
+    (
+        *("optim.schedule=two_stage", "optim.stage2_step=6", "optim.stage2_lr=1e-4", "optim.warmup_steps=2"),
+        *("binarize.from_step=3", "binarize.anneal_steps=2", "data.phases=[{from_step: 4, weights: {code: 2}}]"),
+        "train.batch_changes=[{from_step: 4, global_batch_tokens: 512}]",
+    ),
+)
+
+
+@pytest.mark.parametrize("settings", SCHEDULED, ids=lambda settings: settings[0].partition("=")[2])
+def test_the_schedules_are_drawn_on_request(
+    folder: Path, settings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = folder / "schedules.img"
+    assert examine(folder, "engine.precision=fp32", *settings) == 0
+    assert "drawn in" not in capsys.readouterr().out
+    before = set(folder.iterdir())
+    assert examine(folder, "--picture", str(picture), "engine.precision=fp32", *settings) == 0
+    assert f"schedules are drawn in {picture}" in capsys.readouterr().out
+    assert set(folder.iterdir()) == {*before, picture}
+    with picture.open("rb") as file:
+        pixels = matplotlib.image.imread(file, format="png")
+    assert min(pixels.shape[:2]) > 500
+    assert pixels.std() > 0.05
+
+
+def test_a_picture_that_cannot_be_drawn_is_one_sentence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert examine(folder, "--picture", str(folder / "nowhere" / "a.png"), "engine.precision=fp32") == 1
+    assert "nowhere/a.png could not be written: No such file or directory; name another file" in capsys.readouterr().err
+    assert run(doctor.main, doctor.parser(), ["--picture", "a.png"]) == 1
+    assert "name the run with --config" in capsys.readouterr().err
 
 
 def test_nothing_is_allocated_for_a_large_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,42 @@
+"""How many sequences the steps of a run have: by it, a number of steps becomes a global sequence number, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Sequences per step over all ranks, 0 where that is not known; or, for a batch that grows, pairs of the steps that are
+# done when a size begins, ascending from 0, and the sequences per step from there on.
+SequencesPerStep = int | Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """The sizes in order: (steps done when the size begins, sequences per step). Empty where they are not known."""
+
+    spans: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, sizes: SequencesPerStep) -> StepSizes:
+        """From numbers, which may have been through JSON."""
+        if isinstance(sizes, int):
+            return cls(((0, sizes),) if sizes else ())
+        return cls(tuple((start, size) for start, size in sizes))
+
+    def to_json(self) -> int | list[list[int]]:
+        """What `of` takes; one number if the size never changes."""
+        if len(self.spans) <= 1:
+            return self.spans[0][1] if self.spans else 0
+        return [list(span) for span in self.spans]
+
+    def sequences_after(self, steps: int) -> int:
+        """Sequences that all ranks together have drawn after `steps` steps."""
+        ends = [*(start for start, _ in self.spans[1:]), steps]
+        parts = zip(self.spans, ends, strict=True)
+        return sum(size * max(0, min(end, steps) - start) for (start, size), end in parts)
+
+    def steps_within(self, sequences: int) -> int:
+        """Steps that are complete when all ranks together have drawn `sequences`."""
+        begun = [(start, size) for start, size in self.spans if self.sequences_after(start) <= sequences]
+        start, size = begun[-1]
+        return start + (sequences - self.sequences_after(start)) // size
