@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -263,6 +263,32 @@ class Engine:
             if persistent:
                 persistent[0].partition(persistent)
                 persistent[0].all_gather(persistent)
+
+    def whole_weights(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """(name, fp32 values) of the parameters `names`, one whole parameter at a time, on every rank. Collective."""
+        mine: dict[str, list[Fragment]] = {name: [] for name in names}
+        for fragment in self.fragments():
+            if fragment.name in mine:
+                mine[fragment.name].append(fragment)
+        shapes = self.shapes()
+        for name in names:
+            whole = torch.zeros(math.prod(shapes[name]), dtype=torch.float32, device=self.device)
+            for fragment in mine[name]:
+                whole[fragment.start : fragment.stop] = fragment.weight
+            dist.all_reduce(whole)  # every element is one rank's, and 0 on the others
+            yield name, whole.view(shapes[name])
+
+    def overwrite(self, values: Mapping[str, Tensor], step: int) -> None:
+        """Puts whole tensors into the place of the parameters `values` names, after `step` steps. Collective.
+
+        Master weights and compute copies get them; the optimizer's moments stay.
+        """
+        if self.config.engine.zero_stage == 3:  # an evaluation may have left parameters gathered
+            self._deepspeed.optimizer.parameter_offload.partition_all_parameters()
+        for fragment in self.fragments(everything_local=True):
+            if fragment.name in values:
+                fragment.weight.copy_(values[fragment.name].flatten()[fragment.start : fragment.stop])
+        self.fragments_changed(step)
 
     def _flats(self) -> list[Tensor]:
         """The tensors that AdamW really updates: flat fp32 partitions, or at stage 0 the parameters themselves."""

@@ -28,6 +28,8 @@ from fbitrain.evaluate import bits_per_byte, perplexity_of
 from fbitrain.files import write_json
 from fbitrain.fine_tune import needs_calibration, with_known_sizes
 from fbitrain.metrics import gather_scales, memory_scalars, peak_tflops, router_scalars
+from fbitrain.model.phases import binary_share, has_phases
+from fbitrain.phases import enter_step, set_share
 from fbitrain.ranks import StopSignal, StreamError, agreed, from_rank_0, on_all_ranks, say
 
 
@@ -90,6 +92,7 @@ def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[s
     """
     config, engine, teacher = parts.config, parts.engine, parts.teacher
     lr = lr_at(config, state.step + 1)
+    enter_step(engine, config.binarize, state.step)
     n_micro_batches = config.grad_accum_steps(engine.world_size)
     failure = ""
     finite = torch.ones((), dtype=torch.bool, device=engine.device)
@@ -159,6 +162,8 @@ def log(parts: Parts, state: TrainerState, bar: tqdm[Any]) -> None:
     scalars = parts.interval.close(parts.config.distill)
     parts.interval.pause()
     scalars["optim/lr"] = lr_at(parts.config, state.step)
+    if has_phases(parts.config.binarize):
+        scalars["phase/binary_share"] = binary_share(parts.config.binarize, state.step)
     achieved = scalars["speed/tokens_per_s"] * parts.flops_per_token / parts.engine.world_size / 1e12
     scalars["speed/tflops_per_rank"] = achieved
     if peak := peak_tflops(parts.config, parts.engine.device):
@@ -169,6 +174,7 @@ def log(parts: Parts, state: TrainerState, bar: tqdm[Any]) -> None:
     line = (
         f"step {state.step}/{parts.config.train.total_steps} | loss {scalars['train/loss']:.4f} | "
         f"lr {scalars['optim/lr']:.2e} | grad norm {scalars['optim/grad_norm']:.2f} | "
+        + (f"binary {scalars['phase/binary_share']:.0%} | " if "phase/binary_share" in scalars else "")
         + (f"signs flipped {scalars['signs/flipped']:.2%} | " if "signs/flipped" in scalars else "")
         + f"{scalars['speed/tokens_per_s']:.0f} tokens/s"
     )
@@ -200,6 +206,7 @@ def evaluate(parts: Parts, state: TrainerState) -> None:
     """Held-out perplexity, sample texts, histograms of the scales. Every rank takes part."""
     config, engine = parts.config, parts.engine
     parts.interval.pause()
+    set_share(engine, config.binarize, state.step)
     engine.train(False)
     if parts.heldout is not None:
         nll, count = heldout_nll(parts, parts.heldout)
