@@ -27,7 +27,7 @@ def semantic_problems(config: Config, world_size: int) -> Iterator[str]:
     if has_phases(config.binarize) and is_binary_run(config.model.pretrained):
         yield (
             f"binarize.from_step and anneal_steps have nothing to do: model.pretrained={config.model.pretrained} is "
-            "binary already; leave them out, or start from a model in full precision"
+            "binary already; leave both out, or start from a model in full precision"
         )
     yield from data_problems(config.data)
     yield from _calibration_problems(config)

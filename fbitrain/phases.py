@@ -5,14 +5,18 @@ Which share a step has is model/phases.py's, a function of its number: a resumed
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fbitrain.engine import PREFIX, Engine
 from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.latent import LatentLinear
 from fbitrain.model.phases import binary_share, has_phases, scales_begin
+
+if TYPE_CHECKING:
+    from fbitrain.engine import Engine
 
 
 def enter_step(engine: Engine, binarize: BinarizeConfig, done: int) -> None:
@@ -55,5 +59,5 @@ def start_scales(engine: Engine, done: int) -> None:
 
 def latent_layers(engine: Engine) -> list[tuple[str, LatentLinear]]:
     """The binary layers by qualified name in the language model."""
-    modules = engine.student.named_modules()
-    return [(name.removeprefix(PREFIX), module) for name, module in modules if isinstance(module, LatentLinear)]
+    modules = engine.student.lm.named_modules()
+    return [(name, module) for name, module in modules if isinstance(module, LatentLinear)]

@@ -32,6 +32,15 @@ def first_binary_step(binarize: BinarizeConfig) -> int:
     return binarize.from_step + binarize.anneal_steps + 1
 
 
+def unfinished_phase(binarize: BinarizeConfig, step: int) -> str:
+    """What a model is after `step` steps, in words, as long as it is not what its run makes of it; else empty."""
+    share = binary_share(binarize, step)
+    if not binarize.enabled or share == 1:
+        return ""
+    kind = "in full precision" if share == 0 else f"mixed with a binary share of {share:.1%}"
+    return f"{kind} after step {step}, binary from step {first_binary_step(binarize)} on"
+
+
 def scales_begin(binarize: BinarizeConfig, done: int) -> bool:
     """Whether learned scales take their start values from the weights now, `done` steps having been trained.
 
