@@ -30,6 +30,7 @@ TORCH_FREE = (
     "fbitrain/config_reading.py",
     "fbitrain/pretrained_shape.py",
     "model/config.py",
+    "model/phases.py",
     "model/size.py",
     "data/config.py",
     "kernels/layout.py",
