@@ -18,11 +18,12 @@ def has_phases(binarize: BinarizeConfig) -> bool:
 def binary_share(binarize: BinarizeConfig, step: int) -> float:
     """The share λ of optimizer step `step` (1-based): a layer computes (1 - λ)·full precision + λ·binary.
 
-    After step n a model is evaluated and released with the share of step n; 0 stands for the time before the first.
+    After step n a model is evaluated and released with the share of step n. Before the first step, n = 0, it is binary
+    unless the run begins in full precision.
     """
     if not binarize.enabled:
         return 0.0
-    if not has_phases(binarize) or step > binarize.from_step + binarize.anneal_steps:
+    if step == binarize.from_step == 0 or step > binarize.from_step + binarize.anneal_steps:
         return 1.0
     return max(0, step - binarize.from_step) / (binarize.anneal_steps + 1)
 

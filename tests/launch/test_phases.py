@@ -13,7 +13,13 @@ import pytest
 import torch
 
 from fbitrain.checkpoint_files import load_weights
+from fbitrain.data.reading.heldout_text import load_heldout
+from fbitrain.data.tokenizer import load_tokenizer
+from fbitrain.errors import UserError
+from fbitrain.evaluate import perplexity
 from fbitrain.model.binarize import init_scales
+from fbitrain.pretrained import load_lm
+from fbitrain.release import release
 
 pytestmark = pytest.mark.launch
 FAULTS = Path(__file__).with_name("faulty_pretrain.py")
@@ -65,8 +71,11 @@ def test_logs_the_share_of_each_step(reference: Any) -> None:
 
 
 def test_scales_begin_where_the_weights_are_then(reference: Any) -> None:
-    """Up to step 2 nothing trains them; step 3, whose rate is at most 5e-3, begins at the values of those weights."""
+    """Up to step 2 nothing trains them; step 3 begins at the values of those weights, with moments of 0."""
     before, then, after = (weights_at(reference, step) for step in (1, 2, 3))
+    rate = next(line["optim/lr"] for line in reference.metrics if line["step"] == 3 and "optim/lr" in line)
+    # Adam's update of step 3 where gradients were 0 before: whatever the gradient, it has this size.
+    size = rate * (0.1 / (1 - 0.9**3)) / (0.05 / (1 - 0.95**3)) ** 0.5
     names = [name for name in then if name.endswith(SCALES)]
     assert len(names) == 2 * 7 * 2
     for name in names:
@@ -75,10 +84,13 @@ def test_scales_begin_where_the_weights_are_then(reference: Any) -> None:
         alpha, beta = init_scales(then[f"{layer}.weight"], "column", True, 0)
         wanted = alpha if leaf == "alpha" else beta
         assert wanted is not None
-        # Adam's first step has the size of the rate wherever there is a gradient.
-        assert 0 < (after[name] - wanted).abs().max() < 5.5e-3, name
-    moved = (then["model.layers.0.mlp.down_proj.weight"] - before["model.layers.0.mlp.down_proj.weight"]).abs().max()
-    assert moved > 1e-3
+        moved_by = (after[name] - wanted).abs()
+        assert moved_by.max() <= 1.001 * size, name
+        assert moved_by.median().item() == pytest.approx(size, rel=1e-2), (
+            name
+        )  # eps stops it where the gradient is tiny
+    weight = "model.layers.0.mlp.down_proj.weight"
+    assert (then[weight] - before[weight]).abs().max() > 1e-3
 
 
 def test_a_kill_between_the_phases_changes_nothing(launch: Any, reference: Any) -> None:
@@ -120,13 +132,15 @@ def test_binarization_begins_after_a_resume_elsewhere(launch: Any, switched: Any
 
 @pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2))])
 def test_bf16_sets_masters_and_copies(launch: Any, switched: Any, stage: int) -> None:
-    run = launch(f"bf16-{stage}", *SWITCH, "engine.precision=bf16", f"engine.zero_stage={stage}", "checkpoint.every=1")
-    # Scales that had stayed where they were at the start would show: step 4's loss is theirs.
-    assert_same_losses(run.losses, switched.losses, 2e-2)
+    options = ("engine.precision=bf16", f"engine.zero_stage={stage}", f"engine.offload_optimizer={stage == 2}")
+    run = launch(f"bf16-{stage}", *SWITCH, *options, "checkpoint.every=1")
+    assert_same_losses(run.losses, switched.losses, 2e-2)  # step 4's loss is that of the new scales' copies
     then, after = weights_at(run, 3), weights_at(run, 4)
+    rate = next(line["optim/lr"] for line in run.metrics if line["step"] == 4 and "optim/lr" in line)
+    size = rate * (0.1 / (1 - 0.9**4)) / (0.05 / (1 - 0.95**4)) ** 0.5
     for name in (name for name in then if name.endswith(".alpha")):
         alpha, _ = init_scales(then[name.replace("alpha", "weight")], "column", True, 0)
-        assert (after[name] - alpha).abs().max() < 5.5e-3, name
+        assert (after[name] - alpha).abs().median().item() == pytest.approx(size, rel=1e-2), name
 
 
 @pytest.mark.slow
@@ -142,8 +156,8 @@ def test_every_kind_of_layer_changes_over(launch: Any, method: str) -> None:
 
 @pytest.mark.slow
 def test_compiled_layers_learn_the_same(launch: Any, reference: Any) -> None:
-    run = launch("compiled", *PHASES, "train.compile=true")
-    assert_same_losses(run.losses, reference.losses, 2e-4)
+    run = launch("compiled", *PHASES, "train.compile=true", "eval.every=0", ranks=1)
+    assert_same_losses(run.losses, reference.losses, 3e-4)
 
 
 @pytest.mark.slow
@@ -152,6 +166,22 @@ def test_a_mix_from_the_first_step(launch: Any) -> None:
     shares = [line["phase/binary_share"] for line in run.metrics if "phase/binary_share" in line]
     assert shares == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert run.losses[6] < run.losses[1] - 0.05
+
+
+def test_a_release_scores_what_its_run_measured(reference: Any, switched: Any, workspace: Any, tmp_path: Path) -> None:
+    """At step 3, where one run is mixed and the other in full precision; and at step 6, where both are binary."""
+    tokenizer = load_tokenizer(str(workspace.teacher))
+    text = load_heldout([str(workspace.path / "heldout.jsonl")], tokenizer)
+    for run, step in ((reference, 3), (switched, 3), (reference, 6)):
+        checkpoint = run.run_dir / "checkpoints" / f"step_{step:08d}"
+        if step == 3:
+            with pytest.raises(UserError, match=f"binary from step {5 if run is reference else 4} on, so there are no"):
+                release(checkpoint, tmp_path / "none")
+        out = tmp_path / f"{run.run_dir.name}-{step}"
+        release(checkpoint, out, ["dense"], dtype="float32")
+        found = perplexity(load_lm(out / "dense", torch.float32), text, 24, max_tokens=480).ppl
+        measured = {line["step"]: line["heldout/perplexity"] for line in run.metrics if "heldout/perplexity" in line}
+        assert found == pytest.approx(measured[step], rel=1e-4), (run.run_dir.name, step)
 
 
 def test_a_full_precision_run_may_decide_later(launch: Any, switched: Any) -> None:

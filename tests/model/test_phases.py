@@ -196,7 +196,7 @@ def test_the_share_is_a_function_of_the_step() -> None:
     assert shares(range(5)) == [1] * 5
     assert shares(range(5), from_step=2) == [0, 0, 0, 1, 1]
     assert shares(range(8), from_step=2, anneal_steps=3) == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1]
-    assert shares(range(4), anneal_steps=1) == [0, 0.5, 1, 1]
+    assert shares(range(4), anneal_steps=1) == [1, 0.5, 1, 1]  # what is evaluated before the first step is binary
     assert binary_share(BinarizeConfig(enabled=False, from_step=2), 9) == 0
     assert first_binary_step(BinarizeConfig(from_step=2, anneal_steps=3)) == 6
 
