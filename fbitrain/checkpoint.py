@@ -36,6 +36,7 @@ from fbitrain.checkpoint_files import FIXED, LM_CONFIG, ShardReader, checksum, d
 from fbitrain.config import Config, differences, load_config, to_yaml
 from fbitrain.errors import UserError
 from fbitrain.files import fsync_file, fsync_folder, fsync_tree, write_json, write_text
+from fbitrain.model.phases import binary_share
 
 if TYPE_CHECKING:
     from fbitrain.data.sources.fingerprint import ShardList
@@ -61,6 +62,9 @@ _FREE_KEYS = (
     "data.tokenizer",
     "model.preset",
 )
+
+# May differ, too, while a run is in full precision under the old values and the new.
+PHASE_KEYS = ("binarize.from_step", "binarize.anneal_steps")
 
 
 @dataclass(frozen=True)
@@ -298,15 +302,21 @@ def require_same_config(folder: Path, new: Config) -> str:
 
     Raises UserError naming the keys that differ and decide what weights and stream mean.
     """
-    world_size = json.loads((folder / "trainer.json").read_text())["world_size"]
-    changed = differences(load_config(folder / "config.yaml", world_size=world_size), new)
+    trainer = json.loads((folder / "trainer.json").read_text())
+    step, old = trainer["step"], load_config(folder / "config.yaml", world_size=trainer["world_size"])
+    changed = differences(old, new)
     forbidden = {k: v for k, v in changed.items() if not k.startswith((*_FREE_SECTIONS, *_FREE_KEYS))}
+    if binary_share(old.binarize, step) == 0 == binary_share(new.binarize, step):
+        forbidden = {k: v for k, v in forbidden.items() if k not in PHASE_KEYS}
     if forbidden:
         listed = ", ".join(f"{key} ({was!r} there, {now!r} here)" for key, (was, now) in forbidden.items())
+        if not forbidden.keys().isdisjoint(PHASE_KEYS):
+            listed += ", and they may change only before binarization begins"
         raise UserError(
             f"{folder} belongs to another configuration: {listed}; restore these values or choose another run.name"
         )
-    worth_saying = [k for k in changed if k.startswith(("optim.", "distill.", "train.")) and k != "train.resume"]
+    told = ("optim.", "distill.", "train.", *PHASE_KEYS)
+    worth_saying = [k for k in changed if k.startswith(told) and k != "train.resume"]
     listed = ", ".join(f"{key} {changed[key][0]!r} -> {changed[key][1]!r}" for key in worth_saying)
     return f"resuming with changed settings: {listed}" if listed else ""
 

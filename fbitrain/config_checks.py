@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fbitrain.config_optim import optim_problems
 from fbitrain.data.config import data_problems
 from fbitrain.model.config import SALIENT_METHODS, binarize_problems, model_problems
+from fbitrain.model.phases import has_phases, phase_problems
 from fbitrain.pretrained_shape import is_binary_run
 
 if TYPE_CHECKING:
@@ -22,6 +23,12 @@ def semantic_problems(config: Config, world_size: int) -> Iterator[str]:
         yield from model_problems(config.model)
     if config.binarize.enabled:
         yield from binarize_problems(config.binarize, config.model)
+    yield from phase_problems(config.binarize, config.train.total_steps)
+    if has_phases(config.binarize) and is_binary_run(config.model.pretrained):
+        yield (
+            f"binarize.from_step and anneal_steps have nothing to do: model.pretrained={config.model.pretrained} is "
+            "binary already; leave both out, or start from a model in full precision"
+        )
     yield from data_problems(config.data)
     yield from _calibration_problems(config)
     yield from _train_problems(config, world_size)

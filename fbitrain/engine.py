@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -304,6 +304,32 @@ class Engine:
     def rates(self) -> dict[str, float]:
         """Kind -> learning rate of the last step."""
         return {group["kind"]: float(group["lr"]) for group in self._optimizer.param_groups}
+
+    def whole_weights(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """(name, fp32 values) of the parameters `names`, one whole parameter at a time, on every rank. Collective."""
+        mine: dict[str, list[Fragment]] = {name: [] for name in names}
+        for fragment in self.fragments():
+            if fragment.name in mine:
+                mine[fragment.name].append(fragment)
+        shapes = self.shapes()
+        for name in names:
+            whole = torch.zeros(math.prod(shapes[name]), dtype=torch.float32, device=self.device)
+            for fragment in mine[name]:
+                whole[fragment.start : fragment.stop] = fragment.weight
+            dist.all_reduce(whole)  # every element is one rank's, and 0 on the others
+            yield name, whole.view(shapes[name])
+
+    def overwrite(self, values: Mapping[str, Tensor], step: int) -> None:
+        """Puts whole tensors into the place of the parameters `values` names, after `step` steps. Collective.
+
+        Master weights and compute copies get them; the optimizer's moments stay.
+        """
+        if self.config.engine.zero_stage == 3:  # an evaluation may have left parameters gathered
+            self._deepspeed.optimizer.parameter_offload.partition_all_parameters()
+        for fragment in self.fragments(everything_local=True):
+            if fragment.name in values:
+                fragment.weight.copy_(values[fragment.name].flatten()[fragment.start : fragment.stop])
+        self.fragments_changed(step)
 
     def _placements(self) -> Iterator[Placement]:
         return placements(self._deepspeed.optimizer, self.config.engine.zero_stage)

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from fbitrain.blocks import weight_NK
 from fbitrain.calibrate import quantize_, select_masks
-from fbitrain.checkpoint import find_latest
+from fbitrain.checkpoint import find_latest, trainer_state
 from fbitrain.checkpoint_files import LM_CONFIG, fixed_tensors, load_weights
 from fbitrain.config import Config, ConfigError, load_config
 from fbitrain.config_checks import semantic_problems
@@ -27,7 +27,9 @@ from fbitrain.language_model import checked_head, load_language_model, read_hf_c
 from fbitrain.model.build import BinarizeReport, binarize_, chosen_sources, llama_config
 from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig, settings_read
 from fbitrain.model.direct_reads import check_direct_reads
+from fbitrain.model.hf import plain_weights
 from fbitrain.model.partial import PartialBinaryLinear, unpack_mask
+from fbitrain.model.phases import binary_share, has_phases, unfinished_phase
 from fbitrain.pretrained_shape import SIZES, run_config, shape_of
 
 ROLE = "model.pretrained"  # what messages call the model
@@ -71,11 +73,12 @@ def fine_tuned_student(
         lm = load_language_model(config.model.pretrained, torch.float32, role=ROLE)
     else:
         saved = load_config(origin / "config.yaml").binarize
-        if saved.enabled:
-            _require_same_method(origin, saved, config.binarize)
+        if _is_binary(origin, saved, config.binarize):
             return _from_checkpoint(origin, config, load_weights(origin))
-        lm = _bare_model(origin)
-        lm.load_state_dict(load_weights(origin), strict=False)  # a tied head is there once
+        lm, weights = _bare_model(origin), load_weights(origin)
+        if saved.enabled:
+            weights = plain_weights(lm, saved, weights)
+        lm.load_state_dict(weights, strict=False)  # a tied head is there once
     checked_head(lm, config.model.pretrained, ROLE)
     return _binarized(lm.to(device).eval(), config, token_ids)
 
@@ -160,6 +163,28 @@ def _bare_model(folder: Path) -> PreTrainedModel:
         lm_config_of(folder, load_config(folder / "config.yaml")), dtype=torch.float32, attn_implementation="sdpa"
     )
     return model
+
+
+def _is_binary(origin: Path, saved: BinarizeConfig, wanted: BinarizeConfig) -> bool:
+    """Whether the checkpoint `origin` is continued as the binary model that it is; False for one in full precision.
+
+    Raises UserError for one in between, for one that is binary in another way, and for phases that begin it anew.
+    """
+    step = trainer_state(origin).step
+    share = binary_share(saved, step)
+    if share == 0:
+        return False
+    if share < 1:
+        raise UserError(
+            f"{ROLE}={origin} is {unfinished_phase(saved, step)}; name a checkpoint from before or behind that phase"
+        )
+    _require_same_method(origin, saved, wanted)
+    if has_phases(wanted):
+        raise UserError(
+            f"{ROLE}={origin} is binary already; set binarize.from_step=0 and binarize.anneal_steps=0, "
+            "or start from a model in full precision"
+        )
+    return True
 
 
 def _require_same_method(origin: Path, saved: BinarizeConfig, wanted: BinarizeConfig) -> None:

@@ -103,7 +103,8 @@ def router_scalars(engine: Engine) -> dict[str, float]:
     sums = torch.stack([layer.take_router_stats() for layer in layers]).sum(0).to(engine.device)
     dist.all_reduce(sums)
     entropy, tokens, *loads = sums.tolist()
-    tokens = max(tokens, 1.0)
+    if not tokens:  # the layers are in full precision
+        return {}
     return {"router/entropy": entropy / tokens} | {f"router/load_{i}": load / tokens for i, load in enumerate(loads)}
 
 

@@ -11,6 +11,7 @@ from fbitrain.config import Config
 from fbitrain.files import read_json_lines
 from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig
 from fbitrain.model.hf import ReleasedModel
+from fbitrain.model.phases import binary_share, has_phases, unfinished_phase
 from fbitrain.pretrained_shape import is_binary_run
 from fbitrain.schedules import batch_spans
 
@@ -105,24 +106,29 @@ def model_card(
     storage: what packed holds, if that is among `formats`. dtype: of all other weights. model_type: transformers' name
     of the architecture.
     """
-    parts = [_header(config), _recipe(config, training), _figures(training)]
+    parts = [_header(config, training), _recipe(config, training), _figures(training)]
     if storage is not None:
         parts.append(_size(storage, dtype))
-    parts += [_loading(formats, model_type), _limits(config, "packed" in formats)]
+    parts += [_loading(formats, model_type), _limits(config, training, "packed" in formats)]
     return "\n".join(parts)
 
 
-def _header(config: Config) -> str:
+def _header(config: Config, training: Training) -> str:
     kind = "Llama"
     if config.model.pretrained:
         origin, kind = f"fine-tuned from {config.model.pretrained}", "language model"
     else:
         origin = "trained from scratch"
-    if not config.binarize.enabled:
+    how, share = config.binarize, binary_share(config.binarize, training.step)
+    tags = ["fbitrain", *(["full-precision"] if share == 0 else [_bits(how)] if share == 1 else [])]
+    if not how.enabled:
         kind = f"A full-precision {kind}, the twin of a 1-bit one"
+    elif share == 0:
+        kind = f"A full-precision {kind}, from a run before its weights become {_bits(how)}"
+    elif share < 1:
+        kind = f"A {kind} between full precision and {_bits(how)} weights"
     else:
-        kind = f"A {kind} with {_bits(config.binarize)} weights"
-    tags = ["fbitrain", _bits(config.binarize) if config.binarize.enabled else "full-precision"]
+        kind = f"A {kind} with {_bits(how)} weights"
     tags += ["distillation"] if config.distill.uses_teacher else []
     return f"""---
 library_name: transformers
@@ -148,7 +154,8 @@ def _recipe(config: Config, training: Training) -> str:
         "started from": model.pretrained,
         "layers × width × feed-forward": f"{model.n_layers} × {model.d_model} × {model.d_ff}, {model.n_heads} heads",
         "vocabulary, positions": f"{model.vocab_size}, {model.max_seq_len}",
-        "binary weights": _pattern(config) if how.enabled else "none",
+        "phases": _phases(how, training.step),
+        "binary weights": _pattern(config) if binary_share(how, training.step) else "none",
         "never binary": ", ".join(["embeddings", "norms", *how.skip]) if how.enabled else "",
         "calibration": _calibration(config),
         "teacher": distill.teacher if distill.uses_teacher else "none",
@@ -168,6 +175,15 @@ def _batch(config: Config) -> str:
     """Tokens of the first step, and every later size with the step it begins at."""
     spans = batch_spans(config.train)
     return ", ".join(f"{tokens:,}" + (f" from step {first:,} on" if first > 1 else "") for first, tokens in spans)
+
+
+def _phases(how: BinarizeConfig, step: int) -> str:
+    """Of a run that is not binary from its first step on: how far this model is, or how it came to be binary."""
+    if unfinished := unfinished_phase(how, step):
+        return unfinished
+    steps = [("in full precision", how.from_step), ("mixed", how.anneal_steps)]
+    told = ", ".join(f"{kind}: {count}" for kind, count in steps if count)
+    return f"steps {told}, then binary" if has_phases(how) else ""
 
 
 def _calibration(config: Config) -> str:
@@ -247,14 +263,14 @@ tokenizer = AutoTokenizer.from_pretrained("{name}"{option})
 ```"""
 
 
-def _limits(config: Config, packed: bool) -> str:
+def _limits(config: Config, training: Training, packed: bool) -> str:
     nature = "A base model: it continues text, and was not tuned to follow instructions or to be safe."
     if config.model.pretrained:
         nature = f"It has the limits of {config.model.pretrained}, whose licence may bind its use too."
     lines = ["## Limits", "", nature, "Its teacher's and its data's licences may bind its use."]
     if config.data.add_bos:
         lines.append("Training put BOS before each document; a prompt should start with it too.")
-    if config.binarize.enabled and config.binarize.method in ("bitnet", "ternary"):
+    if binary_share(config.binarize, training.step) and config.binarize.method in ("bitnet", "ternary"):
         lines.append("`dense` has the weights but not the rounding of activations to int8 that training had.")
     if packed:
         lines.append("In plain torch `packed` saves memory, not time: it unpacks its bits at every call.")

@@ -82,9 +82,15 @@ def run_config(path: Path) -> Path | None:
 
 
 def is_binary_run(where: str) -> bool:
-    """Whether `where` is a run or checkpoint of ours that is binary already, and so is continued as it is."""
+    """Whether `where` is a run or checkpoint of ours that is binary at every step, and so is continued as it is.
+
+    What a run with phases of precision is depends on its checkpoint: fbitrain.fine_tune looks there.
+    """
     found = run_config(Path(where).expanduser()) if where else None
-    return found is not None and bool(_read(found).get("binarize", {}).get("enabled", True))
+    if found is None:
+        return False
+    binarize = _read(found).get("binarize", {})
+    return bool(binarize.get("enabled", True)) and not (binarize.get("from_step") or binarize.get("anneal_steps"))
 
 
 def origins(where: str) -> tuple[str, str]:

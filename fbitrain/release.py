@@ -17,8 +17,10 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
+from gguf import GGMLQuantizationType
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
@@ -31,10 +33,11 @@ from fbitrain.errors import UserError
 from fbitrain.files import fsync_folder, fsync_tree
 from fbitrain.fine_tune import lm_config_of
 from fbitrain.model.config import BinarizeConfig
-from fbitrain.model.hf import ReleasedModel, copy_remote_code
+from fbitrain.model.hf import ReleasedModel, copy_remote_code, empty_model, plain_weights
+from fbitrain.model.phases import binary_share, unfinished_phase
 from fbitrain.model_card import Storage, Training, heldout_metrics, model_card
 from fbitrain.pretrained import DTYPES
-from fbitrain.release_gguf import check_gguf, write_gguf
+from fbitrain.release_gguf import block_type, check_gguf, write_gguf
 from fbitrain.release_tokenizer import tokenizer_source, write_tokenizer
 
 FORMATS = ("dense", "packed", "gguf")
@@ -57,24 +60,61 @@ def release(source: Path, out: Path, formats: Sequence[str] = DEFAULT_FORMATS, d
     trainer = json.loads((checkpoint / "trainer.json").read_text())
     config = load_config(checkpoint / "config.yaml", world_size=trainer["world_size"])
     lm_config = lm_config_of(checkpoint, config)
-    _require_possible(source, formats, config.binarize)
+    _require_possible(source, formats, config.binarize, trainer["step"])
     if "gguf" in formats:
         check_gguf(source, lm_config, dtype)
     heldout = heldout_metrics(checkpoint.parent.parent, trainer["step"])
     training = Training(trainer["step"], trainer["tokens"], heldout)
-    model = ReleasedModel.of(lm_config, config.binarize, load_weights(checkpoint), DTYPES[dtype])
+    model = _released_model(lm_config, config.binarize, load_weights(checkpoint), dtype, trainer["step"])
     with replacing_release(out) as folder:
         write_release(folder, config, model, training, formats, dtype)
     return checkpoint
 
 
-def _require_possible(source: Path, formats: Sequence[str], binarize: BinarizeConfig) -> None:
+def phase_of(checkpoint: Path) -> str:
+    """What the model of a checkpoint is, as long as it is not binary yet (`unfinished_phase`); else empty."""
+    step = json.loads((checkpoint / "trainer.json").read_text())["step"]
+    return unfinished_phase(load_config(checkpoint / "config.yaml").binarize, step)
+
+
+def _released_model(
+    lm_config: PretrainedConfig, binarize: BinarizeConfig, weights: Mapping[str, Tensor], dtype: str, step: int
+) -> ReleasedModel:
+    """What `step` steps made of the model: in a phase before it is binary, one without binary layers."""
+    if unfinished_phase(binarize, step):
+        weights = plain_weights(empty_model(lm_config), binarize, weights, binary_share(binarize, step))
+        binarize = replace(binarize, enabled=False)
+    return ReleasedModel.of(lm_config, binarize, weights, DTYPES[dtype])
+
+
+def _require_possible(source: Path, formats: Sequence[str], binarize: BinarizeConfig, step: int) -> None:
+    if phase := unfinished_phase(binarize, step):
+        _require_plain(source, formats, binarize, step, phase)
+        return
     if not binarize.enabled and "packed" in formats:
         raise UserError(f"{source} has no binary weights (binarize.enabled=false) to pack; release it as dense only")
     if binarize.enabled and binarize.method == "mixture_of_scales" and set(formats) != {"packed"}:
         raise UserError(
             f"{source} mixes its scales anew for every token (binarize.method=mixture_of_scales), so there are no "
             "fixed weights to write out; release it as packed only"
+        )
+
+
+def _require_plain(source: Path, formats: Sequence[str], binarize: BinarizeConfig, step: int, phase: str) -> None:
+    one_bit = [
+        name
+        for name in formats
+        if name == "packed" or (name == "gguf" and block_type(binarize) is not GGMLQuantizationType.F16)
+    ]
+    if one_bit:
+        raise UserError(
+            f"{source} is {phase}, so there are no bits to write as {' or '.join(one_bit)}; "
+            "release it as dense only, or release a later checkpoint"
+        )
+    if binarize.method == "mixture_of_scales" and binary_share(binarize, step) > 0:
+        raise UserError(
+            f"{source} is {phase}, and binarize.method=mixture_of_scales has no fixed weights to mix; "
+            "release another checkpoint"
         )
 
 

@@ -28,6 +28,8 @@ from fbitrain.evaluate import bits_per_byte, perplexity_of
 from fbitrain.files import write_json
 from fbitrain.fine_tune import needs_calibration, with_known_sizes
 from fbitrain.metrics import memory_scalars, peak_tflops, router_scalars
+from fbitrain.model.phases import binary_share, has_phases
+from fbitrain.phases import enter_step, set_share
 from fbitrain.ranks import StopSignal, StreamError, agreed, from_rank_0, on_all_ranks, say
 from fbitrain.schedules import batch_tokens_at, lr_at
 from fbitrain.tracking import gather_scales
@@ -92,6 +94,7 @@ def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[s
     Raises StreamError on all ranks, before the update, if the stream of any of them fails.
     """
     config, engine, teacher = parts.config, parts.engine, parts.teacher
+    enter_step(engine, config.binarize, state.step)
     n_micro_batches = config.grad_accum_steps(engine.world_size, state.step + 1)
     engine.set_grad_accum_steps(n_micro_batches)
     failure = ""
@@ -164,6 +167,8 @@ def log(parts: Parts, state: TrainerState, bar: tqdm[Any]) -> None:
     scalars["optim/lr"] = lr_at(parts.config, state.step)
     scalars |= {f"lr/{kind}": rate for kind, rate in parts.engine.rates().items()}
     scalars |= {f"update_ratio/{kind}": ratio for kind, ratio in parts.engine.update_ratios().items()}
+    if has_phases(parts.config.binarize):
+        scalars["phase/binary_share"] = binary_share(parts.config.binarize, state.step)
     achieved = scalars["speed/tokens_per_s"] * parts.flops_per_token / parts.engine.world_size / 1e12
     scalars["speed/tflops_per_rank"] = achieved
     if peak := peak_tflops(parts.config, parts.engine.device):
@@ -174,6 +179,7 @@ def log(parts: Parts, state: TrainerState, bar: tqdm[Any]) -> None:
     line = (
         f"step {state.step}/{parts.config.train.total_steps} | loss {scalars['train/loss']:.4f} | "
         f"lr {scalars['optim/lr']:.2e} | grad norm {scalars['optim/grad_norm']:.2f} | "
+        + (f"binary {scalars['phase/binary_share']:.0%} | " if "phase/binary_share" in scalars else "")
         + (f"signs flipped {scalars['signs/flipped']:.2%} | " if "signs/flipped" in scalars else "")
         + f"{scalars['speed/tokens_per_s']:.0f} tokens/s"
     )
@@ -205,6 +211,7 @@ def evaluate(parts: Parts, state: TrainerState) -> None:
     """Held-out perplexity, sample texts, histograms of the scales. Every rank takes part."""
     config, engine = parts.config, parts.engine
     parts.interval.pause()
+    set_share(engine, config.binarize, state.step)
     engine.train(False)
     if parts.heldout is not None:
         nll, count = heldout_nll(parts, parts.heldout)

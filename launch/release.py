@@ -10,11 +10,12 @@ from fbitrain.launch.cli import run
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from fbitrain.release import release  # torch is not needed to read the arguments
+    from fbitrain.release import phase_of, release  # torch is not needed to read the arguments
 
     formats = [name.strip() for name in arguments.format.split(",")]
     checkpoint = release(arguments.run, arguments.out, formats, arguments.dtype)
-    print(f"released {checkpoint}")
+    phase = phase_of(checkpoint)
+    print(f"released {checkpoint}" + (f": {phase}" if phase else ""))
     for name in formats:
         weights = [path for path in (arguments.out / name).iterdir() if path.suffix in (".safetensors", ".gguf")]
         print(f"  {arguments.out / name}: {sum(path.stat().st_size for path in weights) / 1e6:,.1f} MB of weights")

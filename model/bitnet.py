@@ -34,11 +34,10 @@ class BitNetLinear(RebuiltLinear):
         super().__init__(in_features, out_features, **latent)
         self.method = method
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype."""
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., K] -> q(x) ŵᵀ [..., N] in x's dtype."""
         codes, step = quantize_tokens(x)
-        y = rebuilt_linear(codes, QUANTIZERS[self.method], self.weight) * step.to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return rebuilt_linear(codes, QUANTIZERS[self.method], self.weight) * step.to(x.dtype)
 
     def recipe(self) -> tuple[Rebuild, tuple[Tensor | None, ...]]:
         """ŵ as a function of the weight."""

@@ -142,7 +142,10 @@ def has_signs_of_weights(binarize: BinarizeConfig) -> bool:
 
 
 def settings_read(binarize: BinarizeConfig) -> dict[str, Any]:
-    """Dotted key -> value of the section's settings that its method reads, whatever the others are; skip is sorted."""
+    """Dotted key -> value of the section's settings that its method reads, whatever the others are; skip is sorted.
+
+    Phases of precision are left out: they say how a model came to be binary, and not what it then is.
+    """
     method = binarize.method
     settings: dict[str, Any] = {"enabled": binarize.enabled, "method": method, "skip": sorted(binarize.skip)}
     names: list[str] = []

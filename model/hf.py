@@ -107,6 +107,24 @@ class ReleasedModel:
         return packed_config(self.config, self.binarize, layer.kind, layer.options, own_options, bits_per_weight)
 
 
+def plain_weights(
+    lm: PreTrainedModel, binarize: BinarizeConfig, weights: Mapping[str, Tensor], share: float = 0.0
+) -> dict[str, Tensor]:
+    """A checkpoint's `weights` as those of `lm`, its model without binary layers: (1 - share)·W + share·ŵ in theirs.
+
+    For runs with phases of precision: what such a layer computes where its binary share is `share`.
+    """
+    plain = dict(weights)
+    for name, source in chosen_sources(lm, binarize, values_needed=False).items():
+        trained = {leaf: plain.pop(f"{name}.{leaf}") for leaf in TRAINED if f"{name}.{leaf}" in plain}
+        weight_NK = trained["weight"]
+        if share > 0:
+            binary_NK = pack_layer(binarize, trained, torch.float32).weight(source.in_features, source.out_features)
+            weight_NK = torch.lerp(weight_NK, binary_NK, share)
+        plain[f"{name}.weight"] = oriented(source.module, weight_NK)
+    return plain
+
+
 def packed_config(
     config: PretrainedConfig,
     binarize: BinarizeConfig,

@@ -1,6 +1,6 @@
 """LatentLinear: what all layers that train low-bit weights have in common.
 
-Letters: N out_features, K in_features.
+Letters: N out_features, K in_features, λ the binary share.
 """
 
 from __future__ import annotations
@@ -9,10 +9,16 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+FULL, MIXED, BINARY = "full precision", "mixed", "binary"
 
 
 class LatentLinear(nn.Module, ABC):
     """A Linear that trains latent weights, of which forward uses only a low-bit form ŵ.
+
+    In a run with phases of precision (model/phases.py) forward is (1 - λ)·x weightᵀ + λ·product(x) + bias. λ is 1
+    unless `set_binary_share` says otherwise; it is no part of the state dict.
 
     Args:
         in_features, out_features: K and N.
@@ -39,6 +45,10 @@ class LatentLinear(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.phase = BINARY  # or FULL, or MIXED
+        # Not a buffer, which DeepSpeed would cast to bf16. A tensor and not a float, so that torch.compile takes it as
+        # an input and does not compile anew for every value.
+        self._share: Tensor | None = None
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.register_parameter("bias", None if bias is None else nn.Parameter(self.weight.new_empty(out_features)))
         with torch.no_grad():
@@ -49,13 +59,55 @@ class LatentLinear(nn.Module, ABC):
             if self.bias is not None and bias is not None:
                 self.bias.copy_(bias)
 
-    @abstractmethod
+    def set_binary_share(self, share: float) -> None:
+        """Sets λ in [0, 1]: 0 is an ordinary Linear, 1 a low-bit layer."""
+        if not 0 <= share <= 1:
+            raise ValueError(f"a share of {share} does not lie in 0 to 1")
+        self.phase = FULL if share == 0 else BINARY if share == 1 else MIXED
+        if self._share is None:  # on the CPU, from where any device takes a scalar
+            self._share = torch.full((), share, dtype=torch.float32, device="cpu")
+        else:
+            self._share.fill_(share)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.phase == FULL:
+            return F.linear(x, self.weight.to(x.dtype), bias)
+        y = self.product(x)
+        if self.phase == MIXED:
+            assert self._share is not None
+            y = F.linear(x, self.weight.to(x.dtype)) * (1 - self._share) + y * self._share
+        return y if bias is None else y + bias
 
     @abstractmethod
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., K] -> x ŵᵀ [..., N] in x's dtype."""
+
+    @torch.no_grad()
     def effective_weight(self) -> Tensor:
-        """ŵ [N, K] in the weight's dtype, without a graph: forward is x ŵᵀ + bias. The parameters must be whole."""
+        """What forward multiplies x with, [N, K] in the weight's dtype, without a graph: (1 - λ)·weight + λ·ŵ.
+
+        The parameters must be whole.
+        """
+        if self.phase == FULL:
+            return self.weight.detach().clone()
+        binary = self.binary_weight()
+        if self.phase == BINARY:
+            return binary
+        assert self._share is not None
+        return self.weight * (1 - self._share) + binary * self._share
+
+    @abstractmethod
+    def binary_weight(self) -> Tensor:
+        """ŵ [N, K] in the weight's dtype, without a graph. The parameters must be whole."""
+
+    def start_scales(self, weight: Tensor) -> dict[str, Tensor]:
+        """Start values of the learned scales, by parameter, for the whole latent weight [N, K]; {} if there are none.
+
+        A layer has them from its first weight; in a run that begins in full precision, again when that phase ends.
+        """
+        return {}
 
     @abstractmethod
     def storage_bits(self) -> dict[str, int]:

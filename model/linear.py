@@ -59,18 +59,20 @@ class BinaryLinear(LatentLinear):
     @torch.no_grad()
     def reset_scales(self) -> None:
         """Sets α and β from the weight as it is now (`init_scales`). The parameters must be whole, not partitioned."""
-        alpha, beta = init_scales(self.weight, self.scale, self.beta is not None, self.group_size)
-        self.alpha.copy_(alpha)
-        if self.beta is not None and beta is not None:
-            self.beta.copy_(beta)
+        for name, values in self.start_scales(self.weight).items():
+            self.get_parameter(name).copy_(values)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype."""
-        y = scaled_product(x, self.weight, self.alpha, self.beta, self.scale, self.group_size, self.ste)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+    def start_scales(self, weight: Tensor) -> dict[str, Tensor]:
+        """α and β for a weight."""
+        alpha, beta = init_scales(weight, self.scale, self.beta is not None, self.group_size)
+        return {"alpha": alpha} if beta is None else {"alpha": alpha, "beta": beta}
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., K] -> x ŵᵀ [..., N] in x's dtype."""
+        return scaled_product(x, self.weight, self.alpha, self.beta, self.scale, self.group_size, self.ste)
 
     @torch.no_grad()
-    def effective_weight(self) -> Tensor:
+    def binary_weight(self) -> Tensor:
         """ŵ [N, K] in the weight's dtype, without a graph. The parameters must be whole."""
         alpha = self.alpha.repeat_interleave(self.group_size, dim=1) if self.scale == "group" else self.alpha
         scaled = alpha * sign(self.weight)

@@ -37,19 +37,22 @@ class OneBitLinear(LatentLinear):
     def __init__(self, in_features: int, out_features: int, *, ste: str = "identity", **latent: Any) -> None:
         super().__init__(in_features, out_features, **latent)
         self.ste = _checked_ste(ste)
-        scale_in, scale_out = rank_one(self.weight)
-        self.scale_in = nn.Parameter(scale_in.to(self.weight.dtype))
-        self.scale_out = nn.Parameter(scale_out.to(self.weight.dtype))
+        scales = self.start_scales(self.weight)
+        self.scale_in = nn.Parameter(scales["scale_in"].to(self.weight.dtype))
+        self.scale_out = nn.Parameter(scales["scale_out"].to(self.weight.dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype."""
+    def start_scales(self, weight: Tensor) -> dict[str, Tensor]:
+        """The two vectors of scales for a weight."""
+        return dict(zip(("scale_in", "scale_out"), rank_one(weight), strict=True))
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., K] -> x ŵᵀ [..., N] in x's dtype."""
         x_MK = x.reshape(-1, self.in_features)
         y_MN = scaled_product(x_MK, self.weight, self.scale_in, None, "column", 0, self.ste)
-        y = (y_MN * self.scale_out.to(x.dtype)).reshape(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return (y_MN * self.scale_out.to(x.dtype)).reshape(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
-    def effective_weight(self) -> Tensor:
+    def binary_weight(self) -> Tensor:
         """ŵ [N, K] in the weight's dtype, without a graph. The parameters must be whole."""
         return sign(self.weight) * self.scale_in * self.scale_out.T
 
@@ -83,26 +86,30 @@ class MixtureOfScalesLinear(LatentLinear):
             raise ValueError(f"n_experts={n_experts} must be from 1 to {MAX_EXPERTS}")
         super().__init__(in_features, out_features, **latent)
         self.n_experts, self.ste = n_experts, _checked_ste(ste)
-        scale_in, scale_out = rank_one(self.weight)
-        self.scale_in = nn.Parameter(scale_in.to(self.weight.dtype).repeat(n_experts, 1))
-        self.scale_out = nn.Parameter(scale_out.to(self.weight.dtype).repeat(n_experts, 1))
+        scales = self.start_scales(self.weight)
+        self.scale_in = nn.Parameter(scales["scale_in"].to(self.weight.dtype))
+        self.scale_out = nn.Parameter(scales["scale_out"].to(self.weight.dtype))
         bound = 1 / math.sqrt(in_features)
         self.router = nn.Parameter(self.weight.new_empty(n_experts, in_features).detach().uniform_(-bound, bound))
         # Not a buffer, which DeepSpeed would cast to bf16 and which state dicts would have to leave out.
         self._router_stats: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype. In training mode the router's choices are counted."""
+    def start_scales(self, weight: Tensor) -> dict[str, Tensor]:
+        """The scales of all experts for a weight: the same two vectors for each."""
+        names = ("scale_in", "scale_out")
+        return {name: s.repeat(self.n_experts, 1) for name, s in zip(names, rank_one(weight), strict=True)}
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., K] -> the mixed product [..., N] in x's dtype. In training mode the router's choices are counted."""
         gates = torch.softmax(rebuilt_linear(x, _same, self.router), dim=-1, dtype=wide(x.dtype))
         if self.training:
             self._count(gates.detach())
         scale_in, scale_out = (
             rebuilt_linear(gates, torch.t, scale).to(x.dtype) for scale in (self.scale_in, self.scale_out)
         )
-        y = rebuilt_linear(x * scale_in, partial(sign_ste, ste=self.ste), self.weight) * scale_out
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return rebuilt_linear(x * scale_in, partial(sign_ste, ste=self.ste), self.weight) * scale_out
 
-    def effective_weight(self) -> Tensor:
+    def binary_weight(self) -> Tensor:
         """There is none: raises ValueError."""
         raise ValueError("the effective weight of a mixture of scales depends on the token; use forward")
 

@@ -36,14 +36,13 @@ class RebuiltLinear(LatentLinear):
     def recipe(self) -> tuple[Rebuild, tuple[Tensor | None, ...]]:
         """(rebuild, tensors) with ŵ = rebuild(*tensors) in the weight's dtype."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype."""
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., K] -> x ŵᵀ [..., N] in x's dtype."""
         rebuild, tensors = self.recipe()
-        y = rebuilt_linear(x, rebuild, *tensors)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return rebuilt_linear(x, rebuild, *tensors)
 
     @torch.no_grad()
-    def effective_weight(self) -> Tensor:
+    def binary_weight(self) -> Tensor:
         """ŵ [N, K] in the weight's dtype, without a graph. The parameters must be whole."""
         rebuild, tensors = self.recipe()
         return rebuild(*tensors)

@@ -31,6 +31,7 @@ TORCH_FREE = (
     "fbitrain/pretrained_shape.py",
     "fbitrain/schedules.py",
     "model/config.py",
+    "model/phases.py",
     "model/size.py",
     "data/config.py",
     "kernels/layout.py",
