@@ -25,13 +25,14 @@ from fbitrain.evaluate import heldout_windows
 from fbitrain.files import lock_folder, write_json, write_text
 from fbitrain.fine_tune import fine_tuned_student
 from fbitrain.language_model import vocab_size_of
-from fbitrain.metrics import BatchLog, DocumentLog, Interval, SignTracker, Writer, flops_per_token
+from fbitrain.metrics import BatchLog, DocumentLog, Interval, Writer, flops_per_token
 from fbitrain.model.build import BinarizeReport, build_student
 from fbitrain.model.config import has_signs_of_weights
 from fbitrain.ranks import agreed, from_rank_0, say
 from fbitrain.release_tokenizer import tokenizer_source
 from fbitrain.student import Student
 from fbitrain.teacher import Teacher, load_teacher
+from fbitrain.tracking import ScaleTracker, SignTracker
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Parts:
     writer: Writer
     interval: Interval
     signs: SignTracker
+    scales: ScaleTracker
     flops_per_token: float
     bits_per_weight: float  # of a release: what one binary weight takes, with its share of scales and salient weights
     batch_log: BatchLog | None
@@ -86,7 +88,8 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
     engine = Engine(config, Student(lm, config.distill))
     state = TrainerState()
     if source:
-        agreed(lambda: checkpoint.fill(engine, source))
+        if remark := agreed(lambda: checkpoint.fill(engine, source, config.optim.on_change)):
+            say(remark)
         state = checkpoint.trainer_state(source)
         engine.fragments_changed(state.step)
         say(f"resumed from {source}")
@@ -105,6 +108,7 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
         writer=Writer(config.run_dir, state.step),
         interval=Interval(at),
         signs=SignTracker(engine, watched, config.metrics.near_zero, at),
+        scales=ScaleTracker(engine, at),
         flops_per_token=flops_per_token(config, weights, teacher.n_parameters if teacher else 0),
         bits_per_weight=report.bits_per_weight,
         blank_batch=torch.zeros(config.train.micro_batch_size, config.data.seq_len + 1, dtype=torch.int64),

@@ -1,10 +1,11 @@
 """Save and resume as a transaction.
 
-A checkpoint holds the fp32 weights and Adam's moments as flat slices of named parameters, so that any number of ranks
-under any ZeRO stage can read what any other wrote. A folder counts only once COMPLETE.json, its last file, is in it.
+A checkpoint holds the fp32 weights and the optimizer's state as flat slices of named parameters, so that any number of
+ranks under any ZeRO stage can read what any other wrote. A folder counts only once COMPLETE.json is in it, its last file.
 
     step_00000200/
-      shard_rank00000.safetensors   slices this rank owned: "kind|parameter|start" -> fp32 [n]
+      shard_rank00000.safetensors   slices this rank owned: "kind|parameter|start" -> fp32 [n]; kinds are weight, and
+                                    exp_avg and exp_avg_sq of AdamW or momentum of Muon
       fixed.safetensors             what training does not change: buffers and frozen parameters, if there are any
       lm_config.json                transformers' configuration of a fine-tuned model
       data_rank00000.json           where this rank's stream stands
@@ -31,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fbitrain.checkpoint_files import FIXED, KINDS, LM_CONFIG, ShardReader, checksum, damage
+from fbitrain.checkpoint_files import FIXED, LM_CONFIG, ShardReader, checksum, damage
 from fbitrain.config import Config, differences, load_config, to_yaml
 from fbitrain.errors import UserError
 from fbitrain.files import fsync_file, fsync_folder, fsync_tree, write_json, write_text
@@ -125,9 +126,9 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     for fragment in engine.fragments():
-        for kind in KINDS:
+        for kind, values in {"weight": fragment.weight, **fragment.state}.items():
             # A copy: safetensors refuses views that share one buffer.
-            yield f"{kind}|{fragment.name}|{fragment.start}", getattr(fragment, kind).to("cpu", copy=True)
+            yield f"{kind}|{fragment.name}|{fragment.start}", values.to("cpu", copy=True)
 
 
 def _finish(
@@ -257,15 +258,27 @@ def abandon_newer(run_dir: Path, step: int) -> None:
             print(f"renamed {folder} to {aside.name}: this run goes on from step {step}", flush=True)
 
 
-def fill(engine: Engine, folder: Path) -> None:
+def fill(engine: Engine, folder: Path, on_change: str) -> str:
     """Reads this rank's slices of weights and optimizer state; `engine.fragments_changed` then makes them count.
+
+    Parameters whose optimizer state is not in the checkpoint, because another optimizer wrote it, are refused, or with
+    on_change=restart begin with none; returns a sentence on those, the same on every rank.
 
     Raises UserError if the checkpoint does not hold a parameter of this model.
     """
     reader = ShardReader(folder)
+    fresh = [name for name, kinds in engine.state_kinds().items() if not all(reader.holds(k, name) for k in kinds)]
+    of_whom = f"{len(fresh)} parameters, {fresh[0]} among them" if fresh else ""
+    if fresh and on_change == "refuse":
+        raise UserError(
+            f"{folder} was written by another optimizer and holds no state of this one for {of_whom}; "
+            "restore optim.optimizer, or set optim.on_change=restart to begin their state anew"
+        )
     for fragment in engine.fragments(everything_local=True):
-        for kind in KINDS:
-            reader.read_into(getattr(fragment, kind), kind, fragment.name, fragment.start)
+        reader.read_into(fragment.weight, "weight", fragment.name, fragment.start)
+        for kind, values in fragment.state.items() if fragment.name not in fresh else ():
+            reader.read_into(values, kind, fragment.name, fragment.start)
+    return f"the optimizer's state of {of_whom}, begins anew: another optimizer wrote the checkpoint" if fresh else ""
 
 
 def trainer_state(folder: Path) -> TrainerState:

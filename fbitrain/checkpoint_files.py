@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fbitrain.errors import UserError
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
 FIXED = "fixed.safetensors"  # persistent buffers and frozen parameters, whole, under their own names
 LM_CONFIG = "lm_config.json"  # transformers' configuration of a fine-tuned model
 
@@ -57,6 +56,10 @@ class ShardReader:
             for key in shard.keys():  # noqa: SIM118 - not a dict
                 kind, name, start = key.split("|")
                 self._slices.setdefault((kind, name), []).append((int(start), index, key))
+
+    def holds(self, kind: str, name: str) -> bool:
+        """Whether the checkpoint has anything of this kind (`weight`, or a part of the optimizer's state)."""
+        return (kind, name) in self._slices
 
     def read_into(self, target: Tensor, kind: str, name: str, start: int) -> None:
         """Copies elements [start, start + len(target)) of the flattened parameter into `target` [n]."""

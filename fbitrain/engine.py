@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -21,7 +21,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fbitrain.config import Config
 from fbitrain.errors import UserError
-from fbitrain.parameters import param_groups, parameter_kinds, whole_shape
+from fbitrain.optimizer import (
+    ADAM_STATE,
+    MUON_STATE,
+    MuonAdamW,
+    build_optimizer,
+    ensure_state,
+    fused_rows,
+    set_rates,
+    update_squares,
+)
+from fbitrain.parameters import parameter_kinds, whole_shape
+from fbitrain.partition import Placement, placements
 from fbitrain.ranks import on_all_ranks
 from fbitrain.student import Student
 
@@ -44,8 +55,7 @@ class Fragment:
     start: int
     stop: int
     weight: Tensor  # fp32 [stop-start]
-    exp_avg: Tensor  # fp32 [stop-start], Adam's first moment
-    exp_avg_sq: Tensor  # fp32 [stop-start], Adam's second moment
+    state: Mapping[str, Tensor]  # the optimizer's, fp32 [stop-start] each: AdamW's two moments, or Muon's momentum
 
 
 def init_distributed(config: Config) -> tuple[int, int]:
@@ -88,15 +98,6 @@ def native_bf16() -> bool:
     if on_gpu():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def lr_at(config: Config, step: int) -> float:
-    """Learning rate of step `step` (1-based): linear warm-up, then cosine from lr to min_lr at total_steps."""
-    optim, total = config.optim, config.train.total_steps
-    if step <= optim.warmup_steps:
-        return optim.lr * step / optim.warmup_steps
-    progress = (step - optim.warmup_steps) / max(1, total - optim.warmup_steps)
-    return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
@@ -151,21 +152,19 @@ class Engine:
             for block in student.lm.modules():
                 if isinstance(block, GradientCheckpointingLayer):  # what transformers makes decoder blocks of
                     block.compile()
-        optimizer = torch.optim.AdamW(
-            param_groups(config, student),
-            lr=config.optim.lr,
-            betas=(config.optim.betas[0], config.optim.betas[1]),
-            eps=config.optim.eps,
-            fused=True,
-        )
+        self.device = device()
+        self._kinds = parameter_kinds(student)
+        rows = fused_rows(config, student)
+        optimizer = build_optimizer(config, student, resolve_precision(config.engine.precision), self.device)
         self._deepspeed, *_ = deepspeed.initialize(
             model=student, optimizer=optimizer, config=deepspeed_config(config, self.world_size)
         )
         self.student = student
-        self._kinds = parameter_kinds(student)
-        self.device = device()
         self._names = {id(p): name.removeprefix(PREFIX) for name, p in student.named_parameters()}
-        self._adam: torch.optim.Optimizer = getattr(self._deepspeed.optimizer, "optimizer", self._deepspeed.optimizer)
+        self._optimizer: torch.optim.Optimizer = getattr(
+            self._deepspeed.optimizer, "optimizer", self._deepspeed.optimizer
+        )
+        self._place_matrices(rows)
         self._grad_norm: Tensor | float | None = None
         for _, buffer in self._buffers():  # DeepSpeed gives all ranks the parameters of rank 0, but not its buffers
             dist.broadcast(buffer, 0)
@@ -179,12 +178,11 @@ class Engine:
         """Adds the gradient of one micro-batch's mean loss; DeepSpeed averages over micro-batches and ranks."""
         self._deepspeed.backward(loss)
 
-    def end_micro_batch(self, lr: float) -> None:
-        """Ends a micro-batch; after the last one of a step this clips the gradient and updates at rate `lr`."""
+    def end_micro_batch(self, step: int) -> None:
+        """Ends a micro-batch of 1-based `step`; after the step's last one this clips the gradient and updates."""
         boundary = self._deepspeed.is_gradient_accumulation_boundary()
         if boundary:
-            for group in self._deepspeed.optimizer.param_groups:
-                group["lr"] = lr
+            set_rates(self._optimizer.param_groups, self.config, step)
             if self.config.engine.zero_stage == 0:  # DeepSpeed reports no norm here
                 self._grad_norm = nn.utils.get_total_norm(
                     [p.grad for p in self.student.parameters() if p.grad is not None]
@@ -238,20 +236,35 @@ class Engine:
 
         Stage 0 keeps all on every rank: rank 0 speaks for it unless `everything_local` (to fill a checkpoint in).
         """
-        self._ensure_adam_state()
-        stage = self.config.engine.zero_stage
-        if stage == 0:
-            if everything_local or dist.get_rank() == 0:
-                yield from self._stage0_fragments()
-        elif stage == 3:
-            yield from self._stage3_fragments()
-        else:
-            yield from self._stage12_fragments()
+        states = self._states()
+        rank = dist.get_rank()
+        if self.config.engine.zero_stage == 0 and rank and not everything_local:
+            return
+        for placement in self._placements():
+            if share := placement.share_of(rank):
+                state = states[id(placement.flat)]
+                yield Fragment(
+                    self._names[id(placement.parameter)],
+                    placement.shape,
+                    share.start,
+                    share.stop,
+                    placement.view(placement.flat, share),
+                    {name: placement.view(state[name], share) for name in (*ADAM_STATE, *MUON_STATE) if name in state},
+                )
+
+    def state_kinds(self) -> dict[str, tuple[str, ...]]:
+        """Name of every parameter that is trained -> what the optimizer keeps of it; the same on every rank."""
+        muon = {id(flat) for group, flat in self._flats() if group["muon"]}
+        return {
+            self._names[id(placed.parameter)]: MUON_STATE if id(placed.flat) in muon else ADAM_STATE
+            for placed in self._placements()
+        }
 
     def fragments_changed(self, step: int) -> None:
         """After fragments were overwritten: refreshes the compute copies and sets Adam's step count. Collective."""
-        for state in self._adam.state.values():
-            state["step"].fill_(float(step))
+        for state in self._states().values():
+            if "step" in state:
+                state["step"].fill_(float(step))
         zero = self._deepspeed.optimizer
         stage = self.config.engine.zero_stage
         if stage in (1, 2):
@@ -264,62 +277,53 @@ class Engine:
                 persistent[0].partition(persistent)
                 persistent[0].all_gather(persistent)
 
-    def _flats(self) -> list[Tensor]:
-        """The tensors that AdamW really updates: flat fp32 partitions, or at stage 0 the parameters themselves."""
-        zero = self._deepspeed.optimizer
+    def update_ratios(self) -> dict[str, float]:
+        """Kind -> ‖what the last step added‖ / ‖parameters‖, weight decay left out. Collective."""
+        kinds = sorted({group["kind"] for group in self._optimizer.param_groups})
+        sums = torch.zeros(2, len(kinds), dtype=torch.float64, device=self.device)
+        states = self._states()
+        for group, flat in self._flats():
+            column = sums[:, kinds.index(group["kind"])]
+            column[0] += update_squares(group, states[id(flat)], flat)
+            column[1] += flat.detach().square().sum()
+        if self.config.engine.zero_stage > 0:  # stage 0 has everything on every rank
+            dist.all_reduce(sums)
+        update, parameters = sums.sqrt().cpu()
+        return dict(zip(kinds, (update / parameters.clamp_min(1e-30)).tolist(), strict=True))
+
+    def rates(self) -> dict[str, float]:
+        """Kind -> learning rate of the last step."""
+        return {group["kind"]: float(group["lr"]) for group in self._optimizer.param_groups}
+
+    def _placements(self) -> Iterator[Placement]:
+        return placements(self._deepspeed.optimizer, self.config.engine.zero_stage)
+
+    def _place_matrices(self, rows: Mapping[int, tuple[int, ...]]) -> None:
+        """Tells Muon which matrices lie in which buffers."""
+        if isinstance(self._optimizer, MuonAdamW):
+            muon = {id(flat) for group, flat in self._flats() if group["muon"]}
+            placed = [placement for placement in self._placements() if id(placement.flat) in muon]
+            if not placed:
+                raise UserError(
+                    "optim.optimizer=muon updates matrices, and this model trains none; set optim.optimizer=adamw"
+                )
+            self._optimizer.place(placed, rows, self.world_size)
+
+    def _flats(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """(group, tensor) of what the optimizer really updates: flat fp32 partitions, at stage 0 the parameters."""
+        zero, groups = self._deepspeed.optimizer, self._optimizer.param_groups
         stage = self.config.engine.zero_stage
         if stage == 0:
-            return [p for group in self._adam.param_groups for p in group["params"]]
-        return list(zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups)
+            yield from ((group, p) for group in groups for p in group["params"])
+        elif stage == 3:
+            of_flats = (groups[zero.sub_group_to_group_id[i]] for i in range(len(zero.fp16_groups)))
+            yield from zip(of_flats, zero.fp32_partitioned_groups_flat, strict=True)
+        else:
+            yield from zip(groups, zero.single_partition_of_fp32_groups, strict=True)
 
-    def _ensure_adam_state(self) -> None:
-        """AdamW creates its moments in its first step; a checkpoint may be read or written before."""
-        for flat in self._flats():
-            if not self._adam.state.get(flat):
-                self._adam.state[flat] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=flat.device),
-                    "exp_avg": torch.zeros_like(flat, requires_grad=False),
-                    "exp_avg_sq": torch.zeros_like(flat, requires_grad=False),
-                }
-
-    def _slice(
-        self, parameter: nn.Parameter, shape: torch.Size, flat: Tensor, offset: int, start: int, stop: int
-    ) -> Fragment:
-        """Elements [start, stop) of `parameter`, which lie at `offset` in `flat`."""
-        state = self._adam.state[flat]
-        views = [
-            t.detach().view(-1).narrow(0, offset, stop - start) for t in (flat, state["exp_avg"], state["exp_avg_sq"])
-        ]
-        return Fragment(self._names[id(parameter)], tuple(shape), start, stop, *views)
-
-    def _stage0_fragments(self) -> Iterator[Fragment]:
-        for parameter in self._flats():
-            yield self._slice(parameter, parameter.shape, parameter, 0, 0, parameter.numel())  # type: ignore[arg-type]
-
-    def _stage12_fragments(self) -> Iterator[Fragment]:
-        """A group's parameters lie one after another in a flat buffer, cut into world_size equal partitions."""
-        zero = self._deepspeed.optimizer
-        rank = dist.get_rank()
-        for group, flat in enumerate(zero.single_partition_of_fp32_groups):
-            left, right = rank * flat.numel(), (rank + 1) * flat.numel()
-            offsets = zero.round_robin_bit16_offsets[group]
-            for parameter, offset in zip(zero.round_robin_bit16_groups[group], offsets, strict=True):
-                start, stop = max(offset, left), min(offset + parameter.numel(), right)
-                if start < stop:
-                    yield self._slice(parameter, parameter.shape, flat, start - left, start - offset, stop - offset)
-
-    def _stage3_fragments(self) -> Iterator[Fragment]:
-        """Every parameter is cut into world_size equal pieces, the last one padded; a sub-group's share a buffer."""
-        zero = self._deepspeed.optimizer
-        rank = dist.get_rank()
-        for parameters, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
-            offset = 0
-            for parameter in parameters:
-                piece = parameter.partition_numel()
-                start, stop = rank * piece, min((rank + 1) * piece, parameter.ds_numel)
-                if start < stop:
-                    yield self._slice(parameter, parameter.ds_shape, flat, offset, start, stop)
-                offset += piece
+    def _states(self) -> dict[int, dict[str, Tensor]]:
+        """Id of each tensor of `_flats` -> the optimizer's state of it."""
+        return {id(flat): ensure_state(self._optimizer, group, flat) for group, flat in self._flats()}
 
 
 def _checkpoint_activations(lm: PreTrainedModel) -> None:

@@ -1,33 +1,18 @@
-"""What kinds of parameters a student has, and which of them decay."""
+"""What kinds of parameters a student has (config_optim.KINDS): each kind has a learning rate and a weight decay."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from fbitrain.config import Config
+from fbitrain.model.latent import LatentLinear
+from fbitrain.student import LossHead
 
-SCALE_PARAMETERS = ("alpha", "beta", "scale_in", "scale_out", "router")  # what binary layers call them
-
-
-def param_groups(config: Config, student: nn.Module) -> list[dict[str, Any]]:
-    """Two AdamW groups: with weight decay, and the kinds that optim.no_decay exempts. Frozen parameters are in none."""
-    kinds = parameter_kinds(student)
-    decayed: list[nn.Parameter] = []
-    exempt: list[nn.Parameter] = []
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            (exempt if kinds[name] in config.optim.no_decay else decayed).append(parameter)
-    groups = [
-        {"name": "decay", "params": decayed, "weight_decay": config.optim.weight_decay},
-        {"name": "no_decay", "params": exempt, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+SCALE_PARAMETERS = ("alpha", "beta", "scale_in", "scale_out")  # what binary layers call them
 
 
 def parameter_kinds(model: nn.Module) -> dict[str, str]:
-    """Qualified name -> scales, norms, embeddings, biases or matrices, for every parameter (a shared one once)."""
+    """Qualified name -> kind of every parameter. A head that is tied to the embeddings comes once, as embeddings."""
     modules = dict(model.named_modules())
     kinds = {}
     for name, _ in model.named_parameters():
@@ -39,11 +24,21 @@ def parameter_kinds(model: nn.Module) -> dict[str, str]:
 def _kind(owner: nn.Module, leaf: str) -> str:
     if leaf in SCALE_PARAMETERS:
         return "scales"
+    if leaf == "router":
+        return "routers"
     if "norm" in type(owner).__name__.lower():
         return "norms"
     if isinstance(owner, nn.Embedding):
         return "embeddings"
+    if isinstance(owner, LossHead):
+        return "head"
     return "biases" if leaf == "bias" else "matrices"
+
+
+def is_linear_weight(model: nn.Module, name: str) -> bool:
+    """Whether the parameter `name` is a matrix that a Linear multiplies with; state-space models have other ones."""
+    owner, _, leaf = name.rpartition(".")
+    return leaf == "weight" and isinstance(model.get_submodule(owner), (LatentLinear, nn.Linear, Conv1D))
 
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -22,13 +22,15 @@ from fbitrain.build import Heldout, Parts, build, finished, write_finished
 from fbitrain.checkpoint import TrainerState
 from fbitrain.config import Config
 from fbitrain.data.errors import DataError
-from fbitrain.engine import Engine, init_distributed, lr_at
+from fbitrain.engine import Engine, init_distributed
 from fbitrain.errors import UserError
 from fbitrain.evaluate import bits_per_byte, perplexity_of
 from fbitrain.files import write_json
 from fbitrain.fine_tune import needs_calibration, with_known_sizes
-from fbitrain.metrics import gather_scales, memory_scalars, peak_tflops, router_scalars
+from fbitrain.metrics import memory_scalars, peak_tflops, router_scalars
 from fbitrain.ranks import StopSignal, StreamError, agreed, from_rank_0, on_all_ranks, say
+from fbitrain.schedules import lr_at
+from fbitrain.tracking import gather_scales
 
 
 def train(config: Config) -> None:
@@ -90,7 +92,6 @@ def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[s
     Raises StreamError on all ranks, before the update, if the stream of any of them fails.
     """
     config, engine, teacher = parts.config, parts.engine, parts.teacher
-    lr = lr_at(config, state.step + 1)
     n_micro_batches = config.grad_accum_steps(engine.world_size)
     failure = ""
     finite = torch.ones((), dtype=torch.bool, device=engine.device)
@@ -112,7 +113,7 @@ def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[s
         if i == n_micro_batches - 1:
             # The one host wait of a step, where DeepSpeed is about to wait for the gradient norm anyway.
             agree_to_go_on(parts, state, stop, finite, failure)
-        engine.end_micro_batch(lr)
+        engine.end_micro_batch(state.step + 1)
     parts.interval.add_step(engine.grad_norm())
     if parts.document_log:
         parts.document_log.add(state.step + 1, parts.loader.take_documents())
@@ -160,11 +161,13 @@ def log(parts: Parts, state: TrainerState, bar: tqdm[Any]) -> None:
     scalars = parts.interval.close(parts.config.distill)
     parts.interval.pause()
     scalars["optim/lr"] = lr_at(parts.config, state.step)
+    scalars |= {f"lr/{kind}": rate for kind, rate in parts.engine.rates().items()}
+    scalars |= {f"update_ratio/{kind}": ratio for kind, ratio in parts.engine.update_ratios().items()}
     achieved = scalars["speed/tokens_per_s"] * parts.flops_per_token / parts.engine.world_size / 1e12
     scalars["speed/tflops_per_rank"] = achieved
     if peak := peak_tflops(parts.config, parts.engine.device):
         scalars["speed/mfu"] = achieved / peak
-    scalars |= parts.signs.look() | router_scalars(parts.engine)
+    scalars |= parts.signs.look() | parts.scales.look() | router_scalars(parts.engine)
     scalars |= memory_scalars(parts.engine.device) | data_scalars(parts.loader.stats(), parts.engine)
     parts.writer.scalars(state.step, state.tokens, scalars)
     line = (

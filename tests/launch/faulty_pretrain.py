@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+from collections.abc import Callable
 from typing import Any
 
 from fbitrain import build, checkpoint, fine_tune, train
@@ -52,16 +53,26 @@ def nan_on_rank_1_at_step_3() -> None:
     train.agree_to_go_on = poisoned
 
 
-def freeze_embeddings() -> None:
-    """Not a fault, but what no configuration asks for: parameters that are not trained."""
+def freeze(chosen: Callable[[str], bool]) -> None:
     model = build.build_model
 
     def frozen(*arguments: Any) -> Any:
         lm, report = model(*arguments)
-        lm.get_input_embeddings().weight.requires_grad_(False)
+        for name, parameter in lm.named_parameters():
+            if chosen(name):
+                parameter.requires_grad_(False)
         return lm, report
 
     build.build_model = frozen  # type: ignore[assignment]
+
+
+def freeze_embeddings() -> None:
+    """Not a fault, but what no configuration asks for: parameters that are not trained."""
+    freeze(lambda name: "embed_tokens" in name)
+
+
+def freeze_matrices() -> None:
+    freeze(lambda name: name.endswith("_proj.weight"))
 
 
 def without_calibration() -> None:

@@ -1,0 +1,159 @@
+"""The optimizer that DeepSpeed is given: AdamW for all kinds of parameters, or Muon for the matrices and AdamW for the
+rest. A parameter group is a kind of parameter, with its own learning rate and weight decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fbitrain.config import Config
+from fbitrain.errors import UserError
+from fbitrain.muon import Matrix, MuonSettings, muon_step, plan_rounds
+from fbitrain.parameters import is_linear_weight, parameter_kinds, whole_shape
+from fbitrain.partition import Placement
+from fbitrain.schedules import decay_shape, lr_at, lr_shape
+
+ADAM_STATE = ("exp_avg", "exp_avg_sq")
+MUON_STATE = ("momentum",)
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """AdamW whose groups with `muon` set are updated by Muon instead.
+
+    DeepSpeed hands the groups flat partitions; `place` says which matrices lie in them. Until then a Muon group is left
+    as it is: stage 3 runs an update of zeros to make room for the optimizer's state.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], how: MuonSettings, **adamw: Any) -> None:
+        super().__init__(groups, **adamw)
+        self._how = how
+        self._rounds: dict[int, list[list[Matrix]]] = {}
+
+    def place(self, placed: Iterable[Placement], rows_of: Mapping[int, tuple[int, ...]], world_size: int) -> None:
+        """`placed`: all matrices of the Muon groups; rows_of: what is fused in a parameter, by its id."""
+        by_flat: dict[int, list[Placement]] = {}
+        for placement in placed:
+            by_flat.setdefault(id(placement.flat), []).append(placement)
+        for flat, some in by_flat.items():
+            rows = [rows_of.get(id(placement.parameter), ()) for placement in some]
+            self._rounds[flat] = plan_rounds(some, rows, world_size)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Updates every group; DeepSpeed calls it once for each, with the others taken out."""
+        groups = self.param_groups
+        try:
+            self.param_groups = [group for group in groups if not group["muon"]]
+            super().step()
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            for flat in group["params"] if group["muon"] else ():
+                if flat.grad is not None and id(flat) in self._rounds:
+                    how, rounds = self._how, self._rounds[id(flat)]
+                    muon_step(flat, self.state[flat], rounds, group["lr"], group["weight_decay"], how)
+
+
+def build_optimizer(config: Config, student: nn.Module, dtype: torch.dtype, device: torch.device) -> torch.optim.AdamW:
+    """The optimizer of all parameters that are trained; dtype and device are of Muon's iteration."""
+    optim = config.optim
+    adamw: dict[str, Any] = {"betas": (optim.betas[0], optim.betas[1]), "eps": optim.eps, "fused": True}
+    # DeepSpeed's stage 3 updates once at start-up, with gradients of zeros, which must not decay any weight: no rate.
+    groups = [{**group, "lr": 0.0, "weight_decay": 0.0} for group in param_groups(config, student)]
+    if optim.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **adamw)
+    muon = optim.muon
+    how = MuonSettings(muon.momentum, muon.ns_steps, muon.update_size, dtype, device)
+    return MuonAdamW(groups, how, **adamw)
+
+
+def param_groups(config: Config, student: nn.Module) -> list[dict[str, Any]]:
+    """A group for each kind of parameter that is trained: `kind`, `params`, and whether it is Muon's."""
+    kinds = parameter_kinds(student)
+    wanted = config.optim.optimizer == "muon"
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            muon = wanted and kinds[name] == "matrices" and is_linear_weight(student, name)
+            groups.setdefault((kinds[name], muon), []).append(parameter)
+    return [{"kind": kind, "muon": muon, "params": params} for (kind, muon), params in groups.items()]
+
+
+def set_rates(groups: Sequence[dict[str, Any]], config: Config, step: int) -> None:
+    """Gives each group the learning rate and weight decay of 1-based `step`."""
+    decay = decay_shape(config.optim, config.train.total_steps, step)
+    for group in groups:
+        group["lr"] = rate_at(config, group["kind"], group["muon"], step)
+        group["weight_decay"] = decay * _weight_decay(config, group["kind"], group["muon"])
+
+
+def rate_at(config: Config, kind: str, muon: bool, step: int) -> float:
+    """Learning rate of a kind of parameter in 1-based `step`."""
+    optim = config.optim
+    if muon:
+        return optim.muon.lr * lr_shape(optim, config.train.total_steps, step)
+    return lr_at(config, step) * float(getattr(optim.lr_factor, kind))
+
+
+def _weight_decay(config: Config, kind: str, muon: bool) -> float:
+    optim = config.optim
+    return optim.muon.weight_decay if muon else optim.weight_decay * float(getattr(optim.decay_factor, kind))
+
+
+def fused_rows(config: Config, student: nn.Module) -> dict[int, tuple[int, ...]]:
+    """Parameter's id -> rows of the matrices that optim.muon.fused says lie in it, one above the other.
+
+    Raises UserError for a name that is no Linear's, and for rows whose sum is not the Linear's.
+    """
+    found: dict[int, tuple[int, ...]] = {}
+    problems = []
+    parameters = dict(student.named_parameters())
+    for fused in config.optim.muon.fused:
+        names = [name for name in parameters if _is_called(name.removesuffix(".weight"), fused.name)]
+        names = [name for name in names if name.endswith(".weight") and is_linear_weight(student, name)]
+        if not names:
+            problems.append(f"optim.muon.fused names {fused.name!r}, and no Linear is called so")
+        for name in names:
+            n_rows = whole_shape(parameters[name])[0]
+            if sum(fused.rows) != n_rows:
+                problems.append(
+                    f"optim.muon.fused gives {fused.name} rows of {sum(fused.rows)} in all, and {name} has {n_rows}"
+                )
+            found[id(parameters[name])] = tuple(fused.rows)
+    if problems:
+        raise UserError("config error: " + "; ".join(problems))
+    return found
+
+
+def _is_called(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
+
+
+def ensure_state(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], flat: Tensor) -> dict[str, Tensor]:
+    """The optimizer's state of `flat`, made if there is none: a first step would, and a checkpoint may come before."""
+    state: dict[str, Tensor] = optimizer.state[flat]
+    for name in MUON_STATE if group["muon"] else ADAM_STATE:
+        if name not in state:
+            state[name] = torch.zeros_like(flat, requires_grad=False)
+    if not group["muon"] and "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+    return state
+
+
+@torch.no_grad()
+def update_squares(group: Mapping[str, Any], state: Mapping[str, Any], flat: Tensor) -> Tensor:
+    """Sum of squares of what the last step added to `flat`, weight decay left out; fp32 scalar."""
+    if group["muon"]:
+        known: Tensor = state.get("update_squares", flat.new_zeros(()))
+        return known
+    step, (first, second) = state["step"].item(), group["betas"]
+    if not step:
+        return flat.new_zeros(())
+    mean = state["exp_avg"] / (1 - first**step)
+    deviation = (state["exp_avg_sq"] / (1 - second**step)).sqrt_().add_(group["eps"])
+    squares: Tensor = mean.div_(deviation).square_().sum() * float(group["lr"]) ** 2
+    return squares
