@@ -10,7 +10,7 @@ from fbitrain.study_results import Outcome, Trial, verdicts
 
 COLUMNS = (
     *("variant", "bits per byte (each seed)", "median", "perplexity", "bits per weight"),
-    *("training tokens", "tokens per weight", "minutes", "PFLOP"),
+    *("training tokens", "tokens per weight", "minutes", "TFLOP"),
 )
 
 
@@ -40,7 +40,7 @@ def _row(outcome: Outcome) -> str:
         f"{outcome.tokens:,}",
         f"{outcome.tokens / outcome.weights:.1f}" if outcome.weights else "–",
         f"{outcome.seconds / 60:.1f}" if math.isfinite(outcome.seconds) else "not timed",
-        f"{outcome.flops / 1e15:.3g}" if math.isfinite(outcome.flops) else "–",
+        f"{outcome.flops / 1e12:,.1f}" if math.isfinite(outcome.flops) else "–",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -23,7 +23,7 @@ from fbitrain.config import load_config
 from fbitrain.launch import doctor
 from fbitrain.launch.cli import run
 from fbitrain.model.size import count_parameters
-from fbitrain.study import load_study
+from fbitrain.study_file import load_study
 from tests.conftest import Workspace
 from tests.data import faulty_http
 
