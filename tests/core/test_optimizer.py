@@ -1,0 +1,129 @@
+"""Parameter groups by kind, their rates, and the size of an update beside what really changed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fbitrain.config import Config, DistillConfig, TrainConfig
+from fbitrain.config_optim import KINDS, DecayFactors, FusedMatrix, LrFactors, MuonConfig, OptimConfig
+from fbitrain.errors import UserError
+from fbitrain.model.build import binarize_
+from fbitrain.model.config import BinarizeConfig
+from fbitrain.optimizer import build_optimizer, ensure_state, fused_rows, param_groups, set_rates, update_squares
+from fbitrain.parameters import parameter_kinds
+from fbitrain.student import Student
+
+CPU = torch.device("cpu")
+TRAIN = TrainConfig(total_steps=10)
+
+
+def student(binarize: BinarizeConfig | None = None, *, tied: bool = False) -> Student:
+    sizes: dict[str, Any] = {"vocab_size": 11, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1}
+    lm = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, attention_bias=True, tie_word_embeddings=tied))
+    binarize_(lm, binarize or BinarizeConfig())
+    return Student(lm, DistillConfig())
+
+
+def config(**optim: Any) -> Config:
+    return Config(optim=OptimConfig(warmup_steps=0, **optim), train=TRAIN)
+
+
+def test_every_kind_has_a_group_of_its_own() -> None:
+    model = student(BinarizeConfig(method="mixture_of_scales"))
+    groups = param_groups(config(), model)
+    assert sorted(group["kind"] for group in groups) == sorted(KINDS)
+    n_parameters = sum(len(group["params"]) for group in groups)
+    assert n_parameters == len(list(model.parameters()))
+    (head,) = next(group["params"] for group in groups if group["kind"] == "head")
+    assert head is model.head.weight
+    (matrices,) = (group["params"] for group in groups if group["kind"] == "matrices")
+    assert len(matrices) == 7
+
+
+def test_a_tied_head_is_of_the_embeddings() -> None:
+    model = student(tied=True)
+    assert set(parameter_kinds(model).values()) == {"matrices", "scales", "embeddings", "norms", "biases"}
+
+
+def test_frozen_parameters_are_in_no_group() -> None:
+    model = student()
+    model.lm.get_input_embeddings().weight.requires_grad_(False)
+    assert "embeddings" not in {group["kind"] for group in param_groups(config(), model)}
+
+
+def test_rates_and_decays_go_by_kind() -> None:
+    factors = LrFactors(**{kind: (i + 1) / 8 for i, kind in enumerate(KINDS)})
+    decays = DecayFactors(**{kind: i / 4 for i, kind in enumerate(KINDS)})
+    settings = config(lr=2e-3, min_lr=2e-4, weight_decay=0.1, lr_factor=factors, decay_factor=decays)
+    groups = param_groups(settings, student(BinarizeConfig(method="mixture_of_scales")))
+    set_rates(groups, settings, 10)
+    for group in groups:
+        i = KINDS.index(group["kind"])
+        assert group["lr"] == pytest.approx(2e-4 * (i + 1) / 8)
+        assert group["weight_decay"] == pytest.approx(0.1 * i / 4)
+
+
+def test_muon_has_the_matrices_at_its_own_rate_on_the_same_schedule() -> None:
+    settings = config(optimizer="muon", lr=2e-3, min_lr=2e-4, muon=MuonConfig(lr=0.04, weight_decay=0.3))
+    groups = param_groups(settings, student())
+    assert {group["kind"] for group in groups if group["muon"]} == {"matrices"}
+    for step, share in ((1, None), (10, 0.1)):
+        set_rates(groups, settings, step)
+        rates = {group["kind"]: group["lr"] for group in groups}
+        assert rates["matrices"] / rates["norms"] == pytest.approx(20)
+        assert share is None or rates["matrices"] == pytest.approx(0.04 * share)
+    assert next(group for group in groups if group["muon"])["weight_decay"] == 0.3
+
+
+def test_the_second_of_two_stages_has_no_weight_decay() -> None:
+    two = config(schedule="two_stage", lr=1e-3, min_lr=0, stage2_step=6, stage2_lr=1e-4, weight_decay=0.1)
+    groups = param_groups(two, student())
+    head = next(group for group in groups if group["kind"] == "head")
+    set_rates(groups, two, 5)
+    assert head["weight_decay"] == pytest.approx(0.1)
+    set_rates(groups, two, 6)
+    assert head["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("step", [1, 2, 7])
+def test_the_size_of_adams_update_is_what_changed(step: int) -> None:
+    """Recomputed from the moments after the step, beside the difference of the weights in float64."""
+    model = student()
+    settings = config(lr=3e-3, weight_decay=0.0)
+    optimizer = build_optimizer(settings, model, torch.float32, CPU)
+    for i in range(step):
+        set_rates(optimizer.param_groups, settings, i + 1)
+        before = [p.detach().double().clone() for p in model.parameters()]
+        for j, p in enumerate(model.parameters()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * i + j))
+        optimizer.step()
+    changed = sum(
+        (p.detach().double() - b).square().sum().item() for p, b in zip(model.parameters(), before, strict=True)
+    )
+    found = sum(
+        update_squares(group, ensure_state(optimizer, group, p), p).item()
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
+    assert found == pytest.approx(changed, rel=1e-3)
+
+
+def test_fused_rows_are_of_linears_that_are_there() -> None:
+    model = student()
+    muon = MuonConfig(fused=[FusedMatrix("gate_proj", [8, 12]), FusedMatrix("model.layers.0.mlp.up_proj", [10, 10])])
+    settings = config(optimizer="muon", muon=muon)
+    parameters = dict(model.lm.named_parameters())
+    assert fused_rows(settings, model) == {
+        id(parameters["model.layers.0.mlp.gate_proj.weight"]): (8, 12),
+        id(parameters["model.layers.0.mlp.up_proj.weight"]): (10, 10),
+    }
+    wrong = replace(muon, fused=[FusedMatrix("gate", [8, 12]), FusedMatrix("embed_tokens", [5, 6])])
+    with pytest.raises(UserError) as raised:
+        fused_rows(config(optimizer="muon", muon=wrong), model)
+    assert "'gate', and no Linear is called so; " in str(raised.value)
+    assert "'embed_tokens', and no Linear is called so" in str(raised.value)
