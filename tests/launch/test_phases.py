@@ -22,6 +22,7 @@ from fbitrain.pretrained import load_lm
 from fbitrain.release import release
 
 pytestmark = pytest.mark.launch
+ROOT = Path(__file__).parents[2]
 FAULTS = Path(__file__).with_name("faulty_pretrain.py")
 PHASES = ("binarize.from_step=2", "binarize.anneal_steps=2")
 SWITCH = ("binarize.from_step=3", "checkpoint.every=3")  # at once, at the step of a checkpoint and of an evaluation
@@ -181,6 +182,26 @@ def test_a_release_scores_what_its_run_measured(reference: Any, switched: Any, w
         found = perplexity(load_lm(out / "dense", torch.float32), text, 24, max_tokens=480).ppl
         measured = {line["step"]: line["heldout/perplexity"] for line in run.metrics if "heldout/perplexity" in line}
         assert found == pytest.approx(measured[step], rel=1e-4), (run.run_dir.name, step)
+
+
+def test_fine_tuning_goes_on_from_a_run_in_full_precision(
+    launch: Any, switched: Any, workspace: Any, tmp_path: Path
+) -> None:
+    """Its own phase in full precision begins where that run's checkpoint of step 3 was measured."""
+    lines = workspace.config.read_text().splitlines()
+    origin = switched.run_dir / "checkpoints" / "step_00000003"
+    config = tmp_path / "finetune.yaml"
+    config.write_text("\n".join(f"model: {{pretrained: {origin}}}" if "model:" in line else line for line in lines))
+    finetune: Any = {"script": ROOT / "launch" / "finetune.py", "config": config}
+    run = launch("tuned", *PHASES, "binarize.method=xnor", **finetune)
+    found, measured = (
+        {line["step"]: line["heldout/perplexity"] for line in run.metrics if "heldout/perplexity" in line}
+        for run in (run, switched)
+    )
+    assert found[0] == pytest.approx(measured[3], rel=1e-5)
+    assert [line["phase/binary_share"] for line in run.metrics if "phase/binary_share" in line][4:] == [1.0, 1.0]
+    refused = launch("twice", *PHASES, f"model.pretrained={switched.run_dir}", expect=1, **finetune)
+    assert "is binary already; set binarize.from_step=0 and binarize.anneal_steps=0" in refused.output
 
 
 def test_a_full_precision_run_may_decide_later(launch: Any, switched: Any) -> None:
