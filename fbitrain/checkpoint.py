@@ -151,7 +151,8 @@ def _finish(
     if config.model.pretrained:
         write_text(folder / LM_CONFIG, engine.student.lm.config.to_json_string(use_diff=False))
     shapes = {name: list(shape) for name, shape in engine.shapes().items()}
-    write_json(folder / "trainer.json", {**asdict(state), "world_size": dist.get_world_size(), "shapes": shapes})
+    about = {"world_size": dist.get_world_size(), "shapes": shapes, "state_starts": engine.state_starts}
+    write_json(folder / "trainer.json", {**asdict(state), **about})
     write_text(folder / "config.yaml", to_yaml(config))
     write_json(folder / "data_shards.json", shards)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
@@ -278,6 +279,9 @@ def fill(engine: Engine, folder: Path, on_change: str) -> str:
             f"{folder} was written by another optimizer and holds no state of this one for {of_whom}; "
             "restore optim.optimizer, or set optim.on_change=restart to begin their state anew"
         )
+    saved = json.loads((folder / "trainer.json").read_text())
+    engine.state_starts = saved.get("state_starts", {})
+    engine.begin_state_anew(fresh, saved["step"])
     for fragment in engine.fragments(everything_local=True):
         reader.read_into(fragment.weight, "weight", fragment.name, fragment.start)
         for kind, values in fragment.state.items() if fragment.name not in fresh else ():

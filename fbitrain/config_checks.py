@@ -10,6 +10,7 @@ from fbitrain.data.config import data_problems
 from fbitrain.model.config import SALIENT_METHODS, binarize_problems, model_problems
 from fbitrain.model.phases import has_phases, phase_problems
 from fbitrain.pretrained_shape import is_binary_run
+from fbitrain.schedules import lr_at
 
 if TYPE_CHECKING:
     from fbitrain.config import Config
@@ -34,6 +35,7 @@ def semantic_problems(config: Config, world_size: int) -> Iterator[str]:
     yield from _train_problems(config, world_size)
     yield from _distill_problems(config)
     yield from optim_problems(config.optim, config.train.total_steps)
+    yield from _two_stage_problems(config)
     yield from _engine_problems(config)
 
 
@@ -89,6 +91,19 @@ def _batch_problems(config: Config, world_size: int) -> Iterator[str]:
                 f"{name}={tokens} is not a multiple of "
                 f"micro_batch_size*seq_len*world_size={train.micro_batch_size}*{seq_len}*{world_size}={portion}"
             )
+
+
+def _two_stage_problems(config: Config) -> Iterator[str]:
+    """The second stage is to begin below the first one's end."""
+    optim, total = config.optim, config.train.total_steps
+    if optim.schedule != "two_stage" or not 1 < optim.stage2_step <= total:
+        return
+    reached = lr_at(config, optim.stage2_step - 1)
+    if optim.stage2_lr > reached:
+        yield (
+            f"optim.stage2_lr={optim.stage2_lr} is above the {reached:.3g} that the first stage has reached at "
+            f"optim.stage2_step={optim.stage2_step}; lower it, or let the second stage begin earlier"
+        )
 
 
 def _distill_problems(config: Config) -> Iterator[str]:

@@ -23,6 +23,7 @@ class LrFactors:
     head: float = 1.0
     norms: float = 1.0
     biases: float = 1.0
+    others: float = 1.0  # whatever else a model has, such as a state-space model's tensors
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class DecayFactors:
     head: float = 1.0
     norms: float = 0.0
     biases: float = 0.0
+    others: float = 1.0
 
 
 KINDS = tuple(f.name for f in fields(LrFactors))
@@ -106,7 +108,9 @@ def with_old_keys(optim: Any) -> Any:
         return optim
     rest = {key: value for key, value in optim.items() if key != "no_decay"}
     exempt = [*exempt, *(["routers"] if "scales" in exempt else [])]  # a kind of its own since
-    return {"decay_factor": {kind: 0.0 if kind in exempt else 1.0 for kind in KINDS}, **rest}
+    factors = {kind: 0.0 if kind in exempt else 1.0 for kind in KINDS}
+    newer = rest.get("decay_factor")
+    return {**rest, "decay_factor": {**factors, **newer} if isinstance(newer, dict) else newer or factors}
 
 
 def optim_problems(optim: OptimConfig, total_steps: int) -> Iterator[str]:
@@ -119,6 +123,8 @@ def optim_problems(optim: OptimConfig, total_steps: int) -> Iterator[str]:
         yield f"optim.lr={optim.lr} must be positive"
     if not 0 <= optim.min_lr <= optim.lr:
         yield f"optim.min_lr={optim.min_lr} must lie between 0 and optim.lr={optim.lr}"
+    if not optim.eps > 0:
+        yield f"optim.eps={optim.eps} must be positive"
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         yield f"optim.betas={optim.betas} must be two numbers in [0, 1)"
     for name in ("weight_decay", "max_grad_norm"):
@@ -169,8 +175,8 @@ def _muon_problems(optim: OptimConfig) -> Iterator[str]:
         yield f"optim.muon.momentum={muon.momentum} must lie in [0, 1)"
     if muon.ns_steps < 1:
         yield f"optim.muon.ns_steps={muon.ns_steps} must be at least 1"
-    if muon.weight_decay < 0:
-        yield f"optim.muon.weight_decay={muon.weight_decay} must not be negative"
+    if muon.weight_decay < 0 or muon.lr * muon.weight_decay >= 1:
+        yield f"optim.muon.weight_decay={muon.weight_decay} must lie from 0 to less than 1/optim.muon.lr"
     if muon.update_size not in UPDATE_SIZES:
         yield f"optim.muon.update_size={muon.update_size!r} is unknown; choose one of {', '.join(UPDATE_SIZES)}"
     for i, fused in enumerate(muon.fused):

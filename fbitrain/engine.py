@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -21,13 +21,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fbitrain.config import Config
 from fbitrain.errors import UserError
+from fbitrain.muon import MatrixForm
 from fbitrain.optimizer import (
     ADAM_STATE,
     MUON_STATE,
     MuonAdamW,
     build_optimizer,
     ensure_state,
-    fused_rows,
+    matrix_forms,
     set_rates,
     update_squares,
 )
@@ -154,7 +155,7 @@ class Engine:
                     block.compile()
         self.device = device()
         self._kinds = parameter_kinds(student)
-        rows = fused_rows(config, student)
+        forms = matrix_forms(config, student) if config.optim.optimizer == "muon" else {}
         optimizer = build_optimizer(config, student, resolve_precision(config.engine.precision), self.device)
         self._deepspeed, *_ = deepspeed.initialize(
             model=student, optimizer=optimizer, config=deepspeed_config(config, self.world_size)
@@ -164,7 +165,10 @@ class Engine:
         self._optimizer: torch.optim.Optimizer = getattr(
             self._deepspeed.optimizer, "optimizer", self._deepspeed.optimizer
         )
-        self._place_matrices(rows)
+        self._place_matrices(forms)
+        # Kind -> step after which the optimizer's state of it began; 0 where it is not named. Checkpoints keep it.
+        self.state_starts: dict[str, int] = {}
+        self._states()
         self._grad_norm: Tensor | float | None = None
         for _, buffer in self._buffers():  # DeepSpeed gives all ranks the parameters of rank 0, but not its buffers
             dist.broadcast(buffer, 0)
@@ -262,6 +266,14 @@ class Engine:
                     {name: placement.view(state[name], share) for name in (*ADAM_STATE, *MUON_STATE) if name in state},
                 )
 
+    def kind(self, parameter: nn.Parameter) -> str:
+        """The parameter's kind, one of config_optim.KINDS."""
+        return self._kinds[PREFIX + self._names[id(parameter)]]
+
+    def begin_state_anew(self, names: Iterable[str], step: int) -> None:
+        """Notes that the optimizer has no state of these parameters before `step`: whole kinds, never parts of one."""
+        self.state_starts |= {self._kinds[PREFIX + name]: step for name in names}
+
     def state_kinds(self) -> dict[str, tuple[str, ...]]:
         """Name of every parameter that is trained -> what the optimizer keeps of it; the same on every rank."""
         muon = {id(flat) for group, flat in self._flats() if group["muon"]}
@@ -272,9 +284,10 @@ class Engine:
 
     def fragments_changed(self, step: int) -> None:
         """After fragments were overwritten: refreshes the compute copies and sets Adam's step count. Collective."""
-        for state in self._states().values():
-            if "step" in state:
-                state["step"].fill_(float(step))
+        states = self._states()
+        for group, flat in self._flats():
+            if "step" in states[id(flat)]:
+                states[id(flat)]["step"].fill_(float(step - self.state_starts.get(group["kind"], 0)))
         zero = self._deepspeed.optimizer
         stage = self.config.engine.zero_stage
         if stage in (1, 2):
@@ -293,9 +306,11 @@ class Engine:
         sums = torch.zeros(2, len(kinds), dtype=torch.float64, device=self.device)
         states = self._states()
         for group, flat in self._flats():
-            column = sums[:, kinds.index(group["kind"])]
-            column[0] += update_squares(group, states[id(flat)], flat)
-            column[1] += flat.detach().square().sum()
+            sums[0, kinds.index(group["kind"])] += update_squares(group, states[id(flat)], flat)
+        for placement in self._placements():  # not whole buffers: DeepSpeed leaves their padding uninitialised
+            if share := placement.share_of(dist.get_rank()):
+                kind = kinds.index(self.kind(placement.parameter))
+                sums[1, kind] += placement.view(placement.flat, share).square().sum()
         if self.config.engine.zero_stage > 0:  # stage 0 has everything on every rank
             dist.all_reduce(sums)
         update, parameters = sums.sqrt().cpu()
@@ -322,7 +337,7 @@ class Engine:
     def overwrite(self, values: Mapping[str, Tensor], step: int) -> None:
         """Puts whole tensors into the place of the parameters `values` names, after `step` steps. Collective.
 
-        Master weights and compute copies get them; the optimizer's moments stay.
+        Master weights and compute copies get them; the optimizer's moments stay, and are to be zero.
         """
         if self.config.engine.zero_stage == 3:  # an evaluation may have left parameters gathered
             self._deepspeed.optimizer.parameter_offload.partition_all_parameters()
@@ -334,16 +349,15 @@ class Engine:
     def _placements(self) -> Iterator[Placement]:
         return placements(self._deepspeed.optimizer, self.config.engine.zero_stage)
 
-    def _place_matrices(self, rows: Mapping[int, tuple[int, ...]]) -> None:
+    def _place_matrices(self, forms: Mapping[int, MatrixForm]) -> None:
         """Tells Muon which matrices lie in which buffers."""
         if isinstance(self._optimizer, MuonAdamW):
             muon = {id(flat) for group, flat in self._flats() if group["muon"]}
             placed = [placement for placement in self._placements() if id(placement.flat) in muon]
             if not placed:
-                raise UserError(
-                    "optim.optimizer=muon updates matrices, and this model trains none; set optim.optimizer=adamw"
-                )
-            self._optimizer.place(placed, rows, self.world_size)
+                reason = "optim.optimizer=muon updates matrices, and this model trains none"
+                raise on_all_ranks(UserError(f"{reason}; set optim.optimizer=adamw"))
+            self._optimizer.place(placed, forms, self.world_size)
 
     def _flats(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         """(group, tensor) of what the optimizer really updates: flat fp32 partitions, at stage 0 the parameters."""

@@ -47,48 +47,73 @@ def update_size(rows: int, columns: int, convention: str) -> float:
     return math.sqrt(max(1.0, rows / columns)) if convention == "spectral" else 0.2 * math.sqrt(max(rows, columns))
 
 
-def matrix_update(momentum: Tensor, rows: Sequence[int], steps: int, convention: str) -> Tensor:
-    """size · O for each matrix of `rows` rows in `momentum` [N, K], one above the other; without rows it is one."""
-    blocks = torch.split(momentum, list(rows)) if rows else (momentum,)
+@dataclass(frozen=True)
+class MatrixForm:
+    """How a parameter holds its matrix or matrices."""
+
+    rows: tuple[int, ...] = ()  # of several matrices, one above the other; empty: it is one
+    transposed: bool = False  # [K, N], as GPT-2's Conv1D has it
+
+
+def matrix_update(momentum: Tensor, form: MatrixForm, steps: int, convention: str) -> Tensor:
+    """size · O for each matrix in `momentum`, in the shape of `momentum`."""
+    whole = momentum.T if form.transposed else momentum  # [N, K]
+    blocks = torch.split(whole, list(form.rows)) if form.rows else (whole,)
     sizes = [update_size(block.shape[0], block.shape[1], convention) for block in blocks]
-    return torch.cat([orthogonalize(block, steps) * size for block, size in zip(blocks, sizes, strict=True)])
+    update = torch.cat([orthogonalize(block, steps) * size for block, size in zip(blocks, sizes, strict=True)])
+    return update.T if form.transposed else update
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of a flat buffer, the rows of what is fused in it, and the rank that orthogonalizes it."""
+    """One parameter of a flat buffer, and the rank that orthogonalizes it."""
 
     placement: Placement
-    rows: tuple[int, ...]
+    form: MatrixForm
     owner: int
 
 
-def plan_rounds(placed: Sequence[Placement], rows: Sequence[tuple[int, ...]], world_size: int) -> list[list[Matrix]]:
-    """Who orthogonalizes what, in rounds whose matrices fit memory; the same on every rank.
+@dataclass(frozen=True)
+class Plan:
+    """Who orthogonalizes what of one flat buffer; the same on every rank."""
 
-    A matrix that lies on one rank is that rank's. The others go, largest first, to the rank with least to do.
+    local: tuple[Matrix, ...]  # each lies on one rank, which needs no other for it
+    rounds: tuple[tuple[Matrix, ...], ...]  # each lies on several; a round is what is exchanged at one time
+
+
+def plan_updates(placed: Sequence[Placement], forms: Sequence[MatrixForm], world_size: int) -> Plan:
+    """A matrix that lies on one rank is that rank's. The others go, largest first, to the rank with least to do.
+
+    Rounds hold shared matrices only: a round is a collective, for which no rank should wait in the middle of its own.
     """
-    rounds: list[list[int]] = [[]]
-    elements = 0
-    for i, placement in enumerate(placed):
-        size = math.prod(placement.shape)
-        if rounds[-1] and elements + size > ROUND_ELEMENTS * world_size:
-            rounds.append([])
-            elements = 0
-        rounds[-1].append(i)
-        elements += size
-    return [[Matrix(placed[i], rows[i], owner) for i, owner in _owners(placed, each, world_size)] for each in rounds]
-
-
-def _owners(placed: Sequence[Placement], indices: Sequence[int], world_size: int) -> list[tuple[int, int]]:
     load = dict.fromkeys(range(world_size), 0)
+    work = [math.prod(placement.shape) * min(placement.shape) for placement in placed]
     owners: dict[int, int] = {}
-    work = {i: math.prod(placed[i].shape) * min(placed[i].shape) for i in indices}
-    for i in sorted(indices, key=lambda i: (len(placed[i].shares) > 1, -work[i], i)):
+    for i in sorted(range(len(placed)), key=lambda i: (len(placed[i].shares) > 1, -work[i], i)):
         shares = placed[i].shares
         owners[i] = shares[0].rank if len(shares) == 1 else min(load, key=lambda rank: (load[rank], rank))
         load[owners[i]] = load.get(owners[i], 0) + work[i]
-    return sorted(owners.items())
+    matrices = [
+        Matrix(placement, form, owners[i]) for i, (placement, form) in enumerate(zip(placed, forms, strict=True))
+    ]
+    local = tuple(matrix for matrix in matrices if len(matrix.placement.shares) == 1)
+    spread = [matrix for matrix in matrices if len(matrix.placement.shares) > 1]
+    return Plan(local, tuple(_rounds(spread, ROUND_ELEMENTS * world_size)))
+
+
+def _rounds(matrices: Sequence[Matrix], most: int) -> Iterator[tuple[Matrix, ...]]:
+    """Cuts `matrices` into runs of at most `most` elements, one matrix at least."""
+    some: list[Matrix] = []
+    elements = 0
+    for matrix in matrices:
+        size = math.prod(matrix.placement.shape)
+        if some and elements + size > most:
+            yield tuple(some)
+            some, elements = [], 0
+        some.append(matrix)
+        elements += size
+    if some:
+        yield tuple(some)
 
 
 @dataclass(frozen=True)
@@ -103,9 +128,7 @@ class MuonSettings:
 
 
 @torch.no_grad()
-def muon_step(
-    flat: Tensor, state: dict[str, Any], rounds: Sequence[Sequence[Matrix]], lr: float, decay: float, how: MuonSettings
-) -> None:
+def muon_step(flat: Tensor, state: dict[str, Any], plan: Plan, lr: float, decay: float, how: MuonSettings) -> None:
     """Updates this rank's `flat` (fp32, with its gradient) in place; collective where matrices lie on several ranks.
 
     `state` keeps the momentum, and under "update_squares" the sum of squares of what this rank just added.
@@ -116,27 +139,33 @@ def muon_step(
     lookahead = gradient.lerp_(momentum, how.momentum)  # Nesterov's; the gradient is not needed any more
     squares = torch.zeros((), dtype=torch.float32, device=flat.device)
     flat.mul_(1 - lr * decay)
-    for matrices in rounds:
-        for placement, update in _orthogonal(matrices, lookahead, how):
-            share = placement.share_of(dist.get_rank())
-            assert share is not None
-            update = update.to(flat.device, torch.float32)
-            placement.view(flat, share).add_(update, alpha=-lr)
-            squares += update.square().sum()
+    for placement, update in itertools.chain(
+        _local_updates(plan.local, lookahead, how), *(_shared_updates(some, lookahead, how) for some in plan.rounds)
+    ):
+        share = placement.share_of(dist.get_rank())
+        assert share is not None
+        update = update.to(flat.device, torch.float32)
+        placement.view(flat, share).add_(update, alpha=-lr)
+        squares += update.square().sum()
     state["update_squares"] = squares.mul_(lr * lr)
 
 
-def _orthogonal(matrices: Sequence[Matrix], lookahead: Tensor, how: MuonSettings) -> Iterator[tuple[Placement, Tensor]]:
-    """(placement, this rank's share of the update, flattened) for each matrix that this rank holds something of."""
-    rank = dist.get_rank()
+def _local_updates(
+    matrices: Sequence[Matrix], lookahead: Tensor, how: MuonSettings
+) -> Iterator[tuple[Placement, Tensor]]:
+    """(placement, update, flattened) of each matrix that lies on this rank alone."""
     for matrix in matrices:
-        if len(matrix.placement.shares) == 1 and matrix.owner == rank:
+        if matrix.owner == dist.get_rank():
             yield matrix.placement, _update(matrix, _own_share(matrix, lookahead, how), how)
-    spread = [matrix for matrix in matrices if len(matrix.placement.shares) > 1]
-    if not spread:  # and no other rank waits for this one
-        return
-    owned = [(matrix, share) for matrix in spread if matrix.owner == rank for share in matrix.placement.shares]
-    held = [(matrix, share) for matrix in spread if (share := matrix.placement.share_of(rank))]
+
+
+def _shared_updates(
+    matrices: Sequence[Matrix], lookahead: Tensor, how: MuonSettings
+) -> Iterator[tuple[Placement, Tensor]]:
+    """(placement, this rank's share of the update, flattened) of each matrix it holds something of. Collective."""
+    rank = dist.get_rank()
+    owned = [(matrix, share) for matrix in matrices if matrix.owner == rank for share in matrix.placement.shares]
+    held = [(matrix, share) for matrix in matrices if (share := matrix.placement.share_of(rank))]
     pieces = iter(
         _all_to_all(
             [(matrix.owner, _own_share(matrix, lookahead, how)) for matrix, _ in held],
@@ -145,7 +174,7 @@ def _orthogonal(matrices: Sequence[Matrix], lookahead: Tensor, how: MuonSettings
         )
     )
     back = []
-    for matrix in (matrix for matrix in spread if matrix.owner == rank):
+    for matrix in (matrix for matrix in matrices if matrix.owner == rank):
         whole = torch.cat([next(pieces) for _ in matrix.placement.shares])
         update = _update(matrix, whole, how)
         back += [(share.rank, update[share.start : share.stop]) for share in matrix.placement.shares]
@@ -162,7 +191,7 @@ def _own_share(matrix: Matrix, lookahead: Tensor, how: MuonSettings) -> Tensor:
 
 def _update(matrix: Matrix, momentum: Tensor, how: MuonSettings) -> Tensor:
     whole = momentum.view(matrix.placement.shape)
-    return matrix_update(whole, matrix.rows, how.ns_steps, how.convention).flatten()
+    return matrix_update(whole, matrix.form, how.ns_steps, how.convention).flatten()
 
 
 def _all_to_all(
@@ -175,10 +204,12 @@ def _all_to_all(
     ranks = range(dist.get_world_size())
     outgoing = [[piece for to, piece in sent if to == rank] for rank in ranks]
     incoming = [sum(size for source, size in wanted if source == rank) for rank in ranks]
-    flat = torch.cat([piece for pieces in outgoing for piece in pieces] or [torch.empty(0, dtype=how.dtype)])
+    flat = torch.cat(
+        [piece for pieces in outgoing for piece in pieces] or [torch.empty(0, dtype=how.dtype, device=how.device)]
+    )
     received = torch.empty(sum(incoming), dtype=how.dtype, device=how.device)
     lengths = [sum(piece.numel() for piece in pieces) for pieces in outgoing]
-    dist.all_to_all_single(received, flat.to(how.device), incoming, lengths)
+    dist.all_to_all_single(received, flat, incoming, lengths)
     ends = list(itertools.accumulate(incoming, initial=0))
     found = []
     for source, size in wanted:

@@ -5,6 +5,7 @@ rest. A parameter group is a kind of parameter, with its own learning rate and w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 
 from fbitrain.config import Config
 from fbitrain.errors import UserError
-from fbitrain.muon import Matrix, MuonSettings, muon_step, plan_rounds
-from fbitrain.parameters import is_linear_weight, parameter_kinds, whole_shape
+from fbitrain.muon import MatrixForm, MuonSettings, Plan, muon_step, plan_updates
+from fbitrain.parameters import is_transposed, parameter_kinds, whole_shape
 from fbitrain.partition import Placement
+from fbitrain.ranks import on_all_ranks
 from fbitrain.schedules import decay_shape, lr_at, lr_shape
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 MUON_STATE = ("momentum",)
+CHUNK_ELEMENTS = 2**24  # of a buffer that is looked at piece by piece
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -31,16 +34,15 @@ class MuonAdamW(torch.optim.AdamW):
     def __init__(self, groups: list[dict[str, Any]], how: MuonSettings, **adamw: Any) -> None:
         super().__init__(groups, **adamw)
         self._how = how
-        self._rounds: dict[int, list[list[Matrix]]] = {}
+        self._plans: dict[int, Plan] = {}  # by the id of the flat tensor, which the plan keeps alive
 
-    def place(self, placed: Iterable[Placement], rows_of: Mapping[int, tuple[int, ...]], world_size: int) -> None:
-        """`placed`: all matrices of the Muon groups; rows_of: what is fused in a parameter, by its id."""
+    def place(self, placed: Iterable[Placement], forms: Mapping[int, MatrixForm], world_size: int) -> None:
+        """`placed`: all matrices of the Muon groups; forms: of each parameter, by its id."""
         by_flat: dict[int, list[Placement]] = {}
         for placement in placed:
             by_flat.setdefault(id(placement.flat), []).append(placement)
         for flat, some in by_flat.items():
-            rows = [rows_of.get(id(placement.parameter), ()) for placement in some]
-            self._rounds[flat] = plan_rounds(some, rows, world_size)
+            self._plans[flat] = plan_updates(some, [forms[id(placement.parameter)] for placement in some], world_size)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -53,9 +55,9 @@ class MuonAdamW(torch.optim.AdamW):
             self.param_groups = groups
         for group in groups:
             for flat in group["params"] if group["muon"] else ():
-                if flat.grad is not None and id(flat) in self._rounds:
-                    how, rounds = self._how, self._rounds[id(flat)]
-                    muon_step(flat, self.state[flat], rounds, group["lr"], group["weight_decay"], how)
+                if flat.grad is not None and id(flat) in self._plans:
+                    plan, state = self._plans[id(flat)], ensure_state(self, group, flat)
+                    muon_step(flat, state, plan, group["lr"], group["weight_decay"], self._how)
 
 
 def build_optimizer(config: Config, student: nn.Module, dtype: torch.dtype, device: torch.device) -> torch.optim.AdamW:
@@ -74,13 +76,12 @@ def build_optimizer(config: Config, student: nn.Module, dtype: torch.dtype, devi
 def param_groups(config: Config, student: nn.Module) -> list[dict[str, Any]]:
     """A group for each kind of parameter that is trained: `kind`, `params`, and whether it is Muon's."""
     kinds = parameter_kinds(student)
-    wanted = config.optim.optimizer == "muon"
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            muon = wanted and kinds[name] == "matrices" and is_linear_weight(student, name)
-            groups.setdefault((kinds[name], muon), []).append(parameter)
-    return [{"kind": kind, "muon": muon, "params": params} for (kind, muon), params in groups.items()]
+            groups.setdefault(kinds[name], []).append(parameter)
+    muon = {"matrices"} if config.optim.optimizer == "muon" else set()
+    return [{"kind": kind, "muon": kind in muon, "params": parameters} for kind, parameters in groups.items()]
 
 
 def set_rates(groups: Sequence[dict[str, Any]], config: Config, step: int) -> None:
@@ -104,29 +105,29 @@ def _weight_decay(config: Config, kind: str, muon: bool) -> float:
     return optim.muon.weight_decay if muon else optim.weight_decay * float(getattr(optim.decay_factor, kind))
 
 
-def fused_rows(config: Config, student: nn.Module) -> dict[int, tuple[int, ...]]:
-    """Parameter's id -> rows of the matrices that optim.muon.fused says lie in it, one above the other.
+def matrix_forms(config: Config, student: nn.Module) -> dict[int, MatrixForm]:
+    """Parameter's id -> how it holds its matrices (optim.muon.fused), for every parameter of the kind `matrices`.
 
     Raises UserError for a name that is no Linear's, and for rows whose sum is not the Linear's.
     """
-    found: dict[int, tuple[int, ...]] = {}
-    problems = []
     parameters = dict(student.named_parameters())
+    names = [name for name, kind in parameter_kinds(student).items() if kind == "matrices"]
+    forms = {name: MatrixForm(transposed=is_transposed(student, name)) for name in names}
+    problems = []
     for fused in config.optim.muon.fused:
-        names = [name for name in parameters if _is_called(name.removesuffix(".weight"), fused.name)]
-        names = [name for name in names if name.endswith(".weight") and is_linear_weight(student, name)]
-        if not names:
+        found = [name for name in names if _is_called(name.removesuffix(".weight"), fused.name)]
+        if not found:
             problems.append(f"optim.muon.fused names {fused.name!r}, and no Linear is called so")
-        for name in names:
-            n_rows = whole_shape(parameters[name])[0]
+        for name in found:
+            n_rows = whole_shape(parameters[name])[1 if forms[name].transposed else 0]
             if sum(fused.rows) != n_rows:
                 problems.append(
                     f"optim.muon.fused gives {fused.name} rows of {sum(fused.rows)} in all, and {name} has {n_rows}"
                 )
-            found[id(parameters[name])] = tuple(fused.rows)
+            forms[name] = replace(forms[name], rows=tuple(fused.rows))
     if problems:
-        raise UserError("config error: " + "; ".join(problems))
-    return found
+        raise on_all_ranks(UserError("config error: " + "; ".join(problems)))
+    return {id(parameters[name]): form for name, form in forms.items()}
 
 
 def _is_called(module: str, name: str) -> bool:
@@ -147,13 +148,15 @@ def ensure_state(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], fla
 @torch.no_grad()
 def update_squares(group: Mapping[str, Any], state: Mapping[str, Any], flat: Tensor) -> Tensor:
     """Sum of squares of what the last step added to `flat`, weight decay left out; fp32 scalar."""
+    squares = flat.new_zeros(())
     if group["muon"]:
-        known: Tensor = state.get("update_squares", flat.new_zeros(()))
+        known: Tensor = state.get("update_squares", squares)
         return known
     step, (first, second) = state["step"].item(), group["betas"]
     if not step:
-        return flat.new_zeros(())
-    mean = state["exp_avg"] / (1 - first**step)
-    deviation = (state["exp_avg_sq"] / (1 - second**step)).sqrt_().add_(group["eps"])
-    squares: Tensor = mean.div_(deviation).square_().sum() * float(group["lr"]) ** 2
-    return squares
+        return squares
+    # In pieces, so that no second copy of the optimizer's state is made.
+    for mean, square in zip(*(state[name].view(-1).split(CHUNK_ELEMENTS) for name in ADAM_STATE), strict=True):
+        deviation = (square / (1 - second**step)).sqrt_().add_(group["eps"])
+        squares += (mean / (1 - first**step)).div_(deviation).square_().sum()
+    return squares.mul_(float(group["lr"]) ** 2)

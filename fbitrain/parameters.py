@@ -21,6 +21,11 @@ def parameter_kinds(model: nn.Module) -> dict[str, str]:
     return kinds
 
 
+def is_transposed(model: nn.Module, name: str) -> bool:
+    """Whether the matrix `name` is [in_features, out_features]: GPT-2's Conv1D, where it has not become binary."""
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+
+
 def _kind(owner: nn.Module, leaf: str) -> str:
     if leaf in SCALE_PARAMETERS:
         return "scales"
@@ -32,13 +37,9 @@ def _kind(owner: nn.Module, leaf: str) -> str:
         return "embeddings"
     if isinstance(owner, LossHead):
         return "head"
-    return "biases" if leaf == "bias" else "matrices"
-
-
-def is_linear_weight(model: nn.Module, name: str) -> bool:
-    """Whether the parameter `name` is a matrix that a Linear multiplies with; state-space models have other ones."""
-    owner, _, leaf = name.rpartition(".")
-    return leaf == "weight" and isinstance(model.get_submodule(owner), (LatentLinear, nn.Linear, Conv1D))
+    if leaf == "weight" and isinstance(owner, (LatentLinear, nn.Linear, Conv1D)):
+        return "matrices"
+    return "biases" if leaf == "bias" else "others"
 
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:

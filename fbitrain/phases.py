@@ -14,9 +14,12 @@ from torch import Tensor
 from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.latent import LatentLinear
 from fbitrain.model.phases import binary_share, has_phases, scales_begin
+from fbitrain.parameters import SCALE_PARAMETERS
 
 if TYPE_CHECKING:
     from fbitrain.engine import Engine
+
+IDLE = tuple(f".{leaf}" for leaf in (*SCALE_PARAMETERS, "router"))  # what full precision does not train
 
 
 def enter_step(engine: Engine, binarize: BinarizeConfig, done: int) -> None:
@@ -54,6 +57,9 @@ def start_scales(engine: Engine, done: int) -> None:
             dist.broadcast(scales := scales.contiguous(), 0)
             values[f"{name.removesuffix('weight')}{leaf}"] = scales
     if values:
+        # Until now scales and routers had no gradient. Their moments are zero, and AdamW's count begins with them.
+        idle = [name for name in engine.shapes() if name.endswith(IDLE)]
+        engine.begin_state_anew(idle, done)
         engine.overwrite(values, done)
 
 

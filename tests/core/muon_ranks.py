@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import nn
 
-from fbitrain.muon import MuonSettings, muon_step, plan_rounds
+from fbitrain.muon import MatrixForm, MuonSettings, muon_step, plan_updates
 from fbitrain.partition import Placement, Share
 
 CPU = torch.device("cpu")
@@ -54,7 +54,8 @@ def run_steps(rank: int, world_size: int, kind: str, store: str, out: str) -> No
         Placement(nn.Parameter(torch.empty(0)), shape, flat, some)
         for shape, some in zip(LAYOUT_SHAPES, shares, strict=True)
     ]
-    rounds = plan_rounds(placements, [(), (2, 3), (), (), ()], world_size)
+    forms = [MatrixForm(), MatrixForm(rows=(2, 3)), MatrixForm(), MatrixForm(), MatrixForm()]
+    plan = plan_updates(placements, forms, world_size)
     state = {"momentum": torch.zeros(length)}
     how = MuonSettings(0.9, 3, "spectral", torch.float32, CPU)
     generator = torch.Generator().manual_seed(5)
@@ -65,7 +66,7 @@ def run_steps(rank: int, world_size: int, kind: str, store: str, out: str) -> No
             whole = torch.randn(placement.shape, generator=generator).flatten()  # the same on every rank
             if share := placement.share_of(rank):
                 placement.view(flat.grad, share).copy_(whole[share.start : share.stop])
-        muon_step(flat, state, rounds, 0.1 / (step + 1), 0.05, how)
+        muon_step(flat, state, plan, 0.1 / (step + 1), 0.05, how)
         squares = state["update_squares"].clone()
     dist.all_reduce(squares)
     pieces = [

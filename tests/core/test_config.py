@@ -237,6 +237,8 @@ def test_an_unknown_key_names_the_nearest(minimal: Path, override: str, hint: st
         ("optim.muon.ns_steps=0", ["optim.muon.ns_steps=0 must be at least 1"]),
         ("optim.muon.momentum=1", ["optim.muon.momentum=1", "[0, 1)"]),
         ("optim.muon.fused=[{name: qkv, rows: [8]}]", ["optim.muon.fused[0]", "at least two matrices"]),
+        ("optim.muon.weight_decay=50", ["optim.muon.weight_decay=50", "less than 1/optim.muon.lr"]),
+        ("optim.eps=0", ["optim.eps=0.0 must be positive"]),
         ("optim.on_change=ignore", ["optim.on_change='ignore' is unknown", "refuse, restart"]),
         ("optim.min_lr=1", ["optim.min_lr=1", "optim.lr="]),
         ("optim.warmup_steps=2000000", ["optim.warmup_steps", "train.total_steps"]),
@@ -273,6 +275,15 @@ def test_schedules_must_fit_the_run(minimal: Path) -> None:
     assert len(found) == 2
     assert "optim.stage2_step=101 must lie between optim.warmup_steps=10 and train.total_steps=100" in found[0]
     assert "optim.stage2_lr=0.002 must lie between optim.min_lr=0.0 and optim.lr=0.001" in found[1]
+    late = (
+        "optim.schedule=two_stage",
+        "optim.lr=1e-3",
+        "optim.min_lr=0",
+        "optim.stage2_step=90",
+        "optim.stage2_lr=5e-4",
+    )
+    (problem,) = problems_of(minimal, *run, *late)
+    assert "optim.stage2_lr=0.0005 is above the 3.64e-05 that the first stage has reached" in problem
 
 
 def test_the_rate_and_decay_of_muons_matrices_are_muons(minimal: Path) -> None:
@@ -290,6 +301,8 @@ def test_an_old_runs_list_of_kinds_without_decay_is_still_read(minimal: Path) ->
     everything = load_config(minimal, ["optim.no_decay=[scales, norms, embeddings, biases]"])
     assert everything.optim.decay_factor == DecayFactors()
     assert load_config(minimal, ["optim.no_decay=[]"]).optim.decay_factor.scales == 1
+    both = load_config(minimal, ["optim.no_decay=[]", "optim.decay_factor.head=0"])
+    assert (both.optim.decay_factor.head, both.optim.decay_factor.norms) == (0, 1)
 
 
 def test_a_run_of_no_steps_needs_no_word_on_its_warm_up(minimal: Path, tmp_path: Path) -> None:

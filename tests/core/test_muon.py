@@ -13,9 +13,10 @@ from torch import nn
 
 from fbitrain.muon import (
     ROUND_ELEMENTS,
+    MatrixForm,
     matrix_update,
     orthogonalize,
-    plan_rounds,
+    plan_updates,
     update_size,
 )
 from fbitrain.partition import Placement, Share
@@ -67,8 +68,12 @@ def test_sizes_of_an_update() -> None:
 def test_fused_matrices_are_orthogonalized_one_by_one() -> None:
     momentum = torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
     parts = [orthogonalize(part, 5) * update_size(*part.shape, "spectral") for part in momentum.split([2, 3, 7])]
-    assert torch.equal(matrix_update(momentum, (2, 3, 7), 5, "spectral"), torch.cat(parts))
-    assert not torch.allclose(matrix_update(momentum, (), 5, "spectral"), torch.cat(parts), atol=1e-2)
+    fused = MatrixForm(rows=(2, 3, 7))
+    assert torch.equal(matrix_update(momentum, fused, 5, "spectral"), torch.cat(parts))
+    assert not torch.allclose(matrix_update(momentum, MatrixForm(), 5, "spectral"), torch.cat(parts), atol=1e-2)
+    # GPT-2's Conv1D has the same matrices on their side.
+    sideways = matrix_update(momentum.T, MatrixForm(rows=(2, 3, 7), transposed=True), 5, "spectral")
+    assert torch.equal(sideways, torch.cat(parts).T)
 
 
 def placed(shape: tuple[int, int], *shares: Share) -> Placement:
@@ -79,18 +84,22 @@ def placed(shape: tuple[int, int], *shares: Share) -> Placement:
 def test_plan_gives_whole_matrices_to_who_has_them_and_shares_the_rest_out() -> None:
     whole = [placed((8, 8), Share(1, 0, 64, 0)), placed((8, 8), Share(1, 0, 64, 64))]
     cut = [placed((16, 16), Share(0, 0, 128, 0), Share(1, 128, 256, 0)) for _ in range(4)]
-    (matrices,) = plan_rounds([*whole, *cut], [()] * 6, 2)
-    owners = [matrix.owner for matrix in matrices]
-    assert owners[:2] == [1, 1]
-    assert sorted(owners[2:]).count(0) in (2, 3)  # rank 1 has less room for what is cut
+    plan = plan_updates([whole[0], *cut, whole[1]], [MatrixForm()] * 6, 2)
+    assert [matrix.owner for matrix in plan.local] == [1, 1]
+    assert [matrix.placement for matrix in plan.local] == whole
+    (matrices,) = plan.rounds  # none of them holds what a rank can do alone
+    assert [matrix.placement for matrix in matrices] == cut
+    assert [matrix.owner for matrix in matrices].count(0) in (2, 3)  # rank 1 has less room for what is cut
 
 
 def test_plan_cuts_what_does_not_fit_memory_into_rounds() -> None:
     side = int(math.sqrt(ROUND_ELEMENTS))
-    large = [placed((side, side), Share(0, 0, side * side, 0)) for _ in range(5)]
-    rounds = plan_rounds(large, [()] * 5, 2)
-    assert [len(each) for each in rounds] == [2, 2, 1]
-    assert [matrix.placement for each in rounds for matrix in each] == large
+    half = side * side // 2
+    large = [placed((side, side), Share(0, 0, half, 0), Share(1, half, 2 * half, 0)) for _ in range(5)]
+    plan = plan_updates(large, [MatrixForm()] * 5, 2)
+    assert [len(each) for each in plan.rounds] == [2, 2, 1]
+    assert [matrix.placement for each in plan.rounds for matrix in each] == large
+    assert plan.local == ()
 
 
 # -- the step of two ranks beside that of one -------------------------------------------------------------------------

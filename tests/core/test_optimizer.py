@@ -7,14 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from fbitrain.config import Config, DistillConfig, TrainConfig
 from fbitrain.config_optim import KINDS, DecayFactors, FusedMatrix, LrFactors, MuonConfig, OptimConfig
 from fbitrain.errors import UserError
 from fbitrain.model.build import binarize_
 from fbitrain.model.config import BinarizeConfig
-from fbitrain.optimizer import build_optimizer, ensure_state, fused_rows, param_groups, set_rates, update_squares
+from fbitrain.muon import MatrixForm
+from fbitrain.optimizer import build_optimizer, ensure_state, matrix_forms, param_groups, set_rates, update_squares
 from fbitrain.parameters import parameter_kinds
 from fbitrain.student import Student
 
@@ -36,7 +44,7 @@ def config(**optim: Any) -> Config:
 def test_every_kind_has_a_group_of_its_own() -> None:
     model = student(BinarizeConfig(method="mixture_of_scales"))
     groups = param_groups(config(), model)
-    assert sorted(group["kind"] for group in groups) == sorted(KINDS)
+    assert {group["kind"] for group in groups} == set(KINDS) - {"others"}
     n_parameters = sum(len(group["params"]) for group in groups)
     assert n_parameters == len(list(model.parameters()))
     (head,) = next(group["params"] for group in groups if group["kind"] == "head")
@@ -116,14 +124,35 @@ def test_the_size_of_adams_update_is_what_changed(step: int) -> None:
 def test_fused_rows_are_of_linears_that_are_there() -> None:
     model = student()
     muon = MuonConfig(fused=[FusedMatrix("gate_proj", [8, 12]), FusedMatrix("model.layers.0.mlp.up_proj", [10, 10])])
-    settings = config(optimizer="muon", muon=muon)
+    forms = matrix_forms(config(optimizer="muon", muon=muon), model)
     parameters = dict(model.lm.named_parameters())
-    assert fused_rows(settings, model) == {
-        id(parameters["model.layers.0.mlp.gate_proj.weight"]): (8, 12),
-        id(parameters["model.layers.0.mlp.up_proj.weight"]): (10, 10),
-    }
+    assert len(forms) == 7
+    assert forms[id(parameters["model.layers.0.mlp.gate_proj.weight"])] == MatrixForm(rows=(8, 12))
+    assert forms[id(parameters["model.layers.0.mlp.up_proj.weight"])] == MatrixForm(rows=(10, 10))
+    assert forms[id(parameters["model.layers.0.mlp.down_proj.weight"])] == MatrixForm()
     wrong = replace(muon, fused=[FusedMatrix("gate", [8, 12]), FusedMatrix("embed_tokens", [5, 6])])
     with pytest.raises(UserError) as raised:
-        fused_rows(config(optimizer="muon", muon=wrong), model)
+        matrix_forms(config(optimizer="muon", muon=wrong), model)
     assert "'gate', and no Linear is called so; " in str(raised.value)
     assert "'embed_tokens', and no Linear is called so" in str(raised.value)
+
+
+def test_gpt2s_matrices_are_transposed_until_they_become_binary() -> None:
+    lm = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    binarize_(lm, BinarizeConfig(skip=["lm_head", "c_attn"]))
+    muon = MuonConfig(fused=[FusedMatrix("c_attn", [8, 8, 8])])
+    forms = matrix_forms(config(optimizer="muon", muon=muon), model := Student(lm, DistillConfig()))
+    found = {name: forms[id(p)] for name, p in model.lm.named_parameters() if id(p) in forms}
+    assert found["transformer.h.0.attn.c_attn.weight"] == MatrixForm((8, 8, 8), transposed=True)
+    assert found["transformer.h.0.mlp.c_fc.weight"] == MatrixForm()
+
+
+def test_what_is_no_linears_matrix_is_adamws_under_a_kind_of_its_own() -> None:
+    sizes = {"vocab_size": 11, "hidden_size": 8, "state_size": 4, "num_hidden_layers": 1, "time_step_rank": 2}
+    model = Student(MambaForCausalLM(MambaConfig(**sizes)), DistillConfig())
+    groups = {group["kind"]: group for group in param_groups(config(optimizer="muon"), model)}
+    assert groups["matrices"]["muon"]
+    assert not groups["others"]["muon"]
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert any(names[id(p)].endswith("A_log") for p in groups["others"]["params"])
+    assert all(names[id(p)].endswith("proj.weight") for p in groups["matrices"]["params"])

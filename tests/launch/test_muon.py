@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -101,6 +102,8 @@ def test_a_change_of_optimizer_is_refused_or_starts_anew_by_name(launch: Any, ha
     run = launch("changed", "engine.zero_stage=1", "optim.on_change=restart")
     assert "begins anew: another optimizer wrote the checkpoint" in run.output
     assert "optim.optimizer 'muon' -> 'adamw'" in run.output
+    trainer = json.loads((run.run_dir / "checkpoints" / "step_00000006" / "trainer.json").read_text())
+    assert trainer["state_starts"] == {"matrices": 3}, "AdamW counts its steps from where its moments began"
     # From now on the checkpoints are this optimizer's: the switch is not needed any more.
     longer = launch("changed", "engine.zero_stage=1", "train.total_steps=7", "checkpoint.every=7")
     assert max(longer.losses) == 7
