@@ -1,4 +1,4 @@
-"""Run a study and say what came of it: `compare.py launch/studies/NAME.yaml [--only TEXT] [--table]`.
+"""Run a study and say what came of it: `compare.py launch/studies/NAME.yaml [--only TEXT …] [--table]`.
 
 Each variant is a run of launch/pretrain.py, or of launch/finetune.py where it starts from a pretrained model, in
 runs/studies/NAME; finished ones are kept. The table, the orderings that the study expects and pictures go to
@@ -32,9 +32,11 @@ LAUNCH = Path(__file__).parent
 def main(arguments: argparse.Namespace) -> int:
     study = load_study(arguments.study)
     folder = arguments.runs / arguments.study.stem
-    wanted = [each for each in runs(study, folder) if arguments.only.lower() in each.variant.name.lower()]
-    if not wanted:
-        raise UserError(f"no variant of {arguments.study} has {arguments.only!r} in its name")
+    texts = [text.lower() for text in arguments.only or [""]]
+    for text in texts:
+        if not any(text in variant.name.lower() for variant in study.variants):
+            raise UserError(f"no variant of {arguments.study} has {text!r} in its name")
+    wanted = [each for each in runs(study, folder) if any(text in each.variant.name.lower() for text in texts)]
     failed: list[str] = []
     if not (arguments.table or arguments.results_from):
         todo = [each for each in wanted if not is_finished(each)]
@@ -126,7 +128,9 @@ def call(one: Run, command: Sequence[str], jobs: int) -> int:
 def parser() -> argparse.ArgumentParser:
     commands = argparse.ArgumentParser(prog="compare.py", description="Run the variants of a study and compare them.")
     commands.add_argument("study", type=Path, help="a study file; the shipped ones are in launch/studies")
-    commands.add_argument("--only", default="", metavar="TEXT", help="only the variants with TEXT in their name")
+    commands.add_argument(
+        "--only", action="append", metavar="TEXT", help="only the variants with TEXT in their name; may be given again"
+    )
     commands.add_argument("--table", action="store_true", help="run nothing, only sum up what is finished")
     commands.add_argument("--jobs", type=positive, default=1, help="runs at one time; they share the cores (default 1)")
     commands.add_argument(
