@@ -98,6 +98,14 @@ class OptimConfig:
     on_change: str = "refuse"
 
 
+def describe_optimizer(optim: OptimConfig) -> str:
+    """Which optimizer has which kinds of parameters, with what differs from optim.lr; one line."""
+    parts = [f"Muon {optim.muon.lr:g} for the matrices, AdamW for the rest" if optim.optimizer == "muon" else "AdamW"]
+    factors = {kind: getattr(optim.lr_factor, kind) for kind in KINDS}
+    parts += [f"{kind} at {factor:g} of its rate" for kind, factor in factors.items() if factor != 1]
+    return ", ".join([*parts, f"weight decay {optim.weight_decay:g}"])
+
+
 def with_old_keys(optim: Any) -> Any:
     """The section as it is written today: `no_decay`, a list of kinds, became `decay_factor`.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fbitrain.calibration_data import needs_text
 from fbitrain.config import Config
-from fbitrain.config_optim import KINDS, OptimConfig
+from fbitrain.config_optim import describe_optimizer
 from fbitrain.files import read_json_lines
 from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig
 from fbitrain.model.hf import ReleasedModel
@@ -165,21 +165,12 @@ def _recipe(config: Config, training: Training) -> str:
         "temperature": f"{distill.temperature:g}",
         "steps, tokens": f"{training.step} of {config.train.total_steps}, {training.tokens:,}",
         "batch, sequence": f"{_batch(config)} tokens per step, {config.data.seq_len} tokens",
-        "optimizer": _optimizer(config.optim),
+        "optimizer": describe_optimizer(config.optim),
         "learning rate": f"{config.optim.lr} → {config.optim.min_lr} ({config.optim.schedule}), "
         f"{config.optim.warmup_steps} warm-up steps",
         "data": ", ".join(f"{source.name} ({source.weight:g})" for source in config.data.sources),
     }
     return "## Recipe\n\n| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items() if value)
-
-
-def _optimizer(optim: OptimConfig) -> str:
-    """Which optimizer had which kinds of parameters, and the rates that are not optim.lr."""
-    muon = optim.muon
-    parts = [f"Muon {muon.lr:g} for the matrices, AdamW for the rest" if optim.optimizer == "muon" else "AdamW"]
-    factors = {kind: getattr(optim.lr_factor, kind) for kind in KINDS}
-    parts += [f"{kind} at {factor:g} of its rate" for kind, factor in factors.items() if factor != 1]
-    return ", ".join([*parts, f"weight decay {optim.weight_decay:g}"])
 
 
 def _batch(config: Config) -> str:

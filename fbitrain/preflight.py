@@ -12,6 +12,7 @@ import torch
 from fbitrain.build import check_vocabularies
 from fbitrain.checkpoint_files import trained_parameters
 from fbitrain.config import Config
+from fbitrain.config_optim import describe_optimizer
 from fbitrain.data.errors import DataError
 from fbitrain.engine import resolve_precision
 from fbitrain.errors import UserError
@@ -55,6 +56,7 @@ def inspect_run(config: Config, *, world_size: int, ranks_here: int) -> Report:
         count = count_parameters(config.model, config.binarize)
         n_parameters = _describe_model(report, count)
         n_muon = count.binary + count.dense if config.optim.optimizer == "muon" else 0
+    report.add("optimizer", f"{describe_optimizer(config.optim)}; {config.optim.schedule} schedule")
     _describe_tokens(report, config, world_size)
     _check_inputs(report, config, world_size, ranks_here)
     if not n_parameters or not config.model.n_heads:  # a model that says too little of itself to be added up

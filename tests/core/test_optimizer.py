@@ -17,7 +17,15 @@ from transformers import (
 )
 
 from fbitrain.config import Config, DistillConfig, TrainConfig
-from fbitrain.config_optim import KINDS, DecayFactors, FusedMatrix, LrFactors, MuonConfig, OptimConfig
+from fbitrain.config_optim import (
+    KINDS,
+    DecayFactors,
+    FusedMatrix,
+    LrFactors,
+    MuonConfig,
+    OptimConfig,
+    describe_optimizer,
+)
 from fbitrain.errors import UserError
 from fbitrain.model.build import binarize_
 from fbitrain.model.config import BinarizeConfig
@@ -86,6 +94,14 @@ def test_muon_has_the_matrices_at_its_own_rate_on_the_same_schedule() -> None:
         assert rates["matrices"] / rates["norms"] == pytest.approx(20)
         assert share is None or rates["matrices"] == pytest.approx(0.04 * share)
     assert next(group for group in groups if group["muon"])["weight_decay"] == 0.3
+
+
+def test_an_optimizer_in_one_line() -> None:
+    assert describe_optimizer(OptimConfig()) == "AdamW, weight decay 0.1"
+    ours = OptimConfig(optimizer="muon", weight_decay=0, lr_factor=LrFactors(scales=0.1))
+    assert describe_optimizer(ours) == (
+        "Muon 0.02 for the matrices, AdamW for the rest, scales at 0.1 of its rate, weight decay 0"
+    )
 
 
 def test_the_second_of_two_stages_has_no_weight_decay() -> None:
