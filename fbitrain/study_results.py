@@ -104,7 +104,8 @@ def verdicts(study: Study, results: Sequence[Outcome]) -> Iterator[tuple[str, st
             yield low, high, "not run"
             continue
         lows, highs = by_name[low], by_name[high]
-        alone = " (one run each)" if len(lows) == len(highs) == 1 else ""
+        runs = sorted((len(lows), len(highs)))
+        alone = "" if runs[0] > 1 else " (one run each)" if runs[1] == 1 else " (one run against several)"
         if max(lows) < min(highs):
             yield low, high, "holds" + alone
         elif min(lows) > max(highs):
