@@ -67,6 +67,8 @@ def init_distributed(config: Config) -> tuple[int, int]:
         os.environ.setdefault("MASTER_PORT", "0")
     # DeepSpeed would compile an operator here that only inference uses; without it no compiler is needed to train.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # MuonAdamW is not on DeepSpeed's list of optimizers; tests/launch/test_muon.py runs it under every stage.
+    deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
     timeout = timedelta(seconds=config.engine.comm_timeout_s)
     if on_gpu():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
