@@ -170,7 +170,6 @@ class Engine:
         self._place_matrices(forms)
         # Kind -> step after which the optimizer's state of it began; 0 where it is not named. Checkpoints keep it.
         self.state_starts: dict[str, int] = {}
-        self._states()
         self._grad_norm: Tensor | float | None = None
         for _, buffer in self._buffers():  # DeepSpeed gives all ranks the parameters of rank 0, but not its buffers
             dist.broadcast(buffer, 0)

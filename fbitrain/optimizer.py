@@ -27,8 +27,7 @@ CHUNK_ELEMENTS = 2**24  # of a buffer that is looked at piece by piece
 class MuonAdamW(torch.optim.AdamW):
     """AdamW whose groups with `muon` set are updated by Muon instead.
 
-    DeepSpeed hands the groups flat partitions; `place` says which matrices lie in them. Until then a Muon group is left
-    as it is: stage 3 runs an update of zeros to make room for the optimizer's state.
+    DeepSpeed hands the groups flat partitions; `place` says which matrices lie in them, and comes before any step.
     """
 
     def __init__(self, groups: list[dict[str, Any]], how: MuonSettings, **adamw: Any) -> None:
@@ -55,7 +54,7 @@ class MuonAdamW(torch.optim.AdamW):
             self.param_groups = groups
         for group in groups:
             for flat in group["params"] if group["muon"] else ():
-                if flat.grad is not None and id(flat) in self._plans:
+                if flat.grad is not None:
                     plan, state = self._plans[id(flat)], ensure_state(self, group, flat)
                     muon_step(flat, state, plan, group["lr"], group["weight_decay"], self._how)
 
@@ -64,7 +63,7 @@ def build_optimizer(config: Config, student: nn.Module, dtype: torch.dtype, devi
     """The optimizer of all parameters that are trained; dtype and device are of Muon's iteration."""
     optim = config.optim
     adamw: dict[str, Any] = {"betas": (optim.betas[0], optim.betas[1]), "eps": optim.eps, "fused": True}
-    # DeepSpeed's stage 3 updates once at start-up, with gradients of zeros, which must not decay any weight: no rate.
+    # Nothing moves before `set_rates`: torch's defaults are a rate and a decay of its own.
     groups = [{**group, "lr": 0.0, "weight_decay": 0.0} for group in param_groups(config, student)]
     if optim.optimizer == "adamw":
         return torch.optim.AdamW(groups, **adamw)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fbitrain.config_optim import OptimConfig
+from fbitrain.data.streaming.steps import total_after
 
 if TYPE_CHECKING:
     from fbitrain.config import Config, TrainConfig
@@ -91,9 +92,7 @@ def batch_tokens_at(train: TrainConfig, step: int) -> int:
 
 def tokens_after(train: TrainConfig, step: int) -> int:
     """Tokens of steps 1 to `step` together, over all ranks; 0 for step 0."""
-    spans = list(batch_spans(train))
-    ends = [*(first for first, _ in spans[1:]), step + 1]
-    return sum(tokens * max(0, min(end, step + 1) - first) for (first, tokens), end in zip(spans, ends, strict=True))
+    return total_after([(first - 1, tokens) for first, tokens in batch_spans(train)], step)
 
 
 def batch_spans(train: TrainConfig) -> Iterator[tuple[int, int]]:

@@ -126,8 +126,8 @@ def config_of(study: Study, run: Run) -> Config:
     return load_config(study.base, overrides(study, run))
 
 
-def begin(study: Study, run: Run) -> None:
-    """Notes the configuration that `run` is started with. Raises UserError if it was begun with another.
+def begin(study: Study, run: Run) -> Config:
+    """Notes the configuration that `run` is started with, and returns it. UserError if it was begun with another.
 
     A run is timed only if `end` followed each time that it was begun.
     """
@@ -136,6 +136,7 @@ def begin(study: Study, run: Run) -> None:
     untimed = is_finished(run) or not noted.get("timed", True)
     seconds = math.nan if untimed else noted.get("seconds", 0.0)
     write_json(run.folder / "study.json", {"config": to_yaml(config), "seconds": seconds, "timed": False})
+    return config
 
 
 def end(run: Run, seconds: float, *, failed: bool = False) -> None:

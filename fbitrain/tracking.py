@@ -11,12 +11,13 @@ from torch import Tensor
 
 from fbitrain.model.partial import PartialBinaryLinear
 from fbitrain.model.signs import count_flips, sign_bits
+from fbitrain.parameters import SCALE_PARAMETERS
 
 if TYPE_CHECKING:
     from fbitrain.engine import Engine, Fragment
 
-SCALES = (".alpha", ".scale_in", ".scale_out")  # of signs: one that is negative turns its weights' signs over
-SHIFTS = (".beta",)
+LEARNED = tuple(f".{leaf}" for leaf in SCALE_PARAMETERS)
+SCALES = tuple(leaf for leaf in LEARNED if leaf != ".beta")  # of signs: one that is negative turns its weights over
 
 
 class SignTracker:
@@ -104,9 +105,7 @@ class ScaleTracker:
 def gather_scales(engine: Engine) -> dict[str, Tensor]:
     """On rank 0 every learned scale and shift, whole and flat, by name; empty elsewhere. Collective; for histograms."""
     # Copies: a pickled view takes its whole flat buffer along.
-    mine = [
-        (f.name, f.start, f.weight.to("cpu", copy=True)) for f in engine.fragments() if f.name.endswith(SCALES + SHIFTS)
-    ]
+    mine = [(f.name, f.start, f.weight.to("cpu", copy=True)) for f in engine.fragments() if f.name.endswith(LEARNED)]
     everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(mine, everyone)
     pieces: dict[str, list[tuple[int, Tensor]]] = {}

@@ -20,7 +20,7 @@ from pathlib import Path
 from fbitrain.errors import UserError
 from fbitrain.files import write_text
 from fbitrain.launch.cli import positive, run
-from fbitrain.study import Run, begin, config_of, end, is_finished, is_teacher, overrides, runs, teacher_of, waits_for
+from fbitrain.study import Run, begin, end, is_finished, is_teacher, overrides, runs, teacher_of, waits_for
 from fbitrain.study_file import Study, load_study
 from fbitrain.study_plots import draw
 from fbitrain.study_results import outcomes, read_results, write_results
@@ -84,8 +84,7 @@ def train(study: Study, one: Run, jobs: int, discard: bool) -> str:
         return f"{one.folder.name} was not run: {problem}"
     one.folder.mkdir(parents=True, exist_ok=True)
     try:
-        begin(study, one)
-        script = "finetune.py" if config_of(study, one).model.pretrained else "pretrain.py"
+        script = "finetune.py" if begin(study, one).model.pretrained else "pretrain.py"
     except UserError as error:
         return str(error)
     print(f"{one.folder.name} …", flush=True)

@@ -10,6 +10,12 @@ from dataclasses import dataclass
 SequencesPerStep = int | Sequence[Sequence[int]]
 
 
+def total_after(spans: Sequence[tuple[int, int]], steps: int) -> int:
+    """What the first `steps` steps have together; `spans`: (steps done when a size begins, what a step has then)."""
+    ends = [*(start for start, _ in spans[1:]), steps]
+    return sum(size * max(0, min(end, steps) - start) for (start, size), end in zip(spans, ends, strict=True))
+
+
 @dataclass(frozen=True)
 class StepSizes:
     """The sizes in order: (steps done when the size begins, sequences per step). Empty where they are not known."""
@@ -31,9 +37,7 @@ class StepSizes:
 
     def sequences_after(self, steps: int) -> int:
         """Sequences that all ranks together have drawn after `steps` steps."""
-        ends = [*(start for start, _ in self.spans[1:]), steps]
-        parts = zip(self.spans, ends, strict=True)
-        return sum(size * max(0, min(end, steps) - start) for (start, size), end in parts)
+        return total_after(self.spans, steps)
 
     def steps_within(self, sequences: int) -> int:
         """Steps that are complete when all ranks together have drawn `sequences`."""
