@@ -84,7 +84,7 @@ heading "2/9 teacher: SmolLM2-135M-Instruct"
 supervise python launch/fetch_teacher.py --out "$TEACHER" || exit 1
 
 heading "3/9 sample corpus, from this Python installation"
-supervise python -m fbitrain.data.sample --out "$SAMPLE" || exit 1
+supervise fbitrain data sample --out "$SAMPLE" || exit 1
 
 heading "4/9 doctor"
 supervise python launch/doctor.py --config "$CONFIG" --world-size "$ranks" || exit 1

@@ -39,10 +39,10 @@ class DataConfig:
 
     sources: list[SourceConfig] = field(default_factory=list)
     phases: list[PhaseConfig] = field(default_factory=list)  # a curriculum; empty: the sources' weights throughout
-    pretokenized: str = ""  # folder of fbitrain.data.pretokenize: its tokens instead of the sources' text
+    pretokenized: str = ""  # folder of `fbitrain data pretokenize`: its tokens instead of the sources' text
     heldout: list[str] = field(default_factory=list)  # shards never trained on; perplexity is measured here
     heldout_fraction: float = 0.0  # of documents, by a hash of their text, that the stream leaves out (data.holdout)
-    duplicates: str = ""  # file of fbitrain.data.duplicates: the documents it lists are left out
+    duplicates: str = ""  # file of `fbitrain data duplicates`: the documents it lists are left out
     tokenizer: str = (
         "teacher"  # "teacher", a folder with tokenizer.json, a tokenizer.json, a SentencePiece .model, or a .gguf
     )

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fbitrain.base.errors import UserError
 from fbitrain.data.config import DataConfig
-from fbitrain.data.duplicates import DuplicateList
-from fbitrain.data.errors import DataError
+from fbitrain.data.duplicate_list import DuplicateList
 from fbitrain.data.pretokenized.token_shards import TokenIndex
 from fbitrain.data.sources.fingerprint import ShardList, fingerprint, require_same_shards, shard_list
 from fbitrain.data.sources.shards import Shard
@@ -25,7 +25,7 @@ from fbitrain.data.streaming.source_reader import SourceState
 from fbitrain.data.streaming.steps import SequencesPerStep, StepSizes
 from fbitrain.data.streaming.stream import border_tokens, initial_state, too_many_bad_records
 from fbitrain.data.streaming.worker import Drawn, Feed, Job, LaneFeed, WorkerProcess
-from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
+from fbitrain.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +45,14 @@ class TokenLoader:
     `sequences_per_step`, over all ranks, is needed where data.phases says at which steps the mixture changes; of a
     batch that grows, it is every size with the steps that are done when it begins.
 
-    Raises DataError for missing or changed shards, a state that does not fit, more bad records than allowed, a rank
+    Raises UserError for missing or changed shards, a state that does not fit, more bad records than allowed, a rank
     without documents, and a tokenizer process that died.
     """
 
     def __init__(
         self,
         data: DataConfig,
-        tokenizer_path: str,
+        tokenizer: Tokenizer,
         rank: int,
         world_size: int,
         micro_batch_size: int,
@@ -63,10 +63,9 @@ class TokenLoader:
         log_documents: bool = False,
     ) -> None:
         if data.n_lanes < world_size:
-            raise DataError(f"data.n_lanes={data.n_lanes} is less than the {world_size} ranks; every rank needs a lane")
+            raise UserError(f"data.n_lanes={data.n_lanes} is less than the {world_size} ranks; every rank needs a lane")
         self._data, self._rank, self._world_size = data, rank, world_size
         self._micro_batch_size = micro_batch_size
-        tokenizer = load_tokenizer(tokenizer_path)
         border_tokens(tokenizer, data.add_bos, data.add_eos)
         if data.pretokenized:
             TokenIndex(data.pretokenized).require_tokenizer(tokenizer.fingerprint)
@@ -192,11 +191,11 @@ class TokenLoader:
                 self._turn.append(lane)
                 return drawn.tokens
             if self._data.phases:
-                raise DataError(
+                raise UserError(
                     f"lane {lane} has no documents, and data.phases need some in every lane; give more data, or fewer "
                     "data.n_lanes"
                 )
-        raise DataError(
+        raise UserError(
             f"rank {self._rank} has no documents left: the sources hold none, or too few for data.n_lanes="
             f"{self._data.n_lanes} lanes; give more data, or fewer lanes (not fewer than ranks)"
         )
@@ -205,10 +204,10 @@ class TokenLoader:
         for note in drawn.notes:
             logger.warning("rank %d: %s", self._rank, note)
         if drawn.error:
-            raise DataError(drawn.error)
+            raise UserError(drawn.error)
         self._documents += drawn.documents
         if drawn.last_bad and self._bad_records() > self._bad_records_allowed:
-            raise DataError(too_many_bad_records(self._data.max_bad_records, drawn.last_bad))
+            raise UserError(too_many_bad_records(self._data.max_bad_records, drawn.last_bad))
 
     def _lane_states(self) -> dict[int, dict[str, Any]]:
         return self._empty | {lane: feed.state(lane) for lane, feed in self._feeds.items()}
@@ -239,24 +238,24 @@ def _require_continuable(
     sources: Mapping[str, Sequence[Shard]],
     saved_shards: ShardList | None,
 ) -> None:
-    """Raises DataError naming the first thing in which `states` are not of this configuration."""
+    """Raises UserError naming the first thing in which `states` are not of this configuration."""
     for state in states:
         for key in identity.keys() - {"fingerprint", "records"}:
             if state.get(key) != identity[key]:
-                raise DataError(
+                raise UserError(
                     f"the checkpoint's data state has {key}={state.get(key)}, this run has {key}={identity[key]}; "
                     "resume with the same settings, or start a new run"
                 )
         saved = state["fingerprint"]
         if saved.keys() != sources.keys():
-            raise DataError(
+            raise UserError(
                 f"the checkpoint's sources are {', '.join(sorted(saved))}, this run's are "
                 f"{', '.join(sorted(sources))}; resume with the same sources, or start a new run"
             )
         for name, shards in sources.items():
             (was, field), (now, now_field) = state["records"][name], identity["records"][name]
             if (was, field) != (now, now_field):
-                raise DataError(
+                raise UserError(
                     f"source {name!r} was read as {was} from field {field!r} by the checkpoint's run, and this one "
                     f"reads {now} from {now_field!r}; resume with the same settings, or start a new run"
                 )
@@ -294,7 +293,7 @@ def _merge_lanes(states: Sequence[Mapping[str, Any]], n_lanes: int) -> dict[str,
         merged |= state["lanes"]
     missing = [lane for lane in range(n_lanes) if str(lane) not in merged]
     if missing or len(states) != states[0]["world_size"] or sum(len(state["lanes"]) for state in states) != n_lanes:
-        raise DataError(
+        raise UserError(
             f"{len(states)} data states were given of a run on {states[0]['world_size']} ranks, and they miss lanes "
             f"{missing}; give the state of every rank, each once"
         )

@@ -1,6 +1,6 @@
 """Text to token ids: one small interface over tokenizer.json, SentencePiece and GGUF files.
 
-`python -m fbitrain.data.tokenizer train --help` makes a new one (data.tokenizer_train).
+`fbitrain data train-tokenizer --help` makes a new one.
 
 Built on `tokenizers` and `sentencepiece` directly: a tokenizer process must start in a fraction of a second, and
 transformers reads a bare SentencePiece Llama tokenizer silently wrong.
@@ -25,7 +25,7 @@ import numpy.typing as npt
 import sentencepiece
 import tokenizers
 
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 from fbitrain.data.reading.records import REPLACEMENT, SURROGATES
 from fbitrain.data.tokenizing.gguf_tokenizer import build_bpe
 from fbitrain.data.tokenizing.long_text import PIECE_CHARS, Seams, encode_in_pieces
@@ -111,9 +111,9 @@ class Tokenizer(ABC):
         return load_tokenizer, (self.path,)
 
     def _identify(self, pieces: dict[str, int]) -> None:
-        """Sets what follows from the vocabulary; called last by the subclasses' __init__. Raises DataError if empty."""
+        """Sets what follows from the vocabulary; called last by the subclasses' __init__. Raises UserError if empty."""
         if not pieces:
-            raise DataError(f"tokenizer {self.path} has an empty vocabulary; fetch it again")
+            raise UserError(f"tokenizer {self.path} has an empty vocabulary; fetch it again")
         self.vocab_size = max(pieces.values()) + 1
         content = (sorted(pieces.items()), self.bos_id, self.eos_id, self.encode(PROBE))
         self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -178,18 +178,18 @@ class SentencePieceTokenizer(Tokenizer):
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Reads a folder with tokenizer.json or tokenizer.model, a tokenizer.json, a SentencePiece .model, or a .gguf.
 
-    The name of a model on the Hugging Face hub is looked up in the local cache, then on the hub. Raises DataError.
+    The name of a model on the Hugging Face hub is looked up in the local cache, then on the hub. Raises UserError.
     """
     local = Path(path)
     if not local.exists():
         if not HUB_ID.fullmatch(str(path)):
-            raise DataError(f"tokenizer {path} does not exist; correct data.tokenizer (or distill.teacher)")
+            raise UserError(f"tokenizer {path} does not exist; correct data.tokenizer (or distill.teacher)")
         local = _from_hub(str(path))
     file = local
     if local.is_dir():
         named = [local / name for name in ("tokenizer.json", "tokenizer.model") if (local / name).is_file()]
         if not named:
-            raise DataError(f"tokenizer folder {local} has neither tokenizer.json nor tokenizer.model")
+            raise UserError(f"tokenizer folder {local} has neither tokenizer.json nor tokenizer.model")
         file = named[0]
     if file.suffix == ".gguf":
         return HFTokenizer(str(local), *build_bpe(str(file)))
@@ -197,19 +197,19 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return _load_sentencepiece(local, file)
     if file.suffix == ".json":
         return _load_json(local, file)
-    raise DataError(f"tokenizer {file} is of unknown kind; give a folder, a tokenizer.json, a .model or a .gguf")
+    raise UserError(f"tokenizer {file} is of unknown kind; give a folder, a tokenizer.json, a .model or a .gguf")
 
 
 def _load_json(local: Path, file: Path) -> HFTokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"tokenizer {file} cannot be read ({error})") from None
+        raise UserError(f"tokenizer {file} cannot be read ({error})") from None
     except Exception as error:
         # The library raises bare Exception, so its class tells nothing; anything that is more than that is ours.
         if type(error) is not Exception:
             raise
-        raise DataError(f"tokenizer {file} is not a tokenizer.json ({error}); fetch it again") from None
+        raise UserError(f"tokenizer {file} is not a tokenizer.json ({error}); fetch it again") from None
     return HFTokenizer(str(local), backend, *_specials(file.parent, backend))
 
 
@@ -217,7 +217,7 @@ def _load_sentencepiece(local: Path, file: Path) -> SentencePieceTokenizer:
     try:
         return SentencePieceTokenizer(str(local), str(file))
     except (OSError, RuntimeError) as error:
-        raise DataError(f"tokenizer {file} is not a SentencePiece model ({error}); fetch it again") from None
+        raise UserError(f"tokenizer {file} is not a SentencePiece model ({error}); fetch it again") from None
 
 
 def _specials(folder: Path, backend: tokenizers.Tokenizer) -> tuple[int | None, int | None]:
@@ -229,9 +229,9 @@ def _specials(folder: Path, backend: tokenizers.Tokenizer) -> tuple[int | None, 
         try:
             values = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise DataError(f"{folder / name} cannot be read ({error}); fetch the tokenizer again") from None
+            raise UserError(f"{folder / name} cannot be read ({error}); fetch the tokenizer again") from None
         if not isinstance(values, dict):
-            raise DataError(f"{folder / name} is not a JSON object; fetch the tokenizer again")
+            raise UserError(f"{folder / name} is not a JSON object; fetch the tokenizer again")
         for kind, known in found.items():
             if known is None:
                 found[kind] = _special_id(values, kind, backend)
@@ -259,10 +259,4 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["tokenizer.json", "tokenizer.model", *SPECIALS_FILES]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"tokenizer {name} is neither a local path nor found on the hub ({reason})") from None
-
-
-if __name__ == "__main__":
-    from fbitrain.data.tokenizing.tokenizer_train import main
-
-    raise SystemExit(main())
+        raise UserError(f"tokenizer {name} is neither a local path nor found on the hub ({reason})") from None

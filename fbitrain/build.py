@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fbitrain import checkpoint, environment
-from fbitrain.calibration_data import calibration_ids, needs_text
+from fbitrain.base.errors import UserError
+from fbitrain.base.files import lock_folder, write_json, write_text
+from fbitrain.calibration.text import calibration_ids, needs_text
 from fbitrain.checkpoint import TrainerState
 from fbitrain.checkpoint_files import damage
 from fbitrain.config import Config, to_yaml
@@ -20,17 +22,15 @@ from fbitrain.data.loader import TokenLoader
 from fbitrain.data.reading.heldout_text import load_heldout
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.engine import Engine, device, resolve_precision, shard_teacher
-from fbitrain.errors import UserError
-from fbitrain.evaluate import heldout_windows
-from fbitrain.files import lock_folder, write_json, write_text
 from fbitrain.fine_tune import fine_tuned_student
-from fbitrain.language_model import vocab_size_of
+from fbitrain.inference.evaluate import heldout_windows
+from fbitrain.loading.language_model import vocab_size_of
+from fbitrain.loading.tokenizer_folder import keep_tokenizer
 from fbitrain.metrics import BatchLog, DocumentLog, Interval, Writer, flops_per_token
 from fbitrain.model.build import BinarizeReport, build_student
 from fbitrain.model.config import has_signs_of_weights
+from fbitrain.optim.schedules import batch_spans
 from fbitrain.ranks import agreed, from_rank_0, say
-from fbitrain.release_tokenizer import tokenizer_source
-from fbitrain.schedules import batch_spans
 from fbitrain.student import Student
 from fbitrain.teacher import Teacher, load_teacher
 from fbitrain.tracking import ScaleTracker, SignTracker
@@ -75,14 +75,13 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
     """Checks everything that can be checked cheaply, then loads teacher, student and stream, and resumes."""
     transformers.utils.logging.disable_progress_bar()  # every rank would draw its own, for a second's work
     agreed(lambda: prepare_run_dir(config) if rank == 0 else None)
-    tokenizer_path = tokenizer_source(config)
-    tokenizer = agreed(lambda: check_vocabularies(config, tokenizer_path))
+    tokenizer = agreed(lambda: check_vocabularies(config))
     heldout = agreed(lambda: load_windows(config, tokenizer))
     source = choose_checkpoint(config)
     # Opened before anything heavy is loaded: a missing or changed shard is found here.
-    loader = agreed(lambda: open_stream(config, tokenizer_path, rank, world_size, source))
+    loader = agreed(lambda: open_stream(config, tokenizer, rank, world_size, source))
     look = source is None and needs_text(config)
-    token_ids = agreed(lambda: calibration_ids(config, tokenizer_path) if look else None)
+    token_ids = agreed(lambda: calibration_ids(config, tokenizer) if look else None)
     teacher = agreed(lambda: build_teacher(config))
     lm, report = agreed(lambda: build_model(config, source, token_ids))
     say(str(report))
@@ -95,7 +94,7 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
         engine.fragments_changed(state.step)
         say(f"resumed from {source}")
     # Only now, with every check behind us: a launch that is refused leaves the folder of a good run as it was.
-    agreed(lambda: record_start(config, world_size, state) if rank == 0 else None)
+    agreed(lambda: record_start(config, world_size, state, tokenizer) if rank == 0 else None)
     at = engine.device
     weights = engine.matrix_weights()
     watched = report.binarized if has_signs_of_weights(config.binarize) else ()
@@ -165,13 +164,14 @@ def prepare_run_dir(config: Config) -> None:
     print(to_yaml(config), flush=True)
 
 
-def record_start(config: Config, world_size: int, state: TrainerState) -> None:
-    """Saves configuration and environment; sets aside checkpoints that this run leaves behind. Rank 0."""
+def record_start(config: Config, world_size: int, state: TrainerState, tokenizer: Tokenizer) -> None:
+    """Saves configuration, environment and tokenizer; sets aside checkpoints that this run leaves behind. Rank 0."""
     run_dir = config.run_dir
     try:
         checkpoint.abandon_newer(run_dir, state.step)
         write_text(run_dir / "config.yaml", to_yaml(config))
         write_json(run_dir / "environment.json", environment.describe(world_size))
+        keep_tokenizer(tokenizer, run_dir)
         for marker in ("FINISHED.json", "STOPPED.json"):
             (run_dir / marker).unlink(missing_ok=True)
     except OSError as error:
@@ -180,9 +180,9 @@ def record_start(config: Config, world_size: int, state: TrainerState) -> None:
         ) from None
 
 
-def check_vocabularies(config: Config, tokenizer_path: str) -> Tokenizer:
-    """Student, teacher and tokenizer must count the same tokens."""
-    tokenizer = load_tokenizer(tokenizer_path)
+def check_vocabularies(config: Config) -> Tokenizer:
+    """The tokenizer; student, teacher and tokenizer must count the same tokens."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
     problems = []
     if config.distill.uses_teacher:
         teacher_vocab = vocab_size_of(config.distill.teacher)
@@ -194,7 +194,7 @@ def check_vocabularies(config: Config, tokenizer_path: str) -> Tokenizer:
             )
     if tokenizer.vocab_size > config.model.vocab_size:
         problems.append(
-            f"the tokenizer {tokenizer_path} has {tokenizer.vocab_size} tokens, "
+            f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, "
             f"more than model.vocab_size={config.model.vocab_size}"
         )
     if problems:
@@ -202,12 +202,12 @@ def check_vocabularies(config: Config, tokenizer_path: str) -> Tokenizer:
     return tokenizer
 
 
-def open_stream(config: Config, tokenizer_path: str, rank: int, world_size: int, source: Path | None) -> TokenLoader:
+def open_stream(config: Config, tokenizer: Tokenizer, rank: int, world_size: int, source: Path | None) -> TokenLoader:
     """The training stream from its beginning, or from where the checkpoint `source` left it."""
     states, saved_shards = checkpoint.data_states(source) if source else (None, None)
     return TokenLoader(
         config.data,
-        tokenizer_path,
+        tokenizer,
         rank,
         world_size,
         config.train.micro_batch_size,

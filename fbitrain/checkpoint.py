@@ -32,10 +32,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fbitrain.base.errors import UserError
+from fbitrain.base.files import fsync_file, fsync_folder, fsync_tree, write_json, write_text
 from fbitrain.checkpoint_files import FIXED, LM_CONFIG, ShardReader, checksum, damage
 from fbitrain.config import Config, differences, load_config, to_yaml
-from fbitrain.errors import UserError
-from fbitrain.files import fsync_file, fsync_folder, fsync_tree, write_json, write_text
 from fbitrain.model.phases import binary_share
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fbitrain.errors import UserError
+from fbitrain.base.errors import UserError
 
 FIXED = "fixed.safetensors"  # persistent buffers and frozen parameters, whole, under their own names
 LM_CONFIG = "lm_config.json"  # transformers' configuration of a fine-tuned model

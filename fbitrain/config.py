@@ -13,15 +13,17 @@ from typing import Any
 
 import yaml
 
+from fbitrain.base.errors import UserError
+from fbitrain.base.settings import ConfigError as ConfigError
+from fbitrain.base.settings import read_values, typed
 from fbitrain.config_checks import semantic_problems
 from fbitrain.config_optim import OptimConfig, with_old_keys
-from fbitrain.config_reading import ConfigError as ConfigError
-from fbitrain.config_reading import read_values, typed
 from fbitrain.data.config import DataConfig, SourceConfig
-from fbitrain.errors import UserError
+from fbitrain.loading.pretrained_shape import SIZES, origins, read_shape
 from fbitrain.model.config import PRESETS, BinarizeConfig, ModelConfig
-from fbitrain.pretrained_shape import SIZES, origins, read_shape
-from fbitrain.schedules import batch_tokens_at
+from fbitrain.optim.schedules import batch_tokens_at
+
+SHIPPED = Path(__file__).parent / "launch" / "configs"
 
 
 @dataclass(frozen=True)
@@ -174,19 +176,31 @@ class Config:
         return batch_tokens_at(self.train, step) // portion
 
 
+def shipped_configs() -> list[Path]:
+    """The configurations that come with fbitrain."""
+    return sorted(SHIPPED.glob("*.yaml"))
+
+
+def find_config(name: str | Path) -> Path:
+    """`name` as a path, or if there is no such file, the shipped configuration of that name, such as quickstart."""
+    shipped = SHIPPED / f"{name}.yaml"
+    return shipped if not Path(name).exists() and shipped in shipped_configs() else Path(name)
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int = 1) -> Config:
-    """Reads `path` (YAML), applies dotted `overrides` such as `optim.lr=1e-3`, and checks the result.
+    """Reads `path` (a YAML file, or the name of a shipped one), applies dotted `overrides` such as `optim.lr=1e-3`, and
+    checks the result.
 
     Raises ConfigError with every problem found: unreadable file, unknown keys (with the nearest field), wrong types,
     impossible or contradictory values for `world_size` ranks.
     """
     problems: list[str] = []
-    values = read_values(Path(path), overrides, problems)
+    values = read_values(find_config(path), overrides, problems)
     if "optim" in values:
         values["optim"] = with_old_keys(values["optim"])
     sizes = {f"model.{name}": size for name, size in _preset_values(values, problems).items()}
     config, unread = typed(Config, values, sizes, problems)
-    config = _with_origins(config)
+    config = _resolved(config)
     # A field that could not be read has its default here: what follows from that is no news to the user.
     problems.extend(p for p in semantic_problems(config, world_size) if not any(name in p for name in unread))
     if problems:
@@ -194,13 +208,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     return config
 
 
-def _with_origins(config: Config) -> Config:
-    """Fine-tuning distils the model that it starts from and has its tokenizer, unless others are named."""
-    if not config.model.pretrained or config.distill.teacher:
-        return config
-    teacher, tokenizer = origins(config.model.pretrained)
-    data = replace(config.data, tokenizer=tokenizer) if config.data.tokenizer == "teacher" else config.data
-    return replace(config, distill=replace(config.distill, teacher=teacher), data=data)
+def _resolved(config: Config) -> Config:
+    """`config` with what it leaves to others filled in: the teacher, and in place of "teacher" the tokenizer's place.
+
+    Fine-tuning distils the model that it starts from and has its tokenizer, unless others are named.
+    """
+    teacher, tokenizer = config.distill.teacher, config.data.tokenizer
+    if config.model.pretrained and not teacher:
+        teacher, own_tokenizer = origins(config.model.pretrained)
+        tokenizer = own_tokenizer if tokenizer == "teacher" else tokenizer
+    if tokenizer == "teacher" and teacher:
+        tokenizer = teacher
+    return replace(
+        config, distill=replace(config.distill, teacher=teacher), data=replace(config.data, tokenizer=tokenizer)
+    )
 
 
 def to_yaml(config: Config) -> str:

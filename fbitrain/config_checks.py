@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from fbitrain.config_optim import optim_problems
 from fbitrain.data.config import data_problems
+from fbitrain.loading.pretrained_shape import is_binary_run
 from fbitrain.model.config import SALIENT_METHODS, binarize_problems, model_problems
 from fbitrain.model.phases import has_phases, phase_problems
-from fbitrain.pretrained_shape import is_binary_run
-from fbitrain.schedules import lr_at
+from fbitrain.optim.schedules import lr_at
 
 if TYPE_CHECKING:
     from fbitrain.config import Config

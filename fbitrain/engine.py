@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fbitrain.base.errors import UserError
 from fbitrain.config import Config
-from fbitrain.errors import UserError
-from fbitrain.muon import MatrixForm
-from fbitrain.optimizer import (
+from fbitrain.optim.muon import MatrixForm
+from fbitrain.optim.optimizer import (
     ADAM_STATE,
     MUON_STATE,
     MuonAdamW,
@@ -32,8 +32,8 @@ from fbitrain.optimizer import (
     set_rates,
     update_squares,
 )
+from fbitrain.optim.partition import Placement, placements
 from fbitrain.parameters import parameter_kinds, whole_shape
-from fbitrain.partition import Placement, placements
 from fbitrain.ranks import on_all_ranks
 from fbitrain.student import Student
 

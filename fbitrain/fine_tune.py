@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from fbitrain.blocks import weight_NK
-from fbitrain.calibrate import quantize_, select_masks
+from fbitrain.base.errors import UserError
+from fbitrain.calibration.block_walk import weight_NK
+from fbitrain.calibration.calibrate import quantize_, select_masks
 from fbitrain.checkpoint import find_latest, trainer_state
 from fbitrain.checkpoint_files import LM_CONFIG, fixed_tensors, load_weights
 from fbitrain.config import Config, ConfigError, load_config
 from fbitrain.config_checks import semantic_problems
-from fbitrain.errors import UserError
-from fbitrain.language_model import checked_head, load_language_model, read_hf_config, trial_tokens
+from fbitrain.loading.language_model import checked_head, load_language_model, read_hf_config, trial_tokens
+from fbitrain.loading.pretrained_shape import SIZES, run_config, shape_of
 from fbitrain.model.build import BinarizeReport, binarize_, chosen_sources, llama_config
 from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig, settings_read
 from fbitrain.model.direct_reads import check_direct_reads
 from fbitrain.model.hf import plain_weights
 from fbitrain.model.partial import PartialBinaryLinear, unpack_mask
 from fbitrain.model.phases import binary_share, has_phases, unfinished_phase
-from fbitrain.pretrained_shape import SIZES, run_config, shape_of
 
 ROLE = "model.pretrained"  # what messages call the model
 
@@ -62,7 +62,7 @@ def fine_tuned_student(
     """The fp32 model to train, binary layers in place: from `resume_from` (its trained weights are filled in later),
     or from model.pretrained.
 
-    token_ids: `calibration_data.calibration_ids`, where a start from model.pretrained `needs_text`.
+    token_ids: `calibration.text.calibration_ids`, where a start from model.pretrained `needs_text`.
 
     Raises UserError if the model cannot be had, has other logits than hidden · headᵀ, or is binary in another way.
     """

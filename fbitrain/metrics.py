@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from fbitrain.base.files import fsync_file, write_text
 from fbitrain.config import Config, DistillConfig
 from fbitrain.distill import DistillMetrics
-from fbitrain.files import fsync_file, write_text
 from fbitrain.model.mixture import MixtureOfScalesLinear
 
 if TYPE_CHECKING:

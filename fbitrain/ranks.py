@@ -11,8 +11,7 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 from tqdm import tqdm
 
-from fbitrain.data.errors import DataError
-from fbitrain.errors import UserError
+from fbitrain.base.errors import UserError
 
 T = TypeVar("T")
 
@@ -46,7 +45,7 @@ def agreed(work: Callable[[], T]) -> T:
     message = ""
     try:
         result = work()
-    except (UserError, DataError) as error:
+    except UserError as error:
         message = str(error)
     except Exception as error:  # a fault of ours must not leave the other ranks waiting either
         fault, message = error, f"rank {dist.get_rank()} failed: {type(error).__name__}: {error}"

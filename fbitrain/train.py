@@ -18,20 +18,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fbitrain import checkpoint
+from fbitrain.base.errors import UserError
+from fbitrain.base.files import write_json
 from fbitrain.build import Heldout, Parts, build, finished, write_finished
 from fbitrain.checkpoint import TrainerState
 from fbitrain.config import Config
-from fbitrain.data.errors import DataError
 from fbitrain.engine import Engine, init_distributed
-from fbitrain.errors import UserError
-from fbitrain.evaluate import bits_per_byte, perplexity_of
-from fbitrain.files import write_json
 from fbitrain.fine_tune import needs_calibration, with_known_sizes
+from fbitrain.inference.evaluate import bits_per_byte, perplexity_of
 from fbitrain.metrics import memory_scalars, peak_tflops, router_scalars
 from fbitrain.model.phases import binary_share, has_phases
+from fbitrain.optim.schedules import batch_tokens_at, lr_at
 from fbitrain.phases import enter_step, set_share
 from fbitrain.ranks import StopSignal, StreamError, agreed, from_rank_0, on_all_ranks, say
-from fbitrain.schedules import batch_tokens_at, lr_at
 from fbitrain.tracking import gather_scales
 
 
@@ -104,7 +103,7 @@ def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[s
         if not failure:
             try:
                 batch = next(parts.loader)
-            except DataError as error:  # the other ranks are in the middle of a step: take part in it, then tell them
+            except UserError as error:  # the other ranks are in the middle of a step: take part in it, then tell them
                 failure = str(error)
         if parts.batch_log:
             parts.batch_log.add(state.step + 1, batch)

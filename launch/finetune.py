@@ -1,37 +1,8 @@
-"""Fine-tune a pretrained model with binary weights: `deepspeed launch/finetune.py CONFIG.yaml [section.key=value ...]`.
+"""Fine-tune a pretrained model with binary weights: `deepspeed launch/finetune.py CONFIG.yaml [key=value ...]`."""
 
-Everything is as in launch/pretrain.py but the start: the model in model.pretrained, binarized by binarize.method.
-"""
+import sys
 
-from __future__ import annotations
-
-import argparse
-
-from fbitrain.config import Config
-from fbitrain.launch import pretrain
-from fbitrain.launch.cli import run
-
-
-def main(arguments: argparse.Namespace) -> int:
-    if arguments.no_feedback:
-        arguments.overrides.append("calibration.feedback=false")
-    return pretrain.start(arguments, refusal)
-
-
-def refusal(config: Config) -> str:
-    """Why this command does not run `config`; empty if it does."""
-    if not config.model.pretrained:
-        return "model.pretrained is empty; name the model to start from, or train from scratch with launch/pretrain.py"
-    return ""
-
-
-def parser() -> argparse.ArgumentParser:
-    commands = pretrain.parser("finetune.py", __doc__)
-    commands.add_argument(
-        "--no-feedback", action="store_true", help="GPTQ-PB without error feedback: calibration.feedback=false"
-    )
-    return commands
-
+from fbitrain.commands.verbs import leave
 
 if __name__ == "__main__":
-    pretrain.leave(run(main, parser()))
+    leave(["finetune", *sys.argv[1:]])

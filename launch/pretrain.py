@@ -1,69 +1,8 @@
 """Pretrain a binary language model: `deepspeed launch/pretrain.py CONFIG.yaml [section.key=value ...]`."""
 
-from __future__ import annotations
-
-import argparse
-import atexit
-import os
 import sys
-import time
-from collections.abc import Callable
-from typing import NoReturn
 
-from fbitrain.config import Config, ConfigError, load_config
-from fbitrain.errors import UserError
-from fbitrain.launch.cli import run
-
-
-def main(arguments: argparse.Namespace) -> int:
-    return start(arguments, refusal)
-
-
-def refusal(config: Config) -> str:
-    """Why this command does not run `config`; empty if it does."""
-    if config.model.pretrained:
-        return "model.pretrained is set, and pretraining starts from random weights; start it with launch/finetune.py"
-    return ""
-
-
-def start(arguments: argparse.Namespace, refusal: Callable[[Config], str]) -> int:
-    """Reads the configuration and trains, on this rank; ConfigError with what `refusal` says of it, if anything."""
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        # Before torch is imported: a mistyped key is reported in well under a second.
-        config = load_config(arguments.config, arguments.overrides, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-        if problem := refusal(config):
-            raise ConfigError(arguments.config, [problem])
-        from fbitrain.train import train
-
-        train(config)
-    except UserError as error:
-        if rank != 0 and (error.on_all_ranks or isinstance(error, ConfigError)) and not arguments.debug:
-            time.sleep(2.0)  # rank 0 says it; the launcher ends all ranks with the first that leaves
-            return 1
-        raise
-    return 0
-
-
-def leave(code: int) -> NoReturn:
-    """Ends this process, its work done and its files written, without the interpreter's own end: there the threads of
-    process groups abort a rank now and then, and the launcher would report a signal. A rank that failed leaves out the
-    exit functions too, for they may wait for the other ranks.
-    """
-    if not code:
-        atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def parser(prog: str = "pretrain.py", description: str | None = __doc__) -> argparse.ArgumentParser:
-    commands = argparse.ArgumentParser(prog=prog, description=description)
-    commands.add_argument("config", help="a YAML file; the shipped ones are in launch/configs")
-    commands.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
-    commands.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the DeepSpeed launcher
-    return commands
-
+from fbitrain.commands.verbs import leave
 
 if __name__ == "__main__":
-    leave(run(main, parser()))
+    leave(["pretrain", *sys.argv[1:]])

@@ -1,37 +1,8 @@
-"""Turn a run into a release: `python launch/release.py runs/NAME --format dense,packed --out releases/NAME`."""
+"""`python launch/release.py` is `fbitrain release` (fbitrain/commands/release.py)."""
 
-from __future__ import annotations
-
-import argparse
 import sys
-from pathlib import Path
 
-from fbitrain.launch.cli import run
-
-
-def main(arguments: argparse.Namespace) -> None:
-    from fbitrain.release import phase_of, release  # torch is not needed to read the arguments
-
-    formats = [name.strip() for name in arguments.format.split(",")]
-    checkpoint = release(arguments.run, arguments.out, formats, arguments.dtype)
-    phase = phase_of(checkpoint)
-    print(f"released {checkpoint}" + (f": {phase}" if phase else ""))
-    for name in formats:
-        weights = [path for path in (arguments.out / name).iterdir() if path.suffix in (".safetensors", ".gguf")]
-        print(f"  {arguments.out / name}: {sum(path.stat().st_size for path in weights) / 1e6:,.1f} MB of weights")
-    print(f"  {arguments.out / 'README.md'}: the model card")
-
-
-def parser() -> argparse.ArgumentParser:
-    commands = argparse.ArgumentParser(prog="release.py", description=__doc__)
-    commands.add_argument("run", type=Path, help="a run folder, whose newest checkpoint is taken, or one checkpoint")
-    commands.add_argument("--out", type=Path, required=True, help="the release folder; an older release is replaced")
-    commands.add_argument(
-        "--format", default="dense,packed", help="dense, packed, gguf, or several with commas (default: dense,packed)"
-    )
-    commands.add_argument("--dtype", default="float16", help="float16 (default), bfloat16 or float32, for all but bits")
-    return commands
-
+from fbitrain.commands.verbs import leave
 
 if __name__ == "__main__":
-    sys.exit(run(main, parser()))
+    leave(["release", *sys.argv[1:]])

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from fbitrain.errors import UserError
+from fbitrain.base.errors import UserError
 from fbitrain.kernels.decoder import Decoder, NotFiniteError, compiled_level
 from fbitrain.kernels.decoder_tensors import BinaryTensors, DecoderShape, DecoderTensors, LayerTensors
 from fbitrain.model.hf import BinaryLlamaConfig

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fbitrain.errors import UserError
+from fbitrain.base.errors import UserError
 from fbitrain.model.methods import Source
 from fbitrain.model.refusals import skip_for_all
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from fbitrain.errors import UserError
+from fbitrain.base.errors import UserError
 from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig, uses_groups
 from fbitrain.model.methods import Source
 

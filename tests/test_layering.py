@@ -12,24 +12,46 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {"core": "fbitrain", "model": "model", "kernels": "kernels", "data": "data", "launch": "launch"}
-MAY_IMPORT = {
+# Room: its folder. Beside the run's own files, fbitrain/ has folders, each of them a room.
+INNER = (
+    *("base", "loading", "optim", "calibration", "inference"),
+    *("releasing", "planning", "studies", "benches", "commands"),
+)
+TOP = ("model", "kernels", "data", "launch")
+ROOMS = {"run": "fbitrain", **{room: room for room in TOP}, **{room: f"fbitrain/{room}" for room in INNER}}
+# Who may import whom. Besides, every room may import the base.
+MAY_IMPORT: dict[str, set[str]] = {
+    "base": set(),
     "kernels": set(),
     "data": set(),
     "model": {"kernels"},
-    "core": {"model", "data"},
-    "launch": {"core", "kernels"},
+    "loading": {"data", "model"},
+    "optim": {"data", "model"},
+    "calibration": {"data", "model", "loading"},
+    "inference": {"data", "model"},
+    "run": {"data", "model", "loading", "optim", "calibration", "inference"},
+    "releasing": {"data", "model", "loading", "optim", "calibration", "run"},
+    "planning": {"data", "model", "loading", "optim", "calibration", "run"},
+    "studies": {"model", "run"},
+    "benches": {"kernels", "model", "run"},
+    "commands": {"kernels", "data", "model", *INNER, "run"},
+    "launch": {"commands"},
 }
-# Single modules beyond that: the model raises the core's UserError, and the commands know the data room's error.
-MODULES = {"model": {"fbitrain.errors"}, "launch": {"fbitrain.data.errors"}}
-ONLY_IN = {"deepspeed": "fbitrain/engine.py", "lm_eval": "fbitrain/evaluate.py", "cupy": "kernels/cupy_backend.py"}
+# The rooms that the run is made of know its configuration, what is trained, and the talk between ranks.
+WORDS = {"fbitrain.config", "fbitrain.config_optim", "fbitrain.parameters", "fbitrain.ranks"}
+RUN_WORDS = {"optim": WORDS, "calibration": WORDS}
+ONLY_IN = {
+    "deepspeed": "fbitrain/engine.py",
+    "lm_eval": "fbitrain/inference/evaluate.py",
+    "cupy": "kernels/cupy_backend.py",
+}
 TORCH_FREE = (
     "fbitrain/config.py",
-    "fbitrain/errors.py",
-    "fbitrain/estimate.py",
-    "fbitrain/config_reading.py",
-    "fbitrain/pretrained_shape.py",
-    "fbitrain/schedules.py",
+    "fbitrain/base/errors.py",
+    "fbitrain/planning/estimate.py",
+    "fbitrain/base/settings.py",
+    "fbitrain/loading/pretrained_shape.py",
+    "fbitrain/optim/schedules.py",
     "model/config.py",
     "model/phases.py",
     "model/size.py",
@@ -43,9 +65,10 @@ TORCH_FREE = (
 
 
 def modules(room: str) -> list[Path]:
-    # The core's own folder also holds the links to the other rooms.
+    # The run's own folder also holds the other rooms, and links to them.
     folder = ROOT / ROOMS[room]
-    return sorted(folder.glob("*.py") if room == "core" else folder.rglob("*.py"))
+    found = sorted(folder.glob("*.py") if room == "run" else folder.rglob("*.py"))
+    return [path for path in found if path.name != "__main__.py"]  # the entry to the commands, above all rooms
 
 
 ALL_MODULES = [path for room in ROOMS for path in modules(room)]
@@ -72,7 +95,7 @@ def imports(path: Path) -> Iterator[str]:
 
 def room_of(module: str) -> str:
     second = [*module.split("."), ""][1]
-    return second if second in ROOMS and second != "core" else "core"
+    return second if second in ROOMS else "run"
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -80,14 +103,23 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
     assert modules(room), f"{room} holds no module; has it moved?"
     for path in modules(room):
         for module in imports(path):
-            if module.startswith("fbitrain.") and not is_module_of(module, MODULES.get(room, set())):
-                found = room_of(module)
-                assert found in MAY_IMPORT[room] | {room}, f"{path.relative_to(ROOT)} imports {module} ({found})"
+            if module.startswith("fbitrain."):
+                may = MAY_IMPORT[room] | {room, "base", *({"run"} if module in RUN_WORDS.get(room, ()) else ())}
+                assert room_of(module) in may, f"{path.relative_to(ROOT)} imports {module} ({room_of(module)})"
 
 
-def is_module_of(name: str, allowed: set[str]) -> bool:
-    """Whether `name` is an allowed module, or something in it."""
-    return name in allowed or name.rpartition(".")[0] in allowed
+def test_the_base_needs_the_standard_library_and_omegaconf_only() -> None:
+    """OmegaConf reads with PyYAML, whose errors are caught by name."""
+    for path in modules("base"):
+        for module in imports(path):
+            root = module.split(".")[0]
+            assert root in {*sys.stdlib_module_names, "fbitrain", "omegaconf", "yaml"}, f"{path.name} imports {module}"
+
+
+def test_no_library_module_of_the_data_room_imports_a_command() -> None:
+    for path in modules("data"):
+        if path.parent != ROOT / "data" / "commands":
+            assert not [module for module in imports(path) if module.startswith("fbitrain.data.commands")], path
 
 
 @pytest.mark.parametrize("path", ALL_MODULES, ids=name_of)
@@ -112,14 +144,14 @@ def test_a_heavy_package_is_imported_in_one_file_only(package: str) -> None:
 
 
 def test_only_the_package_has_an_init_file() -> None:
-    found = [path for room in ROOMS.values() for path in (ROOT / room).rglob("__init__.py")]
-    assert found == [ROOT / "fbitrain" / "__init__.py"]
+    found = {path for room in ROOMS.values() for path in (ROOT / room).rglob("__init__.py")}
+    assert found == {ROOT / "fbitrain" / "__init__.py"}
     assert not list((ROOT / "tests").rglob("__init__.py"))
     assert not (ROOT / "conftest.py").exists()
 
 
 def test_the_package_links_to_the_top_level_rooms() -> None:
-    for room in ("model", "kernels", "data", "launch"):
+    for room in TOP:
         link = ROOT / "fbitrain" / room
         assert link.is_symlink()
         assert link.resolve() == ROOT / room
@@ -159,7 +191,7 @@ def imports_at_module_level(path: Path) -> Iterator[str]:
 
 
 def test_only_training_and_its_preflight_need_deepspeed() -> None:
-    may = {"engine", "train", "checkpoint", "build", "preflight"}
+    may = {"engine", "train", "checkpoint", "build", "planning.preflight"}
     assert needs_deepspeed() <= {f"fbitrain.{name}" for name in may}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -19,11 +20,11 @@ import yaml
 import zstandard
 from deepspeed.launcher import runner
 
+from fbitrain.base.command import run
+from fbitrain.commands import doctor, verbs
 from fbitrain.config import load_config
-from fbitrain.launch import doctor
-from fbitrain.launch.cli import run
 from fbitrain.model.size import count_parameters
-from fbitrain.study_file import load_study
+from fbitrain.studies.study_file import load_study
 from tests.conftest import Workspace
 from tests.data import faulty_http
 
@@ -59,10 +60,14 @@ def test_every_command_is_known_and_right(
             monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
             check_doctor(arguments[1:], capsys)
         elif arguments[0] == "-m":
-            monkeypatch.chdir(readers_folder)
-            check_module(arguments[1], arguments[2:])
+            module = importlib.util.find_spec(arguments[1])
+            assert module is not None, arguments
+            assert 'if __name__ == "__main__":' in Path(str(module.origin)).read_text()
         else:
             check_python(arguments)
+    elif program == "fbitrain":
+        monkeypatch.chdir(readers_folder)
+        check_verb(arguments)
     elif program == "deepspeed":
         check_launcher(arguments)
     elif program == "sbatch":
@@ -71,7 +76,7 @@ def test_every_command_is_known_and_right(
     elif program == "tensorboard":
         assert shutil.which("tensorboard", path=Path(sys.executable).parent)
         assert arguments[0] == "--logdir"
-        assert "tensorboard --logdir" in (ROOT / "launch" / "summarize.py").read_text()
+        assert "tensorboard --logdir" in (ROOT / "fbitrain" / "commands" / "summarize.py").read_text()
     elif program in CHECKS:
         assert line.replace("'", '"') in (ROOT / "test.sh").read_text() or line == "pytest -m 'not slow'"
     elif program.endswith(".sh"):
@@ -110,7 +115,7 @@ def check_python(arguments: list[str]) -> None:
     if script.name == "finetune.py":
         load_config(ROOT / arguments[1], arguments[2:])
         return
-    parsed = importlib.import_module(f"fbitrain.launch.{script.stem}").parser().parse_args(arguments[1:])
+    parsed = importlib.import_module(f"fbitrain.commands.{script.stem}").parser().parse_args(arguments[1:])
     if script.name == "compare.py":
         assert load_study(ROOT / parsed.study).variants
         return
@@ -141,19 +146,17 @@ def readers_folder(tmp_path_factory: pytest.TempPathFactory, workspace: Workspac
         yield folder
 
 
-def check_module(module: str, arguments: list[str]) -> None:
-    """Runs a command of the data room; only its benchmark's arguments are parsed and no more."""
-    # The tokenizer is a module that others import; run as a command, it hands over to another.
-    commands_of = {"fbitrain.data.tokenizer": "fbitrain.data.tokenizing.tokenizer_train"}
-    loaded = importlib.import_module(commands_of.get(module, module))
-    if module == "fbitrain.data.bench":
-        loaded.command_parser().parse_intermixed_args(arguments)
+def check_verb(arguments: list[str]) -> None:
+    """Runs a command of the data room; of its benchmark, and of other verbs, the arguments are parsed and no more."""
+    verb, rest = verbs.split(arguments)
+    if not verb.startswith("data ") or verb == "data bench":
+        importlib.import_module(f"fbitrain.{verbs.VERBS[verb][0]}").parser().parse_intermixed_args(rest)
         return
     # The reader's corpus here is smaller than the vocabulary that the page asks for.
-    words = ["400" if word == "32000" else word for word in arguments]
-    assert loaded.main([path for word in words for path in sorted(glob.glob(word)) or [word]]) == 0
-    if "--out" in arguments:
-        assert Path(arguments[arguments.index("--out") + 1]).exists()
+    words = ["400" if word == "32000" else word for word in rest]
+    assert verbs.call([*verb.split(), *(path for word in words for path in sorted(glob.glob(word)) or [word])]) == 0
+    if "--out" in rest:
+        assert Path(rest[rest.index("--out") + 1]).exists()
 
 
 def check_launcher(arguments: list[str]) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import orjson
 
-from fbitrain.data.errors import DataError
-from fbitrain.data.files import replacing
+from fbitrain.base.errors import UserError
+from fbitrain.base.files import replacing
 from fbitrain.data.pretokenized.token_shards import (
     INDEX,
     VERSION,
@@ -70,34 +70,34 @@ class TokenFolder:
     def claimed(self) -> Iterator[None]:
         """Makes or takes over the folder, for this process alone.
 
-        Raises DataError where it cannot be written, is in use, holds something else, or another tokenizer's shards.
+        Raises UserError where it cannot be written, is in use, holds something else, or another tokenizer's shards.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path, os.O_RDONLY)
         except OSError as error:
-            raise DataError(f"{self.path} cannot be used ({error.strerror or error}); give another --out") from None
+            raise UserError(f"{self.path} cannot be used ({error.strerror or error}); give another --out") from None
         try:
             self._lock(handle)
             self._require_ours()
             self._remove(LEFTOVER)
             yield
         except OSError as error:
-            raise DataError(f"{self.path} cannot be written to ({error.strerror or error}); mend that") from None
+            raise UserError(f"{self.path} cannot be written to ({error.strerror or error}); mend that") from None
         finally:
             os.close(handle)
 
     def target(self, source: str, format: RecordFormat, shard: Shard) -> Target:
-        """What becomes of `shard`. Raises DataError where its name leads out of this folder."""
+        """What becomes of `shard`. Raises UserError where its name leads out of this folder."""
         if any(part in ("", ".", "..") for part in shard.name.split("/")):
-            raise DataError(
+            raise UserError(
                 f"{shard.path} of source {source!r} would be written to {shard.name!r}, which may lie outside of "
                 f"{self.path}; give the source paths below one folder"
             )
         return Target(source, format, shard, source_folder(self.path, source) / shard.name)
 
     def require_same_origin(self, targets: Sequence[Target]) -> None:
-        """Raises DataError where what is finished was made of other shards, or of another field of them.
+        """Raises UserError where what is finished was made of other shards, or of another field of them.
 
         A shard that could not be read to its end is tokenized anew in any case, and may have been repaired.
         """
@@ -105,14 +105,14 @@ class TokenFolder:
         for source in {target.source for target in targets} & self._indexed.keys():
             for indexed in self._indexed[source]:
                 if (source, indexed.name) not in names:
-                    raise DataError(
+                    raise UserError(
                         f"{indexed.name} of source {source!r} was tokenized in {self.path} and is not among its shards "
                         "any more; restore it, or give another --out"
                     )
         for target in targets:
             report = read_report(target.path)
             if report and not report.lost and (change := target.change_since(report)):
-                raise DataError(
+                raise UserError(
                     f"{target.shard.path} {change} since it was tokenized in {self.path}; restore it, or remove "
                     f"{target.path}.json to tokenize it anew"
                 )
@@ -136,7 +136,7 @@ class TokenFolder:
         """The sources of the index that was there before; none of one that cannot be read: the reports tell as much."""
         try:
             return TokenIndex(self.path).sources if (self.path / INDEX).exists() else {}
-        except DataError:
+        except UserError:
             logger.warning("%s cannot be read; made anew of the shards of this configuration", self.path / INDEX)
             return {}
 
@@ -144,18 +144,18 @@ class TokenFolder:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"{self.path} is in use by another run of this command; wait for it") from None
+            raise UserError(f"{self.path} is in use by another run of this command; wait for it") from None
 
     def _require_ours(self) -> None:
         try:
             found = orjson.loads((self.path / SETTINGS).read_bytes())
         except (OSError, ValueError):
             if any(not LEFTOVER.fullmatch(entry.name) for entry in self.path.iterdir()):
-                raise DataError(f"{self.path} holds something else; give --out a new or empty folder") from None
+                raise UserError(f"{self.path} holds something else; give --out a new or empty folder") from None
             self._write(SETTINGS, self._settings)
             return
         if found != self._settings:
-            raise DataError(
+            raise UserError(
                 f"{self.path} was begun with another tokenizer, or by another version; give the same tokenizer, or "
                 "another --out"
             )

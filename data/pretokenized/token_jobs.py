@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 from fbitrain.data.pretokenized.token_shards import (
     BAD,
     BORDERED,
@@ -63,7 +63,7 @@ class Job:
 def tokenize_part(job: Job) -> None:
     """Does the job.
 
-    Raises DataError where the shard cannot be read, changes meanwhile or holds too many bad records, and where the
+    Raises UserError where the shard cannot be read, changes meanwhile or holds too many bad records, and where the
     files cannot be written.
     """
     cache = _cache(job.cache_dir, job.cache_bytes)
@@ -90,7 +90,7 @@ def tokenize_part(job: Job) -> None:
 def join_parts(parts_of: tuple[Path, Sequence[Path]]) -> None:
     """Makes (target, parts) one shard, in the order of lines, out of its finished parts, which then go.
 
-    Raises DataError where the files cannot be written.
+    Raises UserError where the files cannot be written.
     """
     target, parts = parts_of
     reports = [report for part in parts if (report := read_report(part))]
@@ -112,7 +112,7 @@ def join_parts(parts_of: tuple[Path, Sequence[Path]]) -> None:
 
 def _require_few(bad: Sized, last: BadRecord, limit: int) -> None:
     if len(bad) > limit:
-        raise DataError(
+        raise UserError(
             f"more than data.max_bad_records={limit} bad records in one shard, the last one in {last}; repair or "
             "remove the shard, correct the source's text_key, or raise data.max_bad_records"
         )
@@ -124,9 +124,9 @@ def _require_unchanged(path: str, shard: Shard) -> None:
         size = os.path.getsize(path)
     except OSError as error:
         reason = error.strerror or error
-        raise DataError(f"{shard.path} cannot be read ({reason}); restore it and run the command again") from None
+        raise UserError(f"{shard.path} cannot be read ({reason}); restore it and run the command again") from None
     if 0 <= shard.size != size:
-        raise DataError(
+        raise UserError(
             f"{shard.path} has changed while it was tokenized: it had {shard.size} bytes and has {size}; run the "
             "command again when nobody writes to it"
         )

@@ -1,4 +1,4 @@
-"""Shards that were tokenized beforehand (fbitrain.data.pretokenize), as the same blocks that their text would give.
+"""Shards that were tokenized beforehand (`fbitrain data pretokenize`), as the same blocks that their text would give.
 
 A folder of them holds, for a shard NAME of a source:
 
@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from fbitrain.base.errors import UserError
 from fbitrain.data.config import SourceConfig
-from fbitrain.data.errors import DataError
 from fbitrain.data.reading.documents import BadRecord, Block, BlockLimits, Document, Position
 from fbitrain.data.sources.shards import Shard
 
@@ -47,7 +47,7 @@ RECORD = np.dtype(
 )
 BAD, BORDERED = 1, 2  # flags: the record holds no document; BOS and EOS go around it
 CHUNK_RECORDS = 1 << 12  # looked through at a time; every open unit holds so many
-REDO = "run fbitrain.data.pretokenize again, which makes it anew"
+REDO = "run `fbitrain data pretokenize` again, which makes it anew"
 
 Records = npt.NDArray[np.void]  # of dtype RECORD
 TokenIds = npt.NDArray[np.unsignedinteger[Any]]
@@ -123,7 +123,7 @@ def sizes_differ(shard: Path, report: ShardReport) -> str:
 
 
 class TokenIndex:
-    """A finished folder of pretokenized shards. Raises DataError where there is none."""
+    """A finished folder of pretokenized shards. Raises UserError where there is none."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
@@ -131,19 +131,19 @@ class TokenIndex:
         try:
             index = orjson.loads(path.read_bytes())
             if index["version"] != VERSION:
-                raise DataError(f"{path} is of version {index['version']}, not {VERSION}; make the folder anew")
+                raise UserError(f"{path} is of version {index['version']}, not {VERSION}; make the folder anew")
             self._fingerprint: str = index["tokenizer"]
             self.sources = {
                 name: [ShardReport.from_values(values) for values in index["sources"][name]]
                 for name in index["sources"]
             }
         except FileNotFoundError:
-            raise DataError(
-                f"{self.folder} holds no finished pretokenized shards (no {INDEX}); run fbitrain.data.pretokenize, or "
-                "correct data.pretokenized"
+            raise UserError(
+                f"{self.folder} holds no finished pretokenized shards (no {INDEX}); run "
+                "`fbitrain data pretokenize`, or correct data.pretokenized"
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} cannot be read ({error}); {REDO}") from None
+            raise UserError(f"{path} cannot be read ({error}); {REDO}") from None
 
     def shards(self, source: str) -> list[Shard]:
         """The shards of `source`: name and size of the originals, path of their tokens. Looks at all files' sizes."""
@@ -151,7 +151,7 @@ class TokenIndex:
         for report in self._reports(source):
             shard = source_folder(self.folder, source) / report.name
             if wrong := sizes_differ(shard, report):
-                raise DataError(f"{wrong}; {REDO}")
+                raise UserError(f"{wrong}; {REDO}")
             found.append(Shard(str(with_ending(shard, TOKENS).absolute()), report.name, report.size))
         return found
 
@@ -160,7 +160,7 @@ class TokenIndex:
         return [report.path for report in self._reports(source)]
 
     def require_source(self, source: SourceConfig, shards: Sequence[Shard] | None) -> None:
-        """Raises DataError unless `source` was tokenized as the configuration has it, kind and field.
+        """Raises UserError unless `source` was tokenized as the configuration has it, kind and field.
 
         With `shards`, what find_shards gives for it today, also unless the index holds exactly these, by name.
         """
@@ -168,7 +168,7 @@ class TokenIndex:
         reports = self._reports(source.name)
         for report in reports:
             if (report.kind, report.key) != (source.kind, key):
-                raise DataError(
+                raise UserError(
                     f"source {source.name!r} was tokenized in {self.folder} as {report.kind} from field "
                     f"{report.key!r}, and the configuration says {source.kind} from field {key!r}; correct the source, "
                     "or tokenize it into another folder"
@@ -177,7 +177,7 @@ class TokenIndex:
             return
         indexed, wanted = {report.name for report in reports}, {shard.name for shard in shards}
         for names, how in (
-            (wanted - indexed, f"is not in {self.folder}; run fbitrain.data.pretokenize again, which adds it"),
+            (wanted - indexed, f"is not in {self.folder}; run `fbitrain data pretokenize` again, which adds it"),
             (
                 indexed - wanted,
                 f"was tokenized in {self.folder} and is no shard of it now; tokenize into another folder",
@@ -185,36 +185,36 @@ class TokenIndex:
         ):
             if names:
                 more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-                raise DataError(f"{min(names)}{more} of source {source.name!r} {how}, or correct data.sources")
+                raise UserError(f"{min(names)}{more} of source {source.name!r} {how}, or correct data.sources")
 
     def require_tokenizer(self, fingerprint: str) -> None:
-        """Raises DataError unless the tokens were made by the tokenizer with this `fingerprint`."""
+        """Raises UserError unless the tokens were made by the tokenizer with this `fingerprint`."""
         if fingerprint != self._fingerprint:
-            raise DataError(
+            raise UserError(
                 f"{self.folder} was made with another tokenizer than the one of this configuration; give that one as "
                 "data.tokenizer, or tokenize the corpus anew"
             )
 
     def _reports(self, source: str) -> list[ShardReport]:
         if source not in self.sources:
-            raise DataError(
+            raise UserError(
                 f"source {source!r} is not in {self.folder}, which holds {', '.join(map(repr, self.sources))}; "
-                "run fbitrain.data.pretokenize for it, or correct data.pretokenized"
+                "run `fbitrain data pretokenize` for it, or correct data.pretokenized"
             )
         return self.sources[source]
 
 
 class TokenUnit:
-    """Lines `part`, `part + n_parts`, … of the pretokenized shard whose .tokens file is `path`. Raises DataError."""
+    """Lines `part`, `part + n_parts`, … of the pretokenized shard whose .tokens file is `path`. Raises UserError."""
 
     def __init__(self, path: str, part: int, n_parts: int, limits: BlockLimits) -> None:
         self._part, self._n_parts, self._limits = part, n_parts, limits
         shard = Path(path.removesuffix(TOKENS))
         report = read_report(shard)
         if report is None:
-            raise DataError(f"{with_ending(shard, REPORT)} is missing or damaged; {REDO}")
+            raise UserError(f"{with_ending(shard, REPORT)} is missing or damaged; {REDO}")
         if wrong := sizes_differ(shard, report):
-            raise DataError(f"{wrong}; {REDO}")
+            raise UserError(f"{wrong}; {REDO}")
         self._report = report
         self._records, self._tokens = map_shard(shard, report)
 

@@ -12,8 +12,8 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from fbitrain.data.errors import DataError
-from fbitrain.data.files import replacing, sha256_of
+from fbitrain.base.errors import UserError
+from fbitrain.base.files import replacing, sha256_of
 from fbitrain.data.pretokenized.token_shards import (
     BAD,
     RECORD,
@@ -90,7 +90,7 @@ class _HashedFile:
 def writing(target: Path, origin: ShardReport) -> Iterator[ShardWriter]:
     """Yields a writer of the files of `target`; what it has counted becomes their report, written last.
 
-    `origin` says what the tokens are made of. Raises DataError where a file cannot be written.
+    `origin` says what the tokens are made of. Raises UserError where a file cannot be written.
     """
     try:
         with_ending(target, REPORT).unlink(missing_ok=True)
@@ -119,7 +119,7 @@ def writing(target: Path, origin: ShardReport) -> Iterator[ShardWriter]:
         with replacing(with_ending(target, REPORT)) as path:
             path.write_bytes(report.to_json())
     except OSError as error:
-        raise DataError(
+        raise UserError(
             f"{target.parent} cannot be written to ({error.strerror or error}); mend that and run the command again: "
             "what is finished stays"
         ) from None

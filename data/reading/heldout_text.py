@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 from fbitrain.data.reading.documents import BadRecord
 from fbitrain.data.reading.records import RecordFormat, decode, read_entries
 from fbitrain.data.sources.patterns import is_url
@@ -34,14 +34,14 @@ class Heldout:
 def load_heldout(paths: Sequence[str], tokenizer: Tokenizer, text_key: str = "text") -> Heldout:
     """Reads held-out shards, and .txt or .raw files of which each is one document, in the order of their names.
 
-    Bad records are logged and left out. Raises DataError where no document is left.
+    Bad records are logged and left out. Raises UserError where no document is left.
     """
     import torch
 
     documents = list(read_documents(paths, "heldout", text_key))
     text = DOCUMENT_SEPARATOR.join(documents)
     if not text:
-        raise DataError(f"the held-out shards {', '.join(paths)} hold no text; correct data.heldout")
+        raise UserError(f"the held-out shards {', '.join(paths)} hold no text; correct data.heldout")
     token_ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
     return Heldout(token_ids, n_bytes=len(text.encode()), n_documents=len(documents))
 
@@ -49,13 +49,13 @@ def load_heldout(paths: Sequence[str], tokenizer: Tokenizer, text_key: str = "te
 def read_documents(paths: Sequence[str], what: str, text_key: str = "text") -> Iterator[str]:
     """The documents of local shards, and of .txt and .raw files of which each is one, in the order of their names.
 
-    Bad records are logged and left out. `what` the files are is said there, and in the DataError for one that is not
+    Bad records are logged and left out. `what` the files are is said there, and in the UserError for one that is not
     here or cannot be read.
     """
     format = RecordFormat("text", text_key)
     for shard in find_files(paths, what):
         if is_url(shard.path):
-            raise DataError(f"{what}: {shard.path} is not here; download it, this text is read from files")
+            raise UserError(f"{what}: {shard.path} is not here; download it, this text is read from files")
         if shard.path.endswith(TEXT_SUFFIXES):
             yield _read_text(shard.path)
             continue
@@ -72,4 +72,4 @@ def _read_text(path: str) -> str:
         with open(path, encoding="utf-8-sig", newline="") as file:  # newlines stay as they are, their bytes are counted
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text ({error})") from None
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error})") from None

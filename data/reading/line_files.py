@@ -9,7 +9,7 @@ from typing import BinaryIO, Protocol
 
 import zstandard
 
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 
 CHUNK_BYTES = 1 << 18
 # Decompressed at once: small, because repetitive text shrinks to a thousandth, and all of it comes back together.
@@ -38,7 +38,7 @@ def read_lines(path: str, offset: int = 0) -> Iterator[bytes]:
 
     A plain file is entered there, a compressed one is decompressed up to it. Memory does not grow with the file; a
     line, however long, is held at most three times. Raises Damaged where the content ends before its time, and
-    DataError where the system does not give it: that says nothing against the file, and would lose all of it.
+    UserError where the system does not give it: that says nothing against the file, and would lose all of it.
     """
     try:
         with open(path, "rb") as file:
@@ -55,10 +55,10 @@ def read_lines(path: str, offset: int = 0) -> Iterator[bytes]:
         raise unreadable(path, error) from None
 
 
-def unreadable(path: str, error: OSError) -> DataError:
+def unreadable(path: str, error: OSError) -> UserError:
     """What to say where a file is there no more, may not be read, or its disk fails."""
     reason = os.strerror(error.errno) if error.errno else error  # pyarrow's own text has the path once more
-    return DataError(f"{path} cannot be read ({reason}); restore it or mend its disk, then start again")
+    return UserError(f"{path} cannot be read ({reason}); restore it or mend its disk, then start again")
 
 
 def _new_zstd() -> _Decompressor:

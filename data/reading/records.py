@@ -50,7 +50,7 @@ def read_entries(
 
     Blank lines are no records; a byte order mark at the start of the file is dropped. Where the file is cut off, its
     compression is damaged, or it lacks the column, the last item is a BadRecord; it is given to one part only, the one
-    that owned the lost line. Raises DataError for a file that cannot be opened or read.
+    that owned the lost line. Raises UserError for a file that cannot be opened or read.
     """
     line, offset = start.line, start.offset
     try:

@@ -33,7 +33,7 @@ def read_cells(path: str, column: str, row: int = 0) -> Iterator[Cell]:
 
     Row groups before `row` are skipped unread. Batches are counted from the start of their row group, so that a
     damaged page ends the reading at the same row wherever it began. Raises Damaged where the content ends before its
-    time, and DataError where the system does not give it.
+    time, and UserError where the system does not give it.
     """
     import pyarrow
     from pyarrow import parquet

@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import replace
 from types import TracebackType
 
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 from fbitrain.data.sources.cache_folder import PART, CacheFolder, Record, Room, key_of
 from fbitrain.data.sources.patterns import is_url
 from fbitrain.data.sources.remote import DEFAULT_POLICY, Fetched, FetchPolicy, fetch
@@ -77,7 +77,7 @@ class ShardCache:
     def open(self, shard: Shard) -> OpenShard:
         """Blocks until the shard is here, whole and verified. A local shard is opened as itself.
 
-        Raises DataError where it cannot be fetched (remote.fetch), does not fit, or the folder cannot be written.
+        Raises UserError where it cannot be fetched (remote.fetch), does not fit, or the folder cannot be written.
         """
         return self._open(shard, self._patience_s)
 
@@ -112,7 +112,7 @@ class ShardCache:
                     held = self._hold(key, shard) or self._verify(key, lock, shard)
                     held = held or self._fetch(key, lock, shard, patience_s)
         except OSError as error:
-            raise DataError(
+            raise UserError(
                 f"the cache folder {self._folder.folder} cannot be used ({error.strerror or error}); "
                 "set data.cache_dir to a folder that can be written"
             ) from None
@@ -182,7 +182,7 @@ class ShardCache:
 
     def _reserve(self, part: io.FileIO, shard: Shard, n_bytes: int, patience_s: float) -> None:
         if n_bytes > self._max_bytes:
-            raise DataError(
+            raise UserError(
                 f"{shard.path} has {n_bytes:,} bytes and the cache may hold {self._max_bytes:,}; raise data.cache_gb"
             )
         deadline = time.monotonic() + patience_s
@@ -203,14 +203,14 @@ class ShardCache:
         with self._counting:  # the prefetching thread counts too
             self._counters.update(amounts)
 
-    def _no_room(self, shard: Shard, n_bytes: int, room: Room) -> DataError:
+    def _no_room(self, shard: Shard, n_bytes: int, room: Room) -> UserError:
         needed = f"{shard.name} needs {n_bytes:,} bytes"
         if not room.in_cache:
-            return DataError(
+            return UserError(
                 f"the cache {self._folder.folder} is full of shards in use: {needed} and {room.n_held:,} of "
                 f"{self._max_bytes:,} are taken; raise data.cache_gb, or lower data.n_lanes"
             )
-        return DataError(
+        return UserError(
             f"the disk of the cache {self._folder.folder} is full: {needed} and {room.n_free:,} are free; "
             "make room, or set data.cache_dir to another disk"
         )

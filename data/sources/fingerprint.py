@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 from fbitrain.data.sources.shards import Shard
 
 ShardList = dict[str, dict[str, int]]  # source -> shard name -> bytes (-1: a remote shard whose size nobody has asked)
@@ -28,13 +28,13 @@ def shard_list(sources: Mapping[str, Sequence[Shard]]) -> ShardList:
 def require_same_shards(
     source: str, saved: Mapping[str, Any], now: Sequence[Shard], saved_list: Mapping[str, int] | None
 ) -> None:
-    """Raises DataError, naming the first shard that differs if the checkpoint's list is there to tell."""
+    """Raises UserError, naming the first shard that differs if the checkpoint's list is there to tell."""
     if saved == fingerprint(now):
         return
     what = f"there were {saved['shards']} of them and there are {len(now)}, or their sizes differ"
     if saved_list is not None:
         what = _first_difference(saved_list, {shard.name: shard.size for shard in now})
-    raise DataError(
+    raise UserError(
         f"the shards of source {source!r} are not those of the checkpoint: {what}; restore them, or start a new run"
     )
 

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 from fbitrain.data.sources.remote import list_remote
 from fbitrain.data.sources.transport import protocol_of, require_file_system
 
@@ -37,16 +37,16 @@ def file_part(path: str) -> str:
 def expand_ranges(pattern: str) -> list[str]:
     """`a_{08..11}` as `a_08`, `a_09`, `a_10`, `a_11`, for any number of ranges; zeros in front set the width.
 
-    Raises DataError for a range that runs backwards, or for more than MAX_EXPANDED names.
+    Raises UserError for a range that runs backwards, or for more than MAX_EXPANDED names.
     """
     spans = []
     n_names = 1
     for low, high in _RANGE.findall(pattern):
         n_names *= int(high) - int(low) + 1
         if n_names <= 0:
-            raise DataError(f"the range {{{low}..{high}}} of {pattern!r} runs backwards")
+            raise UserError(f"the range {{{low}..{high}}} of {pattern!r} runs backwards")
         if n_names > MAX_EXPANDED:
-            raise DataError(f"{pattern!r} stands for more than {MAX_EXPANDED:,} files")
+            raise UserError(f"{pattern!r} stands for more than {MAX_EXPANDED:,} files")
         width = max(len(low), len(high)) if low.startswith("0") or high.startswith("0") else 1
         spans.append([f"{number:0{width}d}" for number in range(int(low), int(high) + 1)])
     between = _RANGE.sub("\0", pattern).split("\0")
@@ -60,19 +60,19 @@ def find(pattern: str, suffixes: tuple[str, ...]) -> Sizes:
     """The files that one path, glob, folder or URL without ranges stands for; empty if there are none.
 
     A folder stands for every file below it that has one of `suffixes` and is not hidden. A URL of a single file is
-    taken at its word: asking for each of thousands would delay every start. Raises DataError for an empty pattern, a
+    taken at its word: asking for each of thousands would delay every start. Raises UserError for an empty pattern, a
     file of another kind, a name that is not UTF-8, for what cannot be listed, and for a file system that is not
     installed.
     """
     if not pattern.strip():
-        raise DataError(f"the path {pattern!r} is empty; correct or drop it")
+        raise UserError(f"the path {pattern!r} is empty; correct or drop it")
     if is_url(pattern):
         found = _find_remote(pattern, suffixes)
     else:
         try:
             found = _find_local(pattern, suffixes)
         except OSError as error:
-            raise DataError(f"{error.filename} cannot be read ({error.strerror}); mend or remove it") from None
+            raise UserError(f"{error.filename} cannot be read ({error.strerror}); mend or remove it") from None
     _require_utf8(found)
     return found
 
@@ -164,7 +164,7 @@ def _require_utf8(paths: Iterable[str]) -> None:
             path.encode()
         except UnicodeEncodeError:
             # Reports, checkpoints and lists of duplicates hold names as text.
-            raise DataError(f"{os.fsencode(path)!r} has a name that is not UTF-8; rename it") from None
+            raise UserError(f"{os.fsencode(path)!r} has a name that is not UTF-8; rename it") from None
 
 
 def _find_remote(url: str, suffixes: tuple[str, ...]) -> Sizes:
@@ -173,7 +173,7 @@ def _find_remote(url: str, suffixes: tuple[str, ...]) -> Sizes:
     # In a web address a question mark begins the query.
     wildcard = _WILDCARD.search(file_part(url) if web else url)
     if web and (wildcard or url.endswith("/")):
-        raise DataError(f"{url!r} cannot be listed; name the files, use a range like {{000..359}}, or url_lists")
+        raise UserError(f"{url!r} cannot be listed; name the files, use a range like {{000..359}}, or url_lists")
     if web or (has_suffix(url, suffixes) and not wildcard):
         _require_suffix(url, suffixes)
         return {url: -1}
@@ -186,4 +186,4 @@ def _find_remote(url: str, suffixes: tuple[str, ...]) -> Sizes:
 
 def _require_suffix(path: str, suffixes: tuple[str, ...]) -> None:
     if not has_suffix(path, suffixes):
-        raise DataError(f"{path!r} is not a shard; its name must end in {', '.join(suffixes)}")
+        raise UserError(f"{path!r} is not a shard; its name must end in {', '.join(suffixes)}")

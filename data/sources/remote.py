@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 from fbitrain.data.sources.transport import RemoteError, Stream, Timeouts, list_files, open_stream
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def fetch(
     before the file grows beyond what was reserved. A broken transfer goes on from its last byte if the server
     can and says, by ETag or Last-Modified and the size, that the file is the same; otherwise from the first.
 
-    Raises DataError for a file that is not there, has changed, cannot be verified, or has not come after
+    Raises UserError for a file that is not there, has changed, cannot be verified, or has not come after
     `policy.attempts`; OSError where `file` cannot be written.
     """
     download = _Download(url, file, size, sha256, policy.timeouts, reserve)
@@ -70,18 +70,18 @@ def fetch(
 
 
 def fetch_text(url: str, policy: FetchPolicy = DEFAULT_POLICY) -> str:
-    """A small remote UTF-8 file, such as a list of URLs. Raises DataError."""
+    """A small remote UTF-8 file, such as a list of URLs. Raises UserError."""
     memory = io.BytesIO()
     download = _Download(url, memory, -1, "", policy.timeouts, lambda n_bytes: None)
     _retry(download.attempt, f"{url} cannot be read", policy)
     try:
         return memory.getvalue().decode()
     except UnicodeDecodeError:
-        raise DataError(f"{url} is not UTF-8 text; correct data.sources") from None
+        raise UserError(f"{url} is not UTF-8 text; correct data.sources") from None
 
 
 def list_remote(pattern: str, *, is_glob: bool, policy: FetchPolicy = DEFAULT_POLICY) -> dict[str, int]:
-    """URL -> bytes of the files of a remote folder or glob; empty where there is none. Raises DataError."""
+    """URL -> bytes of the files of a remote folder or glob; empty where there is none. Raises UserError."""
 
     def work() -> dict[str, int]:
         try:
@@ -95,20 +95,20 @@ def list_remote(pattern: str, *, is_glob: bool, policy: FetchPolicy = DEFAULT_PO
 
 
 def _retry(work: Callable[[], T], what: str, policy: FetchPolicy) -> tuple[T, int]:
-    """work()'s result and how many attempts failed before. DataError once it cannot help or has been tried enough."""
+    """work()'s result and how many attempts failed before. UserError once it cannot help or has been tried enough."""
     for n_failed in range(policy.attempts):
         try:
             return work(), n_failed
         except RemoteError as error:
             if error.final:
-                raise DataError(f"{what}: {error}; correct its address in data.sources, or your access to it") from None
+                raise UserError(f"{what}: {error}; correct its address in data.sources, or your access to it") from None
             reason = error
         if n_failed + 1 < policy.attempts:
             wait_s = min(policy.backoff_s * 2**n_failed, policy.max_backoff_s) * _jitter.uniform(0.5, 1)
             wait_s = max(wait_s, min(reason.wait_s, policy.max_backoff_s))
             logger.warning("%s: %s; attempt %d follows in %.1f s", what, reason, n_failed + 2, wait_s)
             time.sleep(wait_s)
-    raise DataError(
+    raise UserError(
         f"{what} after {policy.attempts} attempts: {reason}; see whether the server is well, then start again"
     )
 
@@ -166,7 +166,7 @@ class _Download:
         self.total, self.version = stream.total, stream.version
         self._require_size(self.total)
         if self.total < 0 and self.size < 0 and not (self.sha256 or stream.ends_itself):
-            raise DataError(
+            raise UserError(
                 f"{self.url} comes without its length, so that half of it would look whole; "
                 "give its sha256 in the source's checksums, or fetch it by hand"
             )
@@ -203,7 +203,7 @@ class _Download:
             return
         # Once may be the network's fault; the same twice is what the server has.
         if found == self.wrong_sha256:
-            raise DataError(
+            raise UserError(
                 f"{self.url} is not the file that the checksums tell of: its sha256 is {found[:12]}… "
                 f"and should be {self.sha256[:12]}…; correct the source's checksums or paths"
             )
@@ -212,7 +212,7 @@ class _Download:
 
     def _require_size(self, n_bytes: int) -> None:
         if 0 <= self.size != n_bytes >= 0:
-            raise DataError(
+            raise UserError(
                 f"{self.url} has changed: it had {self.size} bytes and has {n_bytes}; "
                 "restore the file it was, or start a new run"
             )

@@ -5,44 +5,44 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 from fbitrain.data.sources.patterns import is_url
 from fbitrain.data.sources.remote import FetchPolicy, fetch_text
 
 AT_START = FetchPolicy(attempts=4)  # somebody is waiting: seconds, not minutes
-_answers: dict[str, str | DataError] = {}
+_answers: dict[str, str | UserError] = {}
 _SUM = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 
 
 def read_url_list(path: str) -> list[str]:
     """The URLs of a local or remote file with one per line, as RedPajama's urls.txt; # begins a comment line.
 
-    Raises DataError if the file cannot be read, names none, or holds a line that is no URL.
+    Raises UserError if the file cannot be read, names none, or holds a line that is no URL.
     """
     urls = []
     for number, line in _lines(path):
         if not is_url(line) or " " in line:
-            raise DataError(f"{path!r}, line {number}: {line[:60]!r} is not a URL; give a file with one URL per line")
+            raise UserError(f"{path!r}, line {number}: {line[:60]!r} is not a URL; give a file with one URL per line")
         urls.append(line)
     if not urls:
-        raise DataError(f"{path!r} lists no URL; correct or drop it")
+        raise UserError(f"{path!r} lists no URL; correct or drop it")
     return urls
 
 
 def read_checksums(paths: Iterable[str]) -> dict[str, str]:
     """name -> SHA-256 of all lines `HASH  name` of the files, as sha256sum writes them.
 
-    Raises DataError for another line, and for a name that has two sums.
+    Raises UserError for another line, and for a name that has two sums.
     """
     sums: dict[str, str] = {}
     for path in paths:
         for number, line in _lines(path):
             match = _SUM.fullmatch(line)
             if match is None:
-                raise DataError(f"{path!r}, line {number}: {line[:60]!r} is not `SHA256  name`, as sha256sum writes it")
+                raise UserError(f"{path!r}, line {number}: {line[:60]!r} is not `SHA256  name`, as sha256sum writes it")
             name = match[2].removeprefix("./")
             if sums.setdefault(name, match[1].lower()) != match[1].lower():
-                raise DataError(f"{path!r}, line {number}: {name} has another sum further up; keep the right one")
+                raise UserError(f"{path!r}, line {number}: {name} has another sum further up; keep the right one")
     return sums
 
 
@@ -62,10 +62,10 @@ def _fetched(url: str) -> str:
     if url not in _answers:
         try:
             _answers[url] = fetch_text(url, AT_START)
-        except DataError as error:
+        except UserError as error:
             _answers[url] = error
     answer = _answers[url]
-    if isinstance(answer, DataError):
+    if isinstance(answer, UserError):
         raise answer
     return answer
 
@@ -80,7 +80,7 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
                 text = file.read()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            raise DataError(f"{path!r} cannot be read ({reason}); correct it in data.sources") from None
+            raise UserError(f"{path!r} cannot be read ({reason}); correct it in data.sources") from None
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield number, line.strip()

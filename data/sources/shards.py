@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from fbitrain.base.errors import UserError
 from fbitrain.data.config import SourceConfig
-from fbitrain.data.errors import DataError
 from fbitrain.data.sources.names import name_shards
 from fbitrain.data.sources.patterns import Sizes, each_file_once, expand_ranges, file_part, find, has_suffix
 from fbitrain.data.sources.shard_lists import read_checksums, read_url_list, sum_of
@@ -40,7 +40,7 @@ def find_shards(source: SourceConfig) -> list[Shard]:
     """The shards of a source, each file once even if links give it several paths, sorted by name.
 
     Costs no request per shard: one for each folder or glob on s3:// or hf://, and for each list that is a URL.
-    Raises one DataError with every problem: a path or pattern that stands for no shard, a list that cannot be read.
+    Raises one UserError with every problem: a path or pattern that stands for no shard, a list that cannot be read.
     """
     problems: list[str] = []
     found = _expand_all(source.paths, SHARD_SUFFIXES, problems)
@@ -51,18 +51,18 @@ def find_shards(source: SourceConfig) -> list[Shard]:
     if not shards and not problems:
         problems.append("it has no shards; give it paths or url_lists")
     if problems:
-        raise DataError(f"source {source.name!r}: " + "; ".join(problems))
+        raise UserError(f"source {source.name!r}: " + "; ".join(problems))
     return shards
 
 
 def find_files(
     patterns: Sequence[str], what: str, suffixes: tuple[str, ...] = SHARD_SUFFIXES + TEXT_SUFFIXES
 ) -> list[Shard]:
-    """The files that `patterns` stand for, as find_shards finds them. `what` they are is said in the DataError."""
+    """The files that `patterns` stand for, as find_shards finds them. `what` they are is said in the UserError."""
     problems: list[str] = []
     shards = _named(_expand_all(patterns, suffixes, problems), problems)
     if problems:
-        raise DataError(f"{what}: " + "; ".join(problems))
+        raise UserError(f"{what}: " + "; ".join(problems))
     return shards
 
 
@@ -77,7 +77,7 @@ def _expand_all(patterns: Sequence[str], suffixes: tuple[str, ...], problems: li
                 matches = find(path, suffixes)
                 found |= matches
                 missing += [] if matches else [path]
-        except DataError as error:
+        except UserError as error:
             problems.append(str(error))
             continue
         if missing:
@@ -96,7 +96,7 @@ def _listed_urls(source: SourceConfig, problems: list[str]) -> list[str]:
     for path in source.url_lists:
         try:
             urls += read_url_list(path)
-        except DataError as error:
+        except UserError as error:
             problems.append(str(error))
             return []
     if source.include:
@@ -109,7 +109,7 @@ def _listed_urls(source: SourceConfig, problems: list[str]) -> list[str]:
     for url in {url.partition("://")[0]: url for url in urls}.values():
         try:
             require_file_system(url)
-        except DataError as error:
+        except UserError as error:
             problems.append(str(error))
     return urls
 
@@ -148,7 +148,7 @@ def _with_sums(shards: list[Shard], source: SourceConfig, problems: list[str]) -
         return shards
     try:
         sums = read_checksums(source.checksums)
-    except DataError as error:
+    except UserError as error:
         problems.append(str(error))
         return shards
     summed = [replace(shard, sha256=sum_of(file_part(shard.path), sums)) for shard in shards]

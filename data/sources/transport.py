@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import fsspec
 
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 
 CHUNK_BYTES = 4 << 20
 BUFFER_BYTES = 1 << 20  # of aiohttp, which forgets what it holds when a connection breaks
@@ -68,20 +68,20 @@ def protocol_of(url: str) -> str:
 
 
 def require_file_system(url: str) -> None:
-    """Raises DataError where fsspec, or the package that it needs, does not know the URL's protocol."""
+    """Raises UserError where fsspec, or the package that it needs, does not know the URL's protocol."""
     protocol = protocol_of(url)
     try:
         fsspec.get_filesystem_class(protocol)
     except ValueError:
-        raise DataError(f"{url!r} has an unknown protocol; use https://, s3://, hf:// or a local path") from None
+        raise UserError(f"{url!r} has an unknown protocol; use https://, s3://, hf:// or a local path") from None
     except ImportError as error:
         package = PACKAGES.get(protocol)
         advice = f"pip install {package}" if package else str(error)
-        raise DataError(f"{protocol}:// needs a package that is not installed; {advice}") from None
+        raise UserError(f"{protocol}:// needs a package that is not installed; {advice}") from None
 
 
 def open_stream(url: str, start: int, version: str, timeouts: Timeouts) -> Stream:
-    """Opens `url` at byte `start` if its content is still `version`, else at 0. Raises RemoteError and DataError."""
+    """Opens `url` at byte `start` if its content is still `version`, else at 0. Raises RemoteError and UserError."""
     require_file_system(url)
     # fsspec keeps an instance for each thread that asks for one: here, not in the threads of within().
     file_system, path = fsspec.core.url_to_fs(url)
@@ -96,7 +96,7 @@ def open_stream(url: str, start: int, version: str, timeouts: Timeouts) -> Strea
 
 
 def list_files(pattern: str, *, is_glob: bool) -> dict[str, int]:
-    """URL -> bytes of every file that a glob matches, or that lies below a folder. Raises RemoteError and DataError."""
+    """URL -> bytes of every file that a glob matches, or that lies below a folder. Raises RemoteError and UserError."""
     require_file_system(pattern)
     file_system, path = fsspec.core.url_to_fs(pattern)
 
@@ -136,7 +136,7 @@ def within(seconds: float, work: Callable[[], T]) -> T:
 
 def _remote_error(error: Exception) -> Exception:
     """File systems raise what they like; this keeps what matters, and whether to ask again."""
-    if isinstance(error, RemoteError | DataError):
+    if isinstance(error, RemoteError | UserError):
         return error
     if isinstance(error, FileNotFoundError):
         return RemoteError("there is no such file (404)", final=True)

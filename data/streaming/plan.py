@@ -9,8 +9,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fbitrain.base.errors import UserError
 from fbitrain.data.config import DataConfig, SourceConfig
-from fbitrain.data.errors import DataError
 from fbitrain.data.pretokenized.token_shards import TokenIndex
 from fbitrain.data.reading.documents import BlockLimits
 from fbitrain.data.reading.records import RecordFormat
@@ -70,7 +70,7 @@ class LanePlan:
 
 
 def find_sources(data: DataConfig) -> dict[str, list[Shard]]:
-    """The shards of every source, by its name. Raises DataError for a missing one, and for one that is held out."""
+    """The shards of every source, by its name. Raises UserError for a missing one, and for one that is held out."""
     index = TokenIndex(data.pretokenized) if data.pretokenized else None
     held = {os.path.realpath(shard.path) for shard in find_files(data.heldout, "heldout")} if data.heldout else set()
     found = {}
@@ -78,7 +78,7 @@ def find_sources(data: DataConfig) -> dict[str, list[Shard]]:
         shards = found[source.name] = _tokenized(index, source) if index else find_shards(source)
         originals = index.originals(source.name) if index else [shard.path for shard in shards]
         if both := [path for path in originals if os.path.realpath(path) in held] if held else []:
-            raise DataError(
+            raise UserError(
                 f"{both[0]} is both held out and part of source {source.name!r}; "
                 "take it out of data.heldout or data.sources"
             )
@@ -90,7 +90,7 @@ def _tokenized(index: TokenIndex, source: SourceConfig) -> list[Shard]:
     local = bool(source.paths) and not source.url_lists and not any(map(is_url, source.paths))
     try:
         originals = find_shards(source) if local else None
-    except DataError:  # the text may be gone by now, its tokens are all that is needed
+    except UserError:  # the text may be gone by now, its tokens are all that is needed
         originals = None
     index.require_source(source, originals)
     return index.shards(source.name)

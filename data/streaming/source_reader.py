@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
-from fbitrain.data.duplicates import DuplicateList
-from fbitrain.data.errors import DataError
-from fbitrain.data.holdout import is_heldout
+from fbitrain.base.errors import UserError
+from fbitrain.data.duplicate_list import DuplicateList
+from fbitrain.data.holdout_rule import is_heldout
 from fbitrain.data.pretokenized.token_shards import TokenUnit
 from fbitrain.data.reading.blocks import RecordUnit, block_order
 from fbitrain.data.reading.documents import BadRecord, Block, BlockSource, Document, Position
@@ -119,7 +119,7 @@ class SourceReader:
         state.phase_tokens += n_tokens
 
     def last_document(self) -> Document:
-        """Once more the document handed out last, found by the state alone. Raises DataError where there is none."""
+        """Once more the document handed out last, found by the state alone. Raises UserError where there is none."""
         block = self._current_block()
         if block and 0 < self.state.index <= len(block):
             document = block[self._order[self.state.index - 1]]
@@ -215,15 +215,15 @@ class SourceReader:
         """The record handed out last, with what is wrong with it."""
         return BadRecord(self._unit().shard.path, self.last_line, reason)
 
-    def changed(self, how: str) -> DataError:
+    def changed(self, how: str) -> UserError:
         """The error that ends a run whose present shard is not what it was."""
-        return DataError(
+        return UserError(
             f"{self._unit().shard.path} of source {self.plan.name!r} has changed since the run began: {how}; "
             "restore it, or start a new run"
         )
 
-    def _gone(self, error: OSError) -> DataError:
-        return DataError(
+    def _gone(self, error: OSError) -> UserError:
+        return UserError(
             f"{self._unit().shard.path} of source {self.plan.name!r} was there when the run began and cannot be read "
             f"now ({error.strerror or error}); restore it"
         )

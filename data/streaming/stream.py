@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 from fbitrain.data.reading.documents import BadRecord, Document
 from fbitrain.data.streaming.plan import LanePlan
 from fbitrain.data.streaming.source_reader import Shelf, SourceReader, SourceState
@@ -115,7 +115,7 @@ class Lane:
         self._notes.append(f"skipped {bad}")
         self.bad_records += count
         if self.bad_records > self.plan.max_bad_records:
-            raise DataError(too_many_bad_records(self.plan.max_bad_records, str(bad)))
+            raise UserError(too_many_bad_records(self.plan.max_bad_records, str(bad)))
 
     def note(self, text: str) -> None:
         """Keeps `text` for the user's eyes."""
@@ -159,7 +159,7 @@ class Lane:
         alive = [not reader.state.dropped for reader in self._readers]
         weights = [weight * has for weight, has in zip(self.plan.phases[self._phase].weights, alive, strict=True)]
         if any(alive) and not any(weights):
-            raise DataError(
+            raise UserError(
                 f"lane {self.plan.lane} has no document of the sources that phase {self._phase} of data.phases gives a "
                 "weight; give them more data, or use fewer lanes"
             )
@@ -205,13 +205,13 @@ def too_many_bad_records(limit: int, last: str) -> str:
 
 
 def border_tokens(tokenizer: Tokenizer, add_bos: bool, add_eos: bool) -> tuple[list[int], list[int]]:
-    """What goes before and behind every document. Raises DataError where the tokenizer has no such token."""
+    """What goes before and behind every document. Raises UserError where the tokenizer has no such token."""
     for wanted, token_id, kind, switch in (
         (add_bos, tokenizer.bos_id, "BOS", "data.add_bos"),
         (add_eos, tokenizer.eos_id, "EOS", "data.add_eos"),
     ):
         if wanted and token_id is None:
-            raise DataError(
+            raise UserError(
                 f"tokenizer {tokenizer.path} names no {kind} token; set {switch}=false, or give another tokenizer"
             )
     before = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []

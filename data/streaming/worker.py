@@ -26,8 +26,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fbitrain.data.duplicates import DuplicateList
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
+from fbitrain.data.duplicate_list import DuplicateList
 from fbitrain.data.sources.cache import ShardCache
 from fbitrain.data.streaming.plan import LanePlan
 from fbitrain.data.streaming.source_reader import Shelf
@@ -97,7 +97,7 @@ class LaneFeed:
             else:
                 lane = self._turn.popleft()
             tokens = next(lane, None)
-        except DataError as data_error:
+        except UserError as data_error:
             error = str(data_error)
         except OSError as os_error:
             error = f"lane {number} cannot be read ({os_error}); mend that and start again"
@@ -171,12 +171,12 @@ class WorkerProcess:
         self.process.kill()
         self.process.wait()
 
-    def _died(self) -> DataError:
+    def _died(self) -> UserError:
         self.process.wait()
         code = self.process.returncode
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
         why = "; was the machine out of memory?" if code == -signal.SIGKILL else "; its own message is above"
-        return DataError(f"tokenizer process {self.process.pid} {how}{why}")
+        return UserError(f"tokenizer process {self.process.pid} {how}{why}")
 
 
 def _start(pipe: int) -> subprocess.Popen[bytes]:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # version 1 had 32-bit counts
@@ -33,14 +33,14 @@ class TokenType(IntEnum):
 
 
 def read_metadata(path: str, prefix: str) -> dict[str, Any]:
-    """The key-value pairs of the GGUF file `path` whose key starts with `prefix`. Raises DataError."""
+    """The key-value pairs of the GGUF file `path` whose key starts with `prefix`. Raises UserError."""
     try:
         with open(path, "rb") as file:
             if file.read(4) != MAGIC:
-                raise DataError(f"tokenizer {path} is not a GGUF file; fetch it again")
+                raise UserError(f"tokenizer {path} is not a GGUF file; fetch it again")
             version, _n_tensors, n_pairs = struct.unpack("<IQQ", _exactly(file, 20))
             if version not in VERSIONS:
-                raise DataError(f"tokenizer {path} is GGUF version {version}; versions 2 and 3 can be read")
+                raise UserError(f"tokenizer {path} is GGUF version {version}; versions 2 and 3 can be read")
             pairs = {}
             for _ in range(n_pairs):
                 key = _string(file)
@@ -49,11 +49,11 @@ def read_metadata(path: str, prefix: str) -> dict[str, Any]:
                     pairs[key] = value
             return pairs
     except (OSError, EOFError, UnicodeDecodeError, KeyError, RecursionError) as error:
-        raise DataError(f"tokenizer {path} is damaged ({error!r}); fetch it again") from None
+        raise UserError(f"tokenizer {path} is damaged ({error!r}); fetch it again") from None
 
 
 def build_bpe(path: str) -> tuple[Tokenizer, int | None, int | None]:
-    """The byte-level BPE tokenizer of GGUF file `path`, with its BOS and EOS ids. Raises DataError.
+    """The byte-level BPE tokenizer of GGUF file `path`, with its BOS and EOS ids. Raises UserError.
 
     transformers' own conversion knows nothing of tokenizer.ggml.pre and so leaves out the splitting of digits that
     SmolLM2 was trained with: a number after several spaces then gets tokens the model never saw there.
@@ -61,7 +61,7 @@ def build_bpe(path: str) -> tuple[Tokenizer, int | None, int | None]:
     data = read_metadata(path, "tokenizer.ggml.")
     kind, pre = data.get("tokenizer.ggml.model"), data.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or pre not in SPLITS_DIGITS:
-        raise DataError(
+        raise UserError(
             f"tokenizer {path} is of kind {kind}/{pre}; of GGUF tokenizers only gpt2 with {' or '.join(SPLITS_DIGITS)} "
             "can be read: give the model's folder with its tokenizer.json instead"
         )
@@ -81,7 +81,7 @@ def build_bpe(path: str) -> tuple[Tokenizer, int | None, int | None]:
 def _strings(data: dict[str, Any], key: str, path: str) -> list[str]:
     found = data.get(key)
     if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
-        raise DataError(f"tokenizer {path} has no list of strings {key}; fetch it again, or give the model's folder")
+        raise UserError(f"tokenizer {path} has no list of strings {key}; fetch it again, or give the model's folder")
     return found
 
 
@@ -91,7 +91,7 @@ def _bpe(tokens: Sequence[str], merges: Sequence[str], path: str) -> models.BPE:
         return models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs)
     except Exception as error:
         # The library raises bare Exception for merges of what are no tokens.
-        raise DataError(f"tokenizer {path} is damaged ({error}); fetch it again") from None
+        raise UserError(f"tokenizer {path} is damaged ({error}); fetch it again") from None
 
 
 def _add_special(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:

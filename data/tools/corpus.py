@@ -6,8 +6,8 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fbitrain.base.errors import UserError
 from fbitrain.data.config import DataConfig
-from fbitrain.data.errors import DataError
 from fbitrain.data.reading.documents import BadRecord, Document
 from fbitrain.data.reading.records import RecordFormat, decode, read_entries
 from fbitrain.data.sources.cache import ShardCache
@@ -27,27 +27,27 @@ class Tally:
     last_bad: BadRecord | None = None
 
     def add_bad(self, bad: BadRecord) -> None:
-        """Raises DataError for one more than max_bad_records."""
+        """Raises UserError for one more than max_bad_records."""
         self.add(Tally(self.source, self.max_bad_records, bad_records=1, last_bad=bad))
 
     def add(self, other: Tally) -> None:
-        """Adds what another process has read of the source. Raises DataError for more than max_bad_records."""
+        """Adds what another process has read of the source. Raises UserError for more than max_bad_records."""
         self.documents += other.documents
         self.bad_records += other.bad_records
         self.last_bad = other.last_bad or self.last_bad
         if self.bad_records > self.max_bad_records:
-            raise DataError(
+            raise UserError(
                 f"source {self.source!r} has more than data.max_bad_records={self.max_bad_records} bad records, the "
                 f"last one in {self.last_bad}; correct the source's text_key or ids_key, repair or remove the shard, "
                 "or raise data.max_bad_records"
             )
 
     def close(self) -> None:
-        """Logs the number of bad records and the last of them. Raises DataError if there was nothing else."""
+        """Logs the number of bad records and the last of them. Raises UserError if there was nothing else."""
         if not self.bad_records:
             return
         if not self.documents:
-            raise DataError(
+            raise UserError(
                 f"source {self.source!r} gave nothing but bad records ({self.bad_records}), the last one in "
                 f"{self.last_bad}; correct its text_key or ids_key, or its paths"
             )
@@ -57,10 +57,10 @@ class Tally:
 
 
 def text_shards(data: DataConfig) -> dict[str, list[Shard]]:
-    """The shards of every source, by its name, as they were before any pretokenization. Raises DataError."""
+    """The shards of every source, by its name, as they were before any pretokenization. Raises UserError."""
     for source in data.sources:
         if not (source.paths or source.url_lists):
-            raise DataError(
+            raise UserError(
                 f"source {source.name!r} lists no paths; this command needs the text that data.pretokenized="
                 f"{data.pretokenized} was made from"
             )

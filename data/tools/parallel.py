@@ -12,17 +12,22 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
 
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
+def n_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def in_processes(work: Callable[[Job], Result], jobs: Sequence[Job], n_workers: int) -> Generator[Result, None, None]:
     """work(job) for each of `jobs`, in their order, by `n_workers` processes; with one, in this process.
 
-    `work` is a function of a module, and pickled. A DataError that it raises is raised here; any other exception, and a
-    process killed, is reported as a DataError, the traceback being on stderr. Closing the iterator ends the processes.
+    `work` is a function of a module, and pickled. A UserError that it raises is raised here; any other exception, and a
+    process killed, is reported as a UserError, the traceback being on stderr. Closing the iterator ends the processes.
     """
     n_workers = min(n_workers, len(jobs))
     if n_workers <= 1:
@@ -74,11 +79,11 @@ def _receive(connection: Connection, process: SpawnProcess) -> tuple[int, Any]:
         process.join()
         code = process.exitcode or 0
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
-        raise DataError(
+        raise UserError(
             f"worker process {process.pid} {how}; its own message, if any, is above: give it more memory, or use fewer "
             "--workers"
         ) from None
-    if isinstance(outcome, DataError):
+    if isinstance(outcome, UserError):
         raise outcome
     return number, outcome
 
@@ -94,7 +99,7 @@ def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
             return
         try:
             outcome: Any = work(job)
-        except DataError as error:
+        except UserError as error:
             outcome = error
         connection.send((number, outcome))
 

@@ -16,8 +16,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import numpy.typing as npt
 
+from fbitrain.base.errors import UserError
 from fbitrain.data.config import DataConfig, SourceConfig
-from fbitrain.data.errors import DataError
 from fbitrain.data.reading.documents import BadRecord, Document
 from fbitrain.data.reading.records import RecordFormat
 from fbitrain.data.sources.cache import ShardCache
@@ -154,7 +154,7 @@ def survey(
     """Reads up to `max_shards` shards of each source, evenly spaced (0: all of them), as they lie on disk.
 
     Of a source's text about `sample_bytes` at most are tokenized, documents drawn by the hash of their content. Of its
-    first shard `n_first` documents are brought along. Raises DataError.
+    first shard `n_first` documents are brought along. Raises UserError.
     """
     all_shards = text_shards(data)
     surveys = {
@@ -183,7 +183,7 @@ def evenly_spaced(shards: Sequence[Shard], n: int) -> list[Shard]:
 
 
 def read_shard(job: ReadJob) -> ReadShard:
-    """Counts one shard. Raises DataError where it cannot be opened."""
+    """Counts one shard. Raises UserError where it cannot be opened."""
     tokenizer = _tokenizer(job.tokenizer_path)
     counts, lengths, sample = Counts(), array("q"), Sample(job.sample_bytes)
     first: list[FirstDocument] = []
@@ -246,7 +246,7 @@ def _size(path: str) -> int:
     try:
         return os.path.getsize(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}); restore it") from None
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); restore it") from None
 
 
 @functools.lru_cache(maxsize=1)

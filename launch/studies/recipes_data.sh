@@ -15,13 +15,13 @@ TOKENIZER=$FOLDER/tokenizer.model
 TOKENS=$FOLDER/tokens
 
 # 45 MB of the Python installation's own sources, of which 0.3 MB are held out.
-python -m fbitrain.data.sample --out "$SAMPLE" --megabytes 45
+fbitrain data sample --out "$SAMPLE" --megabytes 45
 
 if [[ $TOKENIZER -nt $SAMPLE/manifest.json ]]; then
     echo "kept $TOKENIZER"
 else
-    python -m fbitrain.data.tokenizer train --vocab-size 1024 --max-mb 10 --out "$TOKENIZER" "$SAMPLE/github" "$SAMPLE/docs"
+    fbitrain data train-tokenizer --vocab-size 1024 --max-mb 10 --out "$TOKENIZER" "$SAMPLE/github" "$SAMPLE/docs"
     rm -rf "$TOKENS" # made with another tokenizer
 fi
 
-python -m fbitrain.data.pretokenize launch/studies/recipes_base.yaml data.pretokenized= --out "$TOKENS"
+fbitrain data pretokenize launch/studies/recipes_base.yaml data.pretokenized= --out "$TOKENS"

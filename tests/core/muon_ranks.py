@@ -15,8 +15,8 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import nn
 
-from fbitrain.muon import MatrixForm, MuonSettings, muon_step, plan_updates
-from fbitrain.partition import Placement, Share
+from fbitrain.optim.muon import MatrixForm, MuonSettings, muon_step, plan_updates
+from fbitrain.optim.partition import Placement, Share
 
 CPU = torch.device("cpu")
 LAYOUT_SHAPES = [(6, 4), (5, 7), (3, 3), (16, 2), (9, 11)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fbitrain.config import BatchChange, ConfigError, differences, load_config, to_yaml
-from fbitrain.estimate import tokens_in_total
+from fbitrain.planning.estimate import tokens_in_total
 
 CONFIG = """
 distill: {teacher: some/teacher}

@@ -24,13 +24,13 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from fbitrain import calibrate
-from fbitrain.blocks import BlockWalk, weight_NK
-from fbitrain.calibrate import fisher_diagonals, quantize_, select_masks
-from fbitrain.calibration_data import cut_sequences, read_calibration
+from fbitrain.base.errors import UserError
+from fbitrain.calibration import calibrate
+from fbitrain.calibration.block_walk import BlockWalk, weight_NK
+from fbitrain.calibration.calibrate import fisher_diagonals, quantize_, select_masks
+from fbitrain.calibration.text import cut_sequences, read_calibration
 from fbitrain.config import CalibrationConfig
 from fbitrain.data.tokenizer import load_tokenizer
-from fbitrain.errors import UserError
 from fbitrain.model.build import binarize_, chosen_sources
 from fbitrain.model.config import BinarizeConfig, SalientConfig
 from fbitrain.model.gptq_pb import gptq_partial

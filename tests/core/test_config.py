@@ -342,7 +342,7 @@ def test_the_world_size_is_part_of_the_check(minimal: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "does not exist"),
+        (None, "there is no such file"),
         ("- a\n- b\n", "not a list"),
         ("a: [1\n", "cannot be read as YAML"),
         ("a: 1\na: 2\n", "cannot be read as YAML"),

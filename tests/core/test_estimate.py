@@ -13,9 +13,16 @@ from torch import Tensor
 
 from fbitrain.config import Config, DistillConfig, EngineConfig, TrainConfig
 from fbitrain.data.config import DataConfig
-from fbitrain.estimate import RankMemory, TeacherSize, activation_bytes, rank_memory, read_teacher_size, tokens_in_total
 from fbitrain.model.build import build_student
 from fbitrain.model.config import BinarizeConfig, ModelConfig
+from fbitrain.planning.estimate import (
+    RankMemory,
+    TeacherSize,
+    activation_bytes,
+    rank_memory,
+    read_teacher_size,
+    tokens_in_total,
+)
 
 CONFIG = Config(
     model=ModelConfig(vocab_size=1000, d_model=64),

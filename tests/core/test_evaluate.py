@@ -15,11 +15,13 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from fbitrain import evaluate
+from fbitrain.base.command import run
+from fbitrain.base.errors import UserError
+from fbitrain.commands import eval as command
 from fbitrain.data.reading.heldout_text import Heldout
 from fbitrain.data.tokenizer import load_tokenizer
-from fbitrain.errors import UserError
-from fbitrain.evaluate import (
+from fbitrain.inference import evaluate
+from fbitrain.inference.evaluate import (
     bits_per_byte,
     heldout_windows,
     load_text,
@@ -28,9 +30,7 @@ from fbitrain.evaluate import (
     run_tasks,
     task_results,
 )
-from fbitrain.launch import eval as command
-from fbitrain.launch.cli import run
-from fbitrain.pretrained import load_lm, open_model
+from fbitrain.loading.model_folder import load_lm, open_model
 
 
 @pytest.fixture(scope="module")
@@ -259,5 +259,5 @@ def test_mistakes_are_one_sentence(
     filled = [argument.format(model=workspace.teacher, tmp=tmp_path) for argument in arguments]
     assert run(command.main, command.parser(), filled) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("eval.py: ")
+    assert error.startswith("fbitrain eval: ")
     assert words in error

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from fbitrain import build
-from fbitrain.calibration_data import calibration_ids, needs_text
+from fbitrain.base.errors import UserError
+from fbitrain.calibration.text import calibration_ids, needs_text
 from fbitrain.checkpoint import _write_tensors
 from fbitrain.checkpoint_files import FIXED, LM_CONFIG
 from fbitrain.config import (
@@ -29,18 +30,16 @@ from fbitrain.config import (
     to_yaml,
 )
 from fbitrain.data.config import DataConfig, SourceConfig
-from fbitrain.data.errors import DataError
 from fbitrain.data.loader import TokenLoader
 from fbitrain.data.tokenizer import load_tokenizer
-from fbitrain.errors import UserError
 from fbitrain.fine_tune import fine_tuned_student, with_known_sizes
-from fbitrain.language_model import load_language_model
+from fbitrain.loading.language_model import load_language_model
+from fbitrain.loading.model_folder import load_lm
+from fbitrain.loading.pretrained_shape import read_shape
 from fbitrain.model.config import BinarizeConfig, ModelConfig, SalientConfig
 from fbitrain.model.mixture import MixtureOfScalesLinear
-from fbitrain.preflight_data import look_at_data
-from fbitrain.pretrained import load_lm
-from fbitrain.pretrained_shape import read_shape
-from fbitrain.release import release
+from fbitrain.planning.preflight_data import look_at_data
+from fbitrain.releasing.release import release
 from tests.core.test_student import V, batch, gpt2, llama, neox, opt
 from tests.core.tiny_teacher import tiny_llama, write_gguf
 
@@ -234,22 +233,22 @@ def test_sizes_that_were_unknown_are_filled_in_and_checked(llama_folder: Path) -
 
 
 def test_calibration_is_drawn_from_the_sources_or_read_from_a_file(workspace: Any, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(str(workspace.teacher))
+    tokenizer = load_tokenizer(workspace.teacher)
     config = load_config(workspace.config)
     config = replace(config, calibration=CalibrationConfig(n_sequences=3, seq_len=8))
-    ids = calibration_ids(config, str(workspace.teacher))
+    ids = calibration_ids(config, load_tokenizer(workspace.teacher))
     assert (ids.shape, ids.dtype) == ((3, 8), torch.int64)
-    with TokenLoader(replace(config.data, seq_len=8, n_lanes=1), str(workspace.teacher), 0, 1, 3) as loader:
+    with TokenLoader(replace(config.data, seq_len=8, n_lanes=1), load_tokenizer(workspace.teacher), 0, 1, 3) as loader:
         assert torch.equal(ids, next(loader)[:, :-1])
     long = replace(config, calibration=CalibrationConfig(n_sequences=10_000, seq_len=60))
     with pytest.raises(UserError, match=r"asks for 10000 sequences of 60 tokens, but source '.*' ends in sequence"):
-        calibration_ids(long, str(workspace.teacher))
+        calibration_ids(long, load_tokenizer(workspace.teacher))
     text = "the model learns one bit per weight " * 9
     (tmp_path / "text.txt").write_text(text)
     config = replace(config, calibration=replace(config.calibration, path=str(tmp_path / "text.txt")))
     for add_bos, before in ((True, [0]), (False, [])):
         config = replace(config, data=replace(config.data, add_bos=add_bos))
-        ids = calibration_ids(config, str(workspace.teacher))
+        ids = calibration_ids(config, load_tokenizer(workspace.teacher))
         assert ids.shape == (3, 8)
         assert ids.flatten().tolist() == [*before, *tokenizer.encode(text)][:24]
 
@@ -289,9 +288,9 @@ def test_calibration_text_is_looked_for_before_a_model_is_loaded(
     ):
         run = RunConfig(name=f"with {name}", dir=str(tmp_path))
         wrong = replace(config, calibration=CalibrationConfig(path=str(tmp_path / name)), run=run)
-        with pytest.raises((DataError, UserError), match=said):
+        with pytest.raises(UserError, match=said):
             build.build(wrong, 0, 1)
-        _, problems = look_at_data(wrong, str(workspace.teacher), world_size=1, ranks_here=1)
+        _, problems = look_at_data(wrong, load_tokenizer(workspace.teacher), world_size=1, ranks_here=1)
         assert re.search(said, "".join(problems))
 
 

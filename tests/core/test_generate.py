@@ -12,19 +12,20 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from fbitrain import bench_model, generate
-from fbitrain.bench_model import write_random_packed
+from fbitrain.base.command import run
+from fbitrain.base.errors import UserError
+from fbitrain.benches import decoding
+from fbitrain.benches.decoding import write_random_packed
+from fbitrain.commands import generate as command
 from fbitrain.data.reading.heldout_text import Heldout
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
-from fbitrain.errors import UserError
-from fbitrain.evaluate import perplexity
-from fbitrain.generate import Sampling, choose, stream_text, stream_tokens
+from fbitrain.inference import generate
+from fbitrain.inference.evaluate import perplexity
+from fbitrain.inference.generate import Sampling, choose, stream_text, stream_tokens
 from fbitrain.kernels import cpu
-from fbitrain.launch import generate as command
-from fbitrain.launch.cli import run
+from fbitrain.loading.model_folder import load_lm, open_model
 from fbitrain.model.compiled import PackedLlama, level_for
 from fbitrain.model.config import BinarizeConfig, ModelConfig
-from fbitrain.pretrained import load_lm, open_model
 
 needs_kernels = pytest.mark.skipif(bool(cpu.levels()["portable"]), reason="the compiled kernels do not run here")
 PROMPT = [0, 40, 270, 3, 99]
@@ -198,8 +199,8 @@ def test_the_command_says_what_it_runs_on(packed: Path, workspace: Any, capsys: 
 def test_the_benchmark_of_a_folder(
     packed: Path, workspace: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_model, "PROMPT", 12)
-    monkeypatch.setattr(bench_model, "DECODED", 4)
+    monkeypatch.setattr(decoding, "PROMPT", 12)
+    monkeypatch.setattr(decoding, "DECODED", 4)
     assert run(command.main, command.parser(), [str(packed), "--bench", "--rounds", "2", "--threads", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rates = {line[:25].strip(): [float(number) for number in line[25:].split()] for line in lines[-5:]}
@@ -238,6 +239,6 @@ def test_ctrl_c_is_no_error_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
         raise KeyboardInterrupt
 
     assert run(interrupted, command.parser(), ["model"]) == 130
-    assert capsys.readouterr().err == "generate.py: interrupted\n"
+    assert capsys.readouterr().err == "fbitrain generate: interrupted\n"
     with pytest.raises(KeyboardInterrupt):
         run(interrupted, command.parser(), ["model", "--debug"])

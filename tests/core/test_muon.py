@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fbitrain.muon import (
+from fbitrain.optim.muon import (
     ROUND_ELEMENTS,
     MatrixForm,
     matrix_update,
@@ -19,7 +19,7 @@ from fbitrain.muon import (
     plan_updates,
     update_size,
 )
-from fbitrain.partition import Placement, Share
+from fbitrain.optim.partition import Placement, Share
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (5, 5), (8, 3), (3, 8), (33, 17)]
 

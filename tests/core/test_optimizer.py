@@ -16,6 +16,7 @@ from transformers import (
     MambaForCausalLM,
 )
 
+from fbitrain.base.errors import UserError
 from fbitrain.config import Config, DistillConfig, TrainConfig
 from fbitrain.config_optim import (
     KINDS,
@@ -26,11 +27,17 @@ from fbitrain.config_optim import (
     OptimConfig,
     describe_optimizer,
 )
-from fbitrain.errors import UserError
 from fbitrain.model.build import binarize_
 from fbitrain.model.config import BinarizeConfig
-from fbitrain.muon import MatrixForm
-from fbitrain.optimizer import build_optimizer, ensure_state, matrix_forms, param_groups, set_rates, update_squares
+from fbitrain.optim.muon import MatrixForm
+from fbitrain.optim.optimizer import (
+    build_optimizer,
+    ensure_state,
+    matrix_forms,
+    param_groups,
+    set_rates,
+    update_squares,
+)
 from fbitrain.parameters import parameter_kinds
 from fbitrain.student import Student
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from fbitrain.base.command import run
+from fbitrain.base.errors import UserError
+from fbitrain.commands import release as command
 from fbitrain.config import ConfigError, DistillConfig, load_config, to_yaml
-from fbitrain.errors import UserError
-from fbitrain.launch import release as command
-from fbitrain.launch.cli import run
+from fbitrain.loading.model_folder import load_lm
 from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.latent import LatentLinear
 from fbitrain.model.phases import binary_share
-from fbitrain.pretrained import load_lm
-from fbitrain.release import release
+from fbitrain.releasing.release import release
 from tests.core.test_fine_tune import config_for, logits, saved, start, write_checkpoint
 from tests.core.test_student import gpt2, llama
 

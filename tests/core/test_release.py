@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from fbitrain import release as release_module
+from fbitrain.base.command import run
+from fbitrain.base.errors import UserError
+from fbitrain.commands import release as command
+from fbitrain.commands.verbs import call
 from fbitrain.config import CalibrationConfig, Config, load_config, to_yaml
 from fbitrain.data.tokenizer import load_tokenizer
-from fbitrain.errors import UserError
-from fbitrain.launch import release as command
-from fbitrain.launch.cli import run
+from fbitrain.loading.model_folder import load_lm, open_model
+from fbitrain.loading.tokenizer_folder import PROBES, keep_tokenizer, kept_tokenizer, write_tokenizer
 from fbitrain.model.build import build_student, llama_config
 from fbitrain.model.config import BinarizeConfig, SalientConfig
 from fbitrain.model.hf import ReleasedModel
-from fbitrain.model_card import PAPERS, Storage, Training, heldout_metrics, model_card
-from fbitrain.pretrained import load_lm, open_model
-from fbitrain.release import release, replacing_release
-from fbitrain.release_tokenizer import PROBES, write_tokenizer
+from fbitrain.releasing import release as release_module
+from fbitrain.releasing.model_card import PAPERS, Storage, Training, heldout_metrics, model_card
+from fbitrain.releasing.release import release, replacing_release
 
 LLAMA_TOKENIZER = Path(__file__).parents[2].parent / "shared" / "data" / "tokenizer" / "llama.model"
 
@@ -307,16 +309,48 @@ def test_a_tokenizer_that_is_one_file_becomes_a_folder(tmp_path: Path, workspace
     source = tmp_path / "bare" / "tokenizer.json"
     source.write_bytes((workspace.teacher / "tokenizer.json").read_bytes())
     (tmp_path / "out").mkdir()
-    trained = write_tokenizer(str(source), tmp_path / "out")
+    trained = load_tokenizer(source)
+    write_tokenizer(trained, tmp_path / "out")
     read = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert all(read.encode(text, add_special_tokens=False) == trained.encode(text) for text in PROBES)
     written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
+@pytest.mark.parametrize("kind", ["a folder", "a bare file", "specials elsewhere", "a SentencePiece model"])
+def test_a_run_keeps_its_tokenizer(kind: str, tmp_path: Path, workspace: Any) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(workspace.teacher, source)
+    if kind == "a bare file":
+        source = source / "tokenizer.json"
+    elif kind == "specials elsewhere":
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            (source / name).unlink(missing_ok=True)
+        (source / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2}')
+    elif kind == "a SentencePiece model":
+        source = tmp_path / "small.model"
+        texts = tmp_path / "text.jsonl"
+        texts.write_text("\n".join(json.dumps({"text": f"kato misen {i} sola"}) for i in range(400)))
+        assert call(["data", "train-tokenizer", "--vocab-size", "280", "--out", str(source), str(texts)]) == 0
+    trained = load_tokenizer(source)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    assert kept_tokenizer(run_dir) == ""
+    for _ in range(2):  # the second finds it there
+        keep_tokenizer(trained, run_dir)
+        kept = load_tokenizer(kept_tokenizer(run_dir))
+        assert (kept.fingerprint, kept.bos_id, kept.eos_id) == (trained.fingerprint, trained.bos_id, trained.eos_id)
+        assert [path.name for path in run_dir.iterdir()] == ["tokenizer"]
+    for path in (run_dir / "tokenizer").iterdir():
+        path.write_text("damaged")
+    keep_tokenizer(trained, run_dir)
+    assert load_tokenizer(kept_tokenizer(run_dir)).fingerprint == trained.fingerprint
+
+
 @pytest.mark.skipif(not LLAMA_TOKENIZER.is_file(), reason=f"{LLAMA_TOKENIZER} is absent")
 def test_a_sentencepiece_model_keeps_its_ids(tmp_path: Path) -> None:
-    trained = write_tokenizer(str(LLAMA_TOKENIZER), tmp_path)
+    trained = load_tokenizer(LLAMA_TOKENIZER)
+    write_tokenizer(trained, tmp_path)
     read = AutoTokenizer.from_pretrained(tmp_path)
     texts = [" " * n + "x = 1" + "\n" * n + "  two  spaces" for n in range(40)]
     texts += ["<0x41> ▁ \t\tif", "naïve 漢字\u3000字 👩‍🔬", "1,234.5e-6"]

@@ -18,17 +18,17 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from fbitrain.base.errors import UserError
 from fbitrain.config import Config, DistillConfig, RunConfig
 from fbitrain.data.config import DataConfig
 from fbitrain.data.tokenizer import load_tokenizer
-from fbitrain.errors import UserError
-from fbitrain.language_model import load_gguf
+from fbitrain.loading.language_model import load_gguf
+from fbitrain.loading.tokenizer_folder import PROBES
 from fbitrain.model.build import binarize_
 from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.hf import ReleasedModel
-from fbitrain.release import is_release
-from fbitrain.release_gguf import check_gguf, q1_0_blocks, write_gguf
-from fbitrain.release_tokenizer import PROBES
+from fbitrain.releasing.gguf import check_gguf, q1_0_blocks, write_gguf
+from fbitrain.releasing.release import is_release
 
 TERNARY = BinarizeConfig(method="ternary")
 GROUPS = BinarizeConfig(scale="group", beta=False, group_size=128)
@@ -60,7 +60,7 @@ def write(folder: Path, tokenizer: Path, binarize: BinarizeConfig, **fields: Any
     config = Config(
         run=RunConfig(name="small"), binarize=binarize, data=DataConfig(), distill=DistillConfig(teacher=str(tokenizer))
     )
-    return write_gguf(folder, config, released, released.dense_tensors()), dense
+    return write_gguf(folder, config, released, released.dense_tensors(), load_tokenizer(tokenizer)), dense
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import pytest
 
 from fbitrain.config import BatchChange, Config, TrainConfig
 from fbitrain.config_optim import SCHEDULES, OptimConfig, optim_problems
-from fbitrain.schedules import batch_tokens_at, decay_shape, lr_at, lr_shape, tokens_after
+from fbitrain.optim.schedules import batch_tokens_at, decay_shape, lr_at, lr_shape, tokens_after
 
 LR, LEAST = 3e-4, 3e-5
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from fbitrain.errors import UserError
-from fbitrain.launch import compare
-from fbitrain.study import begin, config_of, end, overrides, runs
-from fbitrain.study_file import Study, load_study, slug
-from fbitrain.study_results import outcomes, verdicts
-from fbitrain.study_table import table
+from fbitrain.base.errors import UserError
+from fbitrain.commands import compare
+from fbitrain.studies.results import outcomes, verdicts
+from fbitrain.studies.runs import begin, config_of, end, overrides, runs
+from fbitrain.studies.study_file import Study, load_study, slug
+from fbitrain.studies.table import table
 
 ROOT = Path(__file__).parents[2]
 TEXT = """

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from fbitrain.errors import UserError
-from fbitrain.launch import compare
-from fbitrain.study import Run, begin, config_of, end, overrides, runs, waits_for
-from fbitrain.study_file import Study, load_study
-from fbitrain.study_plots import curves_of, draw, gaps_of
-from fbitrain.study_results import Outcome, outcomes, read_results, verdicts, write_results
-from fbitrain.study_table import table
+from fbitrain.base.errors import UserError
+from fbitrain.commands import compare
+from fbitrain.studies.plots import curves_of, draw, gaps_of
+from fbitrain.studies.results import Outcome, outcomes, read_results, verdicts, write_results
+from fbitrain.studies.runs import Run, begin, config_of, end, overrides, runs, waits_for
+from fbitrain.studies.study_file import Study, load_study
+from fbitrain.studies.table import table
 
 BASE = """
 model: {vocab_size: 300, n_layers: 1, n_heads: 2, d_model: 8, d_ff: 16, max_seq_len: 64}
@@ -157,7 +157,7 @@ class FakeCommands:
 
     def __call__(self, run: Run, command: Sequence[str], jobs: int) -> int:
         self.called.append(f"{command[0]} {run.folder.name}")
-        if command[0] == "release.py":
+        if command[0] == "release":
             (run.release / "dense").mkdir(parents=True)
             (run.release / "dense/config.json").write_text("{}")
             return 0
@@ -189,8 +189,8 @@ def test_runs_come_after_those_that_they_wait_for(
     assert not failed
     order = {name: i for i, name in enumerate(called)}
     assert len(order) == len(called) == 8
-    assert order["pretrain.py final-seed0"] > max(order[f"pretrain.py tuning-{lr}-seed0"] for lr in (0.1, 0.2, 0.4))
-    assert order["pretrain.py twin-seed0"] < order["release.py twin-seed0"] < order["pretrain.py student-seed0"]
+    assert order["pretrain final-seed0"] > max(order[f"pretrain tuning-{lr}-seed0"] for lr in (0.1, 0.2, 0.4))
+    assert order["pretrain twin-seed0"] < order["release twin-seed0"] < order["pretrain student-seed0"]
     assert not list(tmp_path.glob("*/checkpoints"))
     assert run_all(study, tmp_path, monkeypatch) == ([], [])
 
@@ -199,7 +199,7 @@ def test_a_run_that_fails_stops_only_those_that_need_it(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called, failed = run_all(study, tmp_path, monkeypatch, failing=[0.1, 3e-4])  # the twin has the default of 3e-4
-    assert "pretrain.py final-seed1" in called
+    assert "pretrain final-seed1" in called
     assert [line.split(",")[0] for line in failed] == [
         "tuning-0.1-seed0 failed with exit code 1",
         "twin-seed0 failed with exit code 1",
@@ -218,7 +218,7 @@ def test_a_pretrained_model_is_fine_tuned(study: Study, tmp_path: Path, monkeypa
     variant = replace(study.variant("twin"), overrides=(f"model.pretrained={tmp_path / 'hf'}",))
     study = replace(study, variants=(variant,), expected=(), plots=())
     called, failed = run_all(study, tmp_path / "runs", monkeypatch)
-    assert (called, failed) == (["finetune.py twin-seed0"], [])
+    assert (called, failed) == (["finetune twin-seed0"], [])
     assert outcomes(study, tmp_path / "runs")[0].weights == 0
 
 

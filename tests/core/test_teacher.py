@@ -14,8 +14,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from fbitrain import teacher as teacher_module
-from fbitrain.errors import UserError
-from fbitrain.language_model import vocab_size_of
+from fbitrain.base.errors import UserError
+from fbitrain.loading.language_model import vocab_size_of
 from fbitrain.teacher import load_teacher
 from tests.core.tiny_teacher import FF, D, V, load, tiny_llama, token_ids
 

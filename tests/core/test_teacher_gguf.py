@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from fbitrain import teacher as teacher_module
+from fbitrain.base.errors import UserError
+from fbitrain.base.files import sha256_of
 from fbitrain.data.tokenizer import load_tokenizer
-from fbitrain.errors import UserError
-from fbitrain.files import sha256_of
-from fbitrain.language_model import vocab_size_of
-from fbitrain.teacher import export_gguf, is_export_of, load_teacher
+from fbitrain.loading import gguf_export
+from fbitrain.loading.gguf_export import export_gguf, is_export_of
+from fbitrain.loading.language_model import vocab_size_of
+from fbitrain.teacher import load_teacher
 from tests.core.tiny_teacher import V, load, tiny_llama, token_ids, write_gguf
 
 
@@ -94,7 +95,7 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     def full_disk(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(teacher_module, "write_tokenizer", full_disk)
+    monkeypatch.setattr(gguf_export, "write_tokenizer", full_disk)
     with pytest.raises(UserError, match=r"cannot be written: .*No space left on device; make room"):
         export_gguf(path, tmp_path / "out")
     assert [child.name for child in tmp_path.iterdir()] == ["tiny.gguf"]

@@ -8,6 +8,7 @@ from typing import Any
 
 from fbitrain.data.config import DataConfig, SourceConfig
 from fbitrain.data.loader import TokenLoader
+from fbitrain.data.tokenizer import load_tokenizer
 
 SUFFIXES = [".jsonl", ".jsonl.gz", ".jsonl.zst"]
 
@@ -23,7 +24,7 @@ def corpus(root: Path, write_shard: Any, n_documents: int = 60) -> DataConfig:
 
 
 def rank_loader(data: DataConfig, tokenizer: str, rank: int = 0, world_size: int = 1, **more: Any) -> TokenLoader:
-    return TokenLoader(data, tokenizer, rank, world_size, **{"micro_batch_size": 2, **more})
+    return TokenLoader(data, load_tokenizer(tokenizer), rank, world_size, **{"micro_batch_size": 2, **more})
 
 
 def take(loader: TokenLoader, n: int) -> tuple[list[list[list[int]]], Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 from fbitrain.data.sources.cache import OpenShard, ShardCache
 from fbitrain.data.sources.remote import FetchPolicy
 from fbitrain.data.sources.shards import Shard
@@ -107,7 +107,7 @@ def test_a_damaged_shard_that_cannot_be_fetched_again_is_not_there(server: http.
     Path(cache_in(folder).open(shard).path).write_bytes(b"")
     server.faults["a.jsonl"] = http.status(404)
     for _ in range(2):
-        with pytest.raises(DataError, match="no such file"):
+        with pytest.raises(UserError, match="no such file"):
             cache_in(folder).open(shard)
     assert shards_in(folder) == []
 
@@ -118,17 +118,17 @@ def test_the_size_in_the_plan_decides(server: http.FaultyServer, folder: Path) -
     server.put("a.jsonl", CONTENT[:5])
     assert read(cache_in(folder).open(shard)) == CONTENT  # nobody knows better
     assert read(cache_in(folder).open(Shard(shard.path, "a.jsonl", 5))) == CONTENT[:5]
-    with pytest.raises(DataError, match="has changed: it had 1000000 bytes and has 5"):
+    with pytest.raises(UserError, match="has changed: it had 1000000 bytes and has 5"):
         cache_in(folder).open(Shard(shard.path, "a.jsonl", MB))
 
 
 @pytest.mark.parametrize("fault", [http.half, http.reset, http.stall(1.0), http.without_length, http.status(503)])
 def test_nothing_unverified_gets_a_name(server: http.FaultyServer, folder: Path, fault: http.Fault) -> None:
     shard = put(server, "a.jsonl", fault)
-    with pytest.raises(DataError, match=r"a\.jsonl"):
+    with pytest.raises(UserError, match=r"a\.jsonl"):
         cache_in(folder).open(shard)
     assert shards_in(folder) == []
-    with pytest.raises(DataError, match="sha256"):
+    with pytest.raises(UserError, match="sha256"):
         cache_in(folder).open(Shard(put(server, "b.jsonl").path, "b.jsonl", MB, sha256="0" * 64))
     assert shards_in(folder) == []
 
@@ -152,7 +152,7 @@ def test_what_is_open_stays(server: http.FaultyServer, folder: Path) -> None:
     other.open(c).close()
     assert shards_in(folder) == ["a.jsonl", "c.jsonl"]
     also_held = other.open(c)
-    with pytest.raises(DataError, match=r"full of shards in use: b\.jsonl needs 1,000,000 bytes and 2,000,000 of 2,0"):
+    with pytest.raises(UserError, match=r"full of shards in use: b\.jsonl needs 1,000,000 bytes and 2,000,000 of 2,0"):
         other.open(b)
     assert read(held) == read(also_held) == CONTENT
     assert read(other.open(b)) == CONTENT
@@ -169,7 +169,7 @@ def test_a_shard_that_cannot_fit(server: http.FaultyServer, folder: Path) -> Non
     cache = cache_in(folder, max_bytes=MB - 1, patience_s=60.0)
     cache.open(put(server, "a.jsonl", n_bytes=5)).close()
     for fault in (None, http.chunked):
-        with pytest.raises(DataError, match=r"1,000,000 bytes and the cache may hold 999,999; raise data\.cache_gb"):
+        with pytest.raises(UserError, match=r"1,000,000 bytes and the cache may hold 999,999; raise data\.cache_gb"):
             cache.open(put(server, "b.jsonl", fault))
     assert shards_in(folder) == ["a.jsonl"]
 
@@ -228,7 +228,7 @@ def test_two_processes_fetch_a_shard_once(server: http.FaultyServer, folder: Pat
     processes = [Process(folder, shard) for _ in range(2)]
     assert sorted(process.opened() for process in processes) == [(MB, 0), (MB, 1)]
     # Both have it open: neither this process nor a third may throw it out.
-    with pytest.raises(DataError, match="in use"):
+    with pytest.raises(UserError, match="in use"):
         cache_in(folder, max_bytes=MB + 5).open(put(server, "b.jsonl"))
     for process in processes:
         process.end()
@@ -256,7 +256,7 @@ def test_a_process_is_killed_while_it_fetches(server: http.FaultyServer, folder:
 def test_a_folder_that_cannot_be(server: http.FaultyServer, tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / ("" if place == "a file" else "cache")
-    with pytest.raises(DataError, match=r"cache folder .*file.* cannot be used .*data\.cache_dir"):
+    with pytest.raises(UserError, match=r"cache folder .*file.* cannot be used .*data\.cache_dir"):
         cache_in(folder).open(put(server, "a.jsonl"))
 
 
@@ -307,7 +307,7 @@ def test_a_full_disk_without_room(server: http.FaultyServer, small_disk: Path) -
     a, b, c = (put(server, f"{name}.jsonl") for name in "abc")
     held = [cache.open(shard) for shard in (a, b)]
     (small_disk / "somebody_else").write_bytes(bytes(900_000))
-    with pytest.raises(DataError, match=r"disk is full: c\.jsonl needs 1,000,000 bytes and \d+,\d+ are free"):
+    with pytest.raises(UserError, match=r"disk is full: c\.jsonl needs 1,000,000 bytes and \d+,\d+ are free"):
         cache.open(c)
     assert shards_in(small_disk) == ["a.jsonl", "b.jsonl"]
     assert [read(opened) for opened in held] == [CONTENT, CONTENT]
@@ -315,5 +315,5 @@ def test_a_full_disk_without_room(server: http.FaultyServer, small_disk: Path) -
 
 def test_a_read_only_folder(server: http.FaultyServer, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(DataError, match=r"cannot be used \(Read-only file system\); set data\.cache_dir"):
+    with pytest.raises(UserError, match=r"cannot be used \(Read-only file system\); set data\.cache_dir"):
         cache_in(small_disk).open(put(server, "a.jsonl"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 from fbitrain.data.sources import cache
 from fbitrain.data.sources.remote import FetchPolicy
 from fbitrain.data.sources.shards import Shard
@@ -87,7 +87,7 @@ def test_a_corrected_sum_counts_and_a_wrong_one_leaves_nothing(
     server.put("a.jsonl", CONTENT[::-1])
     corrected = hashlib.sha256(CONTENT[::-1]).hexdigest()
     assert read(tmp_path, replace(shard, sha256=corrected)) == CONTENT[::-1]
-    with pytest.raises(DataError, match="is not the file that the checksums tell of"):
+    with pytest.raises(UserError, match="is not the file that the checksums tell of"):
         read(tmp_path, replace(shard, sha256="0" * 64))
     assert not list(tmp_path.glob("*-a.jsonl"))
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fbitrain.base.errors import UserError
 from fbitrain.data.config_file import read_data_config
-from fbitrain.data.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 YAML = """
@@ -55,12 +55,12 @@ def test_every_shipped_configuration_is_read(path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.sed=1", "sed is not a field of DataConfig; did you mean seed?"),
-        ("data.sources.0.wieght=1", "wieght is not a field of SourceConfig; did you mean weight?"),
-        ("data.qqqqqqqq=1", "qqqqqqqq is not a field of DataConfig; its fields are add_bos,"),
-        ("data.seed=x", "field seed of DataConfig must be of type int"),
-        ("data.heldout=x", r"field heldout of DataConfig must be of type list\[str\]"),
-        ("data.sources=[3]", r"data.sources\[0\] does not fit"),
+        ("data.sed=1", r"data.sed is not a field of DataConfig; did you mean data.seed\?"),
+        ("data.sources.0.wieght=1", r"data.sources\[0\].wieght is not a field of SourceConfig; did you mean weight\?"),
+        ("data.qqqqqqqq=1", r"data.qqqqqqqq is not a field of DataConfig; its fields are add_bos,"),
+        ("data.seed=x", r"data.seed='x' is not of type int"),
+        ("data.heldout=x", r"data.heldout='x' is not of type list\[str\]"),
+        ("data.sources=[3]", r"data.sources must be a list of sections"),
         ("data.sources.0.weight=-1", r"data.sources\[0\].weight=-1.0 must be positive"),
         ("data.sources=[]", "data.sources is empty"),
         ("optim.lr=1", "override 'optim.lr=1' must be of the form data.key=value"),
@@ -70,7 +70,7 @@ def test_every_shipped_configuration_is_read(path: Path) -> None:
     ],
 )
 def test_what_does_not_fit_is_named(file: Path, override: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         read_data_config(file, [override])
 
 
@@ -86,10 +86,10 @@ def test_what_does_not_fit_is_named(file: Path, override: str, message: str) -> 
 )
 def test_what_cannot_be_read_is_said(file: Path, content: str, message: str) -> None:
     file.write_text(content)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         read_data_config(file)
 
 
 def test_a_missing_file_is_said(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none\.yaml does not exist"):
+    with pytest.raises(UserError, match=r"none\.yaml: there is no such file"):
         read_data_config(tmp_path / "none.yaml")

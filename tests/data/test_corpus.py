@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from fbitrain.base.errors import UserError
+from fbitrain.data.commands.duplicates import find_duplicates
+from fbitrain.data.commands.holdout import gather_heldout
 from fbitrain.data.config import DataConfig, SourceConfig
-from fbitrain.data.errors import DataError
-from fbitrain.data.tools.duplicate_search import find_duplicates
-from fbitrain.data.tools.holdout_gather import gather_heldout
 
 Command = Callable[[DataConfig, Path], object]
 
@@ -62,7 +62,7 @@ def test_bad_records_are_told_per_source(
 
 @commands
 def test_a_source_of_bad_records_alone_is_an_error(data: DataConfig, tmp_path: Path, command: Command) -> None:
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         command(with_key(data, "content"), tmp_path)
     message = str(caught.value)
     assert message.startswith(f"source 'book' gave nothing but bad records (42), the last one in {tmp_path}/book/")
@@ -76,7 +76,7 @@ def test_too_many_bad_records_are_an_error(
     data: DataConfig, tmp_path: Path, command: Command, text_key: str, limit: int, source: str
 ) -> None:
     data = replace(with_key(data, text_key), max_bad_records=limit)
-    with pytest.raises(DataError, match=f"source {source!r} has more than data.max_bad_records={limit} bad records"):
+    with pytest.raises(UserError, match=f"source {source!r} has more than data.max_bad_records={limit} bad records"):
         command(data, tmp_path)
     assert not (tmp_path / "d.npz").exists()
 

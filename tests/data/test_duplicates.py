@@ -17,15 +17,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from fbitrain.base.errors import UserError
+from fbitrain.commands.verbs import call
+from fbitrain.data.commands.duplicates import content_digest, find_duplicates
+from fbitrain.data.commands.pretokenize import pretokenize
 from fbitrain.data.config import DataConfig, SourceConfig
-from fbitrain.data.duplicates import DuplicateList, write_duplicates
-from fbitrain.data.errors import DataError
+from fbitrain.data.duplicate_list import DuplicateList, write_duplicates
 from fbitrain.data.loader import TokenLoader
-from fbitrain.data.pretokenize import pretokenize
 from fbitrain.data.reading.documents import Document
 from fbitrain.data.sources.shards import Shard
+from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.data.tools.corpus import text_shards
-from fbitrain.data.tools.duplicate_search import content_digest, find_duplicates, run
 
 Corpus = dict[str, dict[str, list[str]]]  # source -> shard name -> texts
 SMALL: Corpus = {
@@ -93,7 +95,7 @@ def test_training_reads_each_text_once_per_epoch(tmp_path: Path, byte_tokenizer:
         pretokenize(data, byte_tokenizer, tmp_path / "tokens", 1)
         data = dataclasses.replace(data, pretokenized=str(tmp_path / "tokens"))
     places: list[str] = []
-    with TokenLoader(data, byte_tokenizer, 0, 1, 1, log_documents=True) as loader:
+    with TokenLoader(data, load_tokenizer(byte_tokenizer), 0, 1, 1, log_documents=True) as loader:
         for _ in range(30):
             next(loader)
             places += loader.take_documents()
@@ -141,15 +143,15 @@ def test_a_list_for_other_shards_is_refused_by_name(tmp_path: Path) -> None:
     duplicates.require_shards(text_shards(data))
     with (tmp_path / "book" / "1.jsonl").open("a") as file:
         file.write('{"text": "six"}\n')
-    with pytest.raises(DataError, match=r"1\.jsonl of source 'book' had 17 bytes and has 33; make it again"):
+    with pytest.raises(UserError, match=r"1\.jsonl of source 'book' had 17 bytes and has 33; make it again"):
         duplicates.require_shards(text_shards(data))
     (tmp_path / "book" / "1.jsonl").unlink()
-    with pytest.raises(DataError, match=r"1\.jsonl of source 'book' has vanished"):
+    with pytest.raises(UserError, match=r"1\.jsonl of source 'book' has vanished"):
         duplicates.require_shards(text_shards(data))
     (tmp_path / "arxiv" / "2.jsonl").write_text('{"text": "six"}\n')
-    with pytest.raises(DataError, match=r"2\.jsonl of source 'arxiv' has appeared"):
+    with pytest.raises(UserError, match=r"2\.jsonl of source 'arxiv' has appeared"):
         duplicates.require_shards(text_shards(data))
-    with pytest.raises(DataError, match="its sources were arxiv, book, they are now arxiv"):
+    with pytest.raises(UserError, match="its sources were arxiv, book, they are now arxiv"):
         duplicates.require_shards({"arxiv": []})
 
 
@@ -166,7 +168,7 @@ def test_lines_beyond_32_bits(tmp_path: Path) -> None:
 
 def test_shards_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     sources = {"a": [Shard("/0", "b/0.jsonl", 1)], "a/b": [Shard("/1", "0.jsonl", 1)]}
-    with pytest.raises(DataError, match=r"two shards are called a/b/0\.jsonl"):
+    with pytest.raises(UserError, match=r"two shards are called a/b/0\.jsonl"):
         write_duplicates(tmp_path / "d.npz", sources, [])
 
 
@@ -197,18 +199,31 @@ def test_a_damaged_list_is_an_error_in_one_sentence(tmp_path: Path, damage: str)
         content = bytearray(path.read_bytes())
         content[content.index(np.arange(9, dtype="<u4").tobytes())] ^= 1
         path.write_bytes(content)
-    with pytest.raises(DataError, match=r"does not exist; make it with|is damaged or no list of duplicates"):
+    with pytest.raises(UserError, match=r"does not exist; make it with|is damaged or no list of duplicates"):
         DuplicateList(str(path)).lines("c4", "0.jsonl")
 
 
 def test_the_command_prints_a_table_and_one_sentence_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(tmp_path, write_corpus(tmp_path, SMALL))
-    assert run([str(config), "--out", str(tmp_path / "d.npz"), "--workers", "1"]) == 0
+    assert call(["data", "duplicates", str(config), "--out", str(tmp_path / "d.npz"), "--workers", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["arxiv", "5", "17", "B", "0", "2", "0", "6", "B", "40.00%"]
     assert lines[3].split()[:2] == ["all", "9"]
-    assert run([str(config), "--out", str(tmp_path / "d.txt")]) == 1
-    assert run([str(config), "--out", str(tmp_path / "d.npz"), "data.pretokenized=x", "data.sources=[{name: a}]"]) == 1
+    assert call(["data", "duplicates", str(config), "--out", str(tmp_path / "d.txt")]) == 1
+    assert (
+        call(
+            [
+                "data",
+                "duplicates",
+                str(config),
+                "--out",
+                str(tmp_path / "d.npz"),
+                "data.pretokenized=x",
+                "data.sources=[{name: a}]",
+            ]
+        )
+        == 1
+    )
     errors = capsys.readouterr().err
     assert "d.txt must end in .npz" in errors
     assert "source 'a' lists no paths; this command needs the text that data.pretokenized=x was made from" in errors
@@ -217,13 +232,13 @@ def test_the_command_prints_a_table_and_one_sentence_errors(tmp_path: Path, caps
 def test_a_killed_run_leaves_no_list_and_the_next_one_works(tmp_path: Path) -> None:
     data = write_corpus(tmp_path, {"c4": {"0.jsonl": [f"text {i % 1000}" for i in range(100_000)]}})
     config, out = write_config(tmp_path, data), tmp_path / "d.npz"
-    command = [sys.executable, "-m", "fbitrain.data.duplicates", str(config), "--out", str(out), "--workers", "1"]
+    command = [sys.executable, "-m", "fbitrain", "data", "duplicates", str(config), "--out", str(out), "--workers", "1"]
     scratch = tmp_path / ".d.npz.tmp"
     killed = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while not (scratch / "rows_0").exists():
         assert killed.poll() is None
         time.sleep(0.01)
-    with pytest.raises(DataError, match="is in use by another run"):
+    with pytest.raises(UserError, match="is in use by another run"):
         find_duplicates(data, out, memory_mb=16, n_workers=1)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()

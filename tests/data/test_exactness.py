@@ -22,10 +22,10 @@ import zstandard
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from fbitrain.data.commands.pretokenize import pretokenize
 from fbitrain.data.config import DataConfig, PhaseConfig, SourceConfig
-from fbitrain.data.holdout import is_heldout
+from fbitrain.data.holdout_rule import is_heldout
 from fbitrain.data.loader import TokenLoader
-from fbitrain.data.pretokenize import pretokenize
 from fbitrain.data.reading.documents import Document
 from fbitrain.data.streaming.plan import find_sources, plan_lanes
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -128,7 +128,7 @@ class Run:
         for rank in range(world_size):
             with TokenLoader(
                 config,
-                tokenizer,
+                load_tokenizer(tokenizer),
                 rank,
                 world_size,
                 micro_batch_size=1,

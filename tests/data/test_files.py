@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fbitrain.data.files import replacing, scratch_folder
+from fbitrain.base.files import replacing, scratch_folder
 
 
 def test_a_file_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:

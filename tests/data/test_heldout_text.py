@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 from fbitrain.data.reading.heldout_text import load_heldout
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -36,5 +36,5 @@ def test_heldout_is_the_joined_text_tokenized_once(
 @pytest.mark.parametrize(("name", "content"), [("a.jsonl", b"bad\n"), ("a.txt", b""), ("a.txt", b"\xff")])
 def test_heldout_without_text(tmp_path: Path, tokenizer: Tokenizer, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=name if content == b"\xff" else "hold no text"):
+    with pytest.raises(UserError, match=name if content == b"\xff" else "hold no text"):
         load_heldout([str(tmp_path)], tokenizer)

@@ -17,11 +17,12 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 
+from fbitrain.base.errors import UserError
+from fbitrain.commands.verbs import call
+from fbitrain.data.commands.holdout import gather_heldout
 from fbitrain.data.config import DataConfig, SourceConfig
-from fbitrain.data.errors import DataError
-from fbitrain.data.holdout import are_heldout, is_heldout
+from fbitrain.data.holdout_rule import are_heldout, is_heldout
 from fbitrain.data.reading.documents import Document
-from fbitrain.data.tools.holdout_gather import gather_heldout, run
 
 hashes = st.integers(0, 2**64 - 1)
 seeds = st.integers(-(2**70), 2**70)
@@ -139,7 +140,7 @@ def test_the_command_writes_a_shard_that_says_where_its_texts_lie(
     # The shard to be written may already be named there.
     out = corpus / "heldout.jsonl.zst"
     config.write_text(json.dumps({"data": {"sources": sources, "heldout": [str(out)], "heldout_fraction": 0.1}}))
-    assert run([str(config), "--out", str(out), "--max-documents", "30"]) == 0
+    assert call(["data", "holdout", str(config), "--out", str(out), "--max-documents", "30"]) == 0
     assert f"data.heldout=[{out}]" in capsys.readouterr().out
     records = [json.loads(line) for line in zstandard.decompress(out.read_bytes()).splitlines()]
     assert len({record["text"] for record in records}) == 30
@@ -162,12 +163,12 @@ def test_errors_are_one_sentence(
 ) -> None:
     config = corpus / "config.yaml"
     config.write_text(json.dumps({"data": {"sources": [{"name": "c4", "paths": [str(corpus / "c4")]}]}}))
-    assert run([str(config), "--out", str(corpus / "heldout.jsonl.zst"), *overrides]) == 1
+    assert call(["data", "holdout", str(config), "--out", str(corpus / "heldout.jsonl.zst"), *overrides]) == 1
     assert message in capsys.readouterr().err
     assert not (corpus / "heldout.jsonl.zst").exists()
 
 
 def test_a_corpus_of_ids_alone_has_no_text_to_hold_out(corpus: Path) -> None:
     ids = SourceConfig(name="ids", paths=[str(corpus / "ids")], kind="token_ids")
-    with pytest.raises(DataError, match="no document of the sources is held out"):
+    with pytest.raises(UserError, match="no document of the sources is held out"):
         gather_heldout(DataConfig(sources=[ids], heldout_fraction=0.5), 10, 1000)

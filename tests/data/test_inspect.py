@@ -1,4 +1,4 @@
-"""`fbitrain.data.inspect`: numbers that are right, or said to be estimates; borders where they are in the stream."""
+"""`fbitrain data inspect`: numbers that are right, or said to be estimates; borders where they are in the stream."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from fbitrain.commands.verbs import call
 from fbitrain.data.config import DataConfig, SourceConfig
-from fbitrain.data.inspect import main
 from fbitrain.data.reading.documents import Document
 from fbitrain.data.sources.shards import Shard
 from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.data.tools.excerpt import excerpt
-from fbitrain.data.tools.packing import CONTINUED, UNKNOWN, first_sequences, segments
+from fbitrain.data.tools.segments import CONTINUED, UNKNOWN, first_sequences, segments
 from fbitrain.data.tools.survey import Sample, Survey, evenly_spaced, survey
 
 BOS, EOS = 256, 257
@@ -147,7 +147,9 @@ def test_the_command(tmp_path: Path, wiki: DataConfig, byte_tokenizer: str, caps
     phases = [{"from_step": 1, "weights": {"wiki": 0}}]
     data = {"sources": sources, "phases": phases, "tokenizer": byte_tokenizer, "seq_len": 40, "n_lanes": 2}
     config.write_text(json.dumps({"data": data}))
-    assert main([str(config), "--out", str(tmp_path / "out"), "--shards", "2", "data.n_lanes=1"]) == 0
+    assert (
+        call(["data", "inspect", str(config), "--out", str(tmp_path / "out"), "--shards", "2", "data.n_lanes=1"]) == 0
+    )
     out = capsys.readouterr().out
     table = out.splitlines()
     assert table[1].split()[:4] == ["wiki", "75.0%", "4", "2"]
@@ -173,7 +175,7 @@ def test_ids_of_another_vocabulary_are_shown_as_numbers(tmp_path: Path, capsys: 
     source = {"name": "amber", "paths": [str(tmp_path / "0.jsonl")], "kind": "token_ids"}
     data = {"sources": [source], "tokenizer": tokenizer.path, "seq_len": 2 * len(abc), "n_lanes": 1}
     (tmp_path / "config.yaml").write_text(json.dumps({"data": data}))
-    assert main([str(tmp_path / "config.yaml")]) == 0
+    assert call(["data", "inspect", str(tmp_path / "config.yaml")]) == 0
     out = capsys.readouterr().out
     assert f"          abc<id 70000><id {tokenizer.vocab_size}>abc\n" in out
     assert "amber: 1 of the sequences read hold ids beyond the vocabulary" in out
@@ -186,7 +188,7 @@ def test_what_is_held_out_need_not_be_there_yet(
     sources = [{"name": r"$\foo$", "paths": wiki.sources[0].paths}]
     data = {"sources": sources, "tokenizer": byte_tokenizer, "seq_len": 40, "heldout": [f"{tmp_path}/none.jsonl"]}
     (tmp_path / "config.yaml").write_text(json.dumps({"data": data}))
-    assert main([str(tmp_path / "config.yaml"), "--out", str(tmp_path / "out")]) == 0
+    assert call(["data", "inspect", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "out")]) == 0
     assert "sequence 1: 41 tokens" in capsys.readouterr().out
     assert (tmp_path / "out" / "lengths.png").is_file()
 
@@ -194,7 +196,7 @@ def test_what_is_held_out_need_not_be_there_yet(
 def test_errors_are_one_sentence(tmp_path: Path, wiki: DataConfig, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps({"data": {"sources": [{"name": "wiki", "paths": wiki.sources[0].paths}]}}))
-    assert main([str(config)]) == 1
-    assert capsys.readouterr().err.endswith("config.yaml names no tokenizer; set data.tokenizer\n")
-    assert main([str(config), f"data.tokenizer={tmp_path}/none"]) == 1
+    assert call(["data", "inspect", str(config)]) == 1
+    assert capsys.readouterr().err.endswith("config.yaml names no tokenizer; set data.tokenizer, or distill.teacher\n")
+    assert call(["data", "inspect", str(config), f"data.tokenizer={tmp_path}/none"]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1

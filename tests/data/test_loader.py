@@ -13,10 +13,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fbitrain.base.errors import UserError
+from fbitrain.data.commands.pretokenize import pretokenize
 from fbitrain.data.config import DataConfig, PhaseConfig, SourceConfig
-from fbitrain.data.errors import DataError
 from fbitrain.data.loader import TokenLoader
-from fbitrain.data.pretokenize import pretokenize
 from tests.data.corpora import rank_loader, take
 
 BOS, EOS = 256, 257
@@ -144,7 +144,7 @@ def test_few_documents_for_many_lanes(tmp_path: Path, byte_tokenizer: str, write
         if rank in left:
             next(loader)
         else:
-            with pytest.raises(DataError, match=rf"rank {rank} has no documents left.*n_lanes=4 lanes"):
+            with pytest.raises(UserError, match=rf"rank {rank} has no documents left.*n_lanes=4 lanes"):
                 next(loader)
 
 
@@ -152,7 +152,7 @@ def test_few_documents_for_many_lanes(tmp_path: Path, byte_tokenizer: str, write
 def test_a_corpus_without_documents(tmp_path: Path, byte_tokenizer: str, n_workers: int) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\n\n")
     data = DataConfig([SourceConfig("a", [str(tmp_path)])], seq_len=5, n_lanes=2, n_workers=n_workers)
-    with rank_loader(data, byte_tokenizer) as loader, pytest.raises(DataError, match="no documents left"):
+    with rank_loader(data, byte_tokenizer) as loader, pytest.raises(UserError, match="no documents left"):
         next(loader)
 
 
@@ -172,7 +172,7 @@ def test_bad_records_are_logged_counted_and_limited_per_rank(
     with (
         rank_loader(dataclasses.replace(data, max_bad_records=19), byte_tokenizer) as loader,
         pytest.raises(
-            DataError,
+            UserError,
             match=r"more than data\.max_bad_records=19 bad records, the last one in .*a\.jsonl, line \d+: not JSON",
         ),
     ):
@@ -201,11 +201,11 @@ def test_tokens_are_of_the_sources_that_the_configuration_names(tokenized: DataC
     """What text would refuse, or leave out, its tokens must not sneak in."""
     web = tokenized.sources[0]
     held = dataclasses.replace(tokenized, heldout=[f"{web.paths[0]}/0.jsonl"])
-    with pytest.raises(DataError, match=r"0\.jsonl is both held out and part of source 'web'"):
+    with pytest.raises(UserError, match=r"0\.jsonl is both held out and part of source 'web'"):
         rank_loader(held, byte_tokenizer)
     for changed in ({"skip": ["0.jsonl"]}, {"text_key": "content"}, {"kind": "token_ids"}):
         sources = [dataclasses.replace(web, **changed), *tokenized.sources[1:]]
-        with pytest.raises(DataError, match="'web'"):
+        with pytest.raises(UserError, match="'web'"):
             rank_loader(dataclasses.replace(tokenized, sources=sources), byte_tokenizer)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fbitrain.base.errors import UserError
 from fbitrain.data.config import DataConfig, SourceConfig
-from fbitrain.data.duplicates import write_duplicates
-from fbitrain.data.errors import DataError
+from fbitrain.data.duplicate_list import write_duplicates
 from fbitrain.data.streaming.plan import find_sources
 from tests.data.corpora import corpus, rank_loader, take
 
@@ -22,7 +22,7 @@ from tests.data.corpora import corpus, rank_loader, take
 )
 def test_a_state_of_other_settings_is_refused(data: DataConfig, byte_tokenizer: str, changed: Any, key: str) -> None:
     _, state = take(rank_loader(data, byte_tokenizer), 1)
-    with pytest.raises(DataError, match=f"has {key}={getattr(data, key)}, this run has {key}={changed[key]}"):
+    with pytest.raises(UserError, match=f"has {key}={getattr(data, key)}, this run has {key}={changed[key]}"):
         rank_loader(dataclasses.replace(data, **changed), byte_tokenizer, states=[state])
 
 
@@ -32,7 +32,7 @@ def test_a_state_of_other_duplicates_is_refused(data: DataConfig, byte_tokenizer
         lists.append(str(tmp_path / f"{i}.npz"))
         write_duplicates(Path(lists[i]), find_sources(data), [("web", "0.jsonl", np.array(lines))])
     _, state = take(rank_loader(dataclasses.replace(data, duplicates=lists[0]), byte_tokenizer), 1)
-    with pytest.raises(DataError, match="has duplicates="):
+    with pytest.raises(UserError, match="has duplicates="):
         rank_loader(dataclasses.replace(data, duplicates=lists[1]), byte_tokenizer, states=[state])
 
 
@@ -41,16 +41,16 @@ def test_other_tokenizers_sources_and_ranks_are_refused(data: DataConfig, byte_t
     content = (Path(byte_tokenizer) / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(content.replace("</s>", "<end>"))
     (tmp_path / "config.json").write_text('{"bos_token_id": 256, "eos_token_id": [257]}')
-    with pytest.raises(DataError, match="tokenizer="):
+    with pytest.raises(UserError, match="tokenizer="):
         rank_loader(data, str(tmp_path), states=[state])
-    with pytest.raises(DataError, match="sources are code, web, this run's are web"):
+    with pytest.raises(UserError, match="sources are code, web, this run's are web"):
         rank_loader(dataclasses.replace(data, sources=data.sources[:1]), byte_tokenizer, states=[state])
-    with pytest.raises(DataError, match="give the state of every rank"):
+    with pytest.raises(UserError, match="give the state of every rank"):
         rank_loader(data, byte_tokenizer, states=[state, state])
     _, half = take(rank_loader(data, byte_tokenizer, 1, 2), 1)
-    with pytest.raises(DataError, match=r"miss lanes \[0, 2, 4\]"):
+    with pytest.raises(UserError, match=r"miss lanes \[0, 2, 4\]"):
         rank_loader(data, byte_tokenizer, states=[half])
-    with pytest.raises(DataError, match="n_lanes=5 is less than the 6 ranks"):
+    with pytest.raises(UserError, match="n_lanes=5 is less than the 6 ranks"):
         rank_loader(data, byte_tokenizer, 0, 6)
 
 
@@ -60,9 +60,9 @@ def test_changed_shards_are_refused(tmp_path: Path, byte_tokenizer: str, write_s
     saved = rank_loader(data, byte_tokenizer).shard_list()
     with open(tmp_path / "web" / "0.jsonl", "a") as file:
         file.write("\n")
-    with pytest.raises(DataError, match=r"'web'.*0\.jsonl had \d+ bytes and has \d+"):
+    with pytest.raises(UserError, match=r"'web'.*0\.jsonl had \d+ bytes and has \d+"):
         rank_loader(data, byte_tokenizer, states=[state], saved_shards=saved)
-    with pytest.raises(DataError, match=r"'web'.*their sizes differ"):
+    with pytest.raises(UserError, match=r"'web'.*their sizes differ"):
         rank_loader(data, byte_tokenizer, states=[state])
 
 
@@ -70,14 +70,14 @@ def test_another_kind_of_place_is_another_plan(data: DataConfig, byte_tokenizer:
     _, state = take(rank_loader(data, byte_tokenizer), 1)
     saved = {name: dict.fromkeys(shards, -1) for name, shards in rank_loader(data, byte_tokenizer).shard_list().items()}
     state["fingerprint"]["web"]["sha256"] = "of unknown sizes"
-    with pytest.raises(DataError, match=r"the size of 0\.jsonl was not known then and is now"):
+    with pytest.raises(UserError, match=r"the size of 0\.jsonl was not known then and is now"):
         rank_loader(data, byte_tokenizer, states=[state], saved_shards=saved)
 
 
 def test_other_fields_are_another_stream(data: DataConfig, byte_tokenizer: str) -> None:
     _, state = take(rank_loader(data, byte_tokenizer), 1)
     sources = [dataclasses.replace(data.sources[0], text_key="content"), *data.sources[1:]]
-    with pytest.raises(DataError, match=r"'web' was read as text from field 'text' .* reads text from 'content'"):
+    with pytest.raises(UserError, match=r"'web' was read as text from field 'text' .* reads text from 'content'"):
         rank_loader(dataclasses.replace(data, sources=sources), byte_tokenizer, states=[state])
 
 
@@ -87,5 +87,5 @@ def test_a_document_that_changed_under_a_stopped_run(tmp_path: Path, byte_tokeni
     data = DataConfig([SourceConfig("a", [str(tmp_path)])], seq_len=31, n_lanes=1, n_workers=0)
     _, state = take(rank_loader(data, byte_tokenizer), 1)
     path.write_bytes(path.read_bytes().replace(b"x" * 10, b"\\u00e9" + b"xxxx"))
-    with pytest.raises(DataError, match=r"a\.jsonl of source 'a' has changed since the run began: the document in use"):
+    with pytest.raises(UserError, match=r"a\.jsonl of source 'a' has changed since the run began: the document in use"):
         next(rank_loader(data, byte_tokenizer, states=[state]))

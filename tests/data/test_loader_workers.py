@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from fbitrain.base.errors import UserError
 from fbitrain.data.config import DataConfig
-from fbitrain.data.errors import DataError
 from fbitrain.data.loader import TokenLoader
 from fbitrain.data.streaming.worker import WorkerProcess
 from tests.data.corpora import rank_loader, take
@@ -41,13 +41,13 @@ def test_a_killed_worker_is_an_error(data: DataConfig, byte_tokenizer: str) -> N
     with rank_loader(dataclasses.replace(data, n_workers=2), byte_tokenizer) as loader:
         next(loader)
         workers(loader)[1].process.kill()
-        with pytest.raises(DataError, match="was killed by signal 9"):
+        with pytest.raises(UserError, match="was killed by signal 9"):
             take(loader, 100_000)
 
 
 def test_a_worker_that_raises_is_an_error(data: DataConfig, byte_tokenizer: str, monkeypatch: Any, capfd: Any) -> None:
     monkeypatch.setattr("fbitrain.data.streaming.worker.COMMAND", "raise MemoryError('no room')")
-    with pytest.raises(DataError, match="ended with exit status 1"):
+    with pytest.raises(UserError, match="ended with exit status 1"):
         next(rank_loader(dataclasses.replace(data, n_workers=1), byte_tokenizer))
     assert "no room" in capfd.readouterr().err
 
@@ -57,7 +57,9 @@ def test_workers_end_with_a_killed_parent(data: DataConfig, byte_tokenizer: str,
     script.write_text(
         "from fbitrain.data.loader import TokenLoader\n"
         "from fbitrain.data.config import *\n"
-        f"loader = TokenLoader({dataclasses.replace(data, n_workers=1)!r}, {byte_tokenizer!r}, 0, 1, 1)\n"
+        "from fbitrain.data.tokenizer import load_tokenizer\n"
+        f"tokenizer = load_tokenizer({byte_tokenizer!r})\n"
+        f"loader = TokenLoader({dataclasses.replace(data, n_workers=1)!r}, tokenizer, 0, 1, 1)\n"
         "next(loader)\n"
         "import os, sys\n"
         "if os.fork():\n"

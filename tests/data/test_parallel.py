@@ -13,13 +13,13 @@ from types import ModuleType
 
 import pytest
 
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 from fbitrain.data.tools.parallel import in_processes
 
 # The processes import what they are to do; this file is none that they could import.
 WORK = """
 import os, signal, time
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 
 def slow_when_early(job):
     time.sleep(0.2 if job == 0 else 0)
@@ -27,7 +27,7 @@ def slow_when_early(job):
 
 def fails_at_two(job):
     if job == 2:
-        raise DataError("shard 2 is broken; mend it")
+        raise UserError("shard 2 is broken; mend it")
     return job
 
 def dies(job):
@@ -53,12 +53,12 @@ def test_results_come_in_the_order_of_the_jobs(work: ModuleType, n_workers: int)
 @pytest.mark.parametrize("n_workers", [1, 2])
 def test_an_error_for_the_user_arrives_as_it_was(work: ModuleType, n_workers: int) -> None:
     results = in_processes(work.fails_at_two, range(4), n_workers)
-    with pytest.raises(DataError, match="shard 2 is broken; mend it"):
+    with pytest.raises(UserError, match="shard 2 is broken; mend it"):
         list(results)
 
 
 def test_a_killed_process_is_an_error_and_not_a_wait(work: ModuleType) -> None:
-    with pytest.raises(DataError, match="was killed by signal 9"):
+    with pytest.raises(UserError, match="was killed by signal 9"):
         list(in_processes(work.dies, range(2), 2))
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from fbitrain.base.errors import UserError
 from fbitrain.data.config import SourceConfig
-from fbitrain.data.errors import DataError
 from fbitrain.data.sources.shards import find_files, find_shards
 
 
@@ -84,7 +84,7 @@ def test_a_name_that_is_not_utf8_is_refused(corpus: Path) -> None:
     file = os.fsencode(corpus) + b"/b/\xff.jsonl"
     os.close(os.open(file, os.O_CREAT))
     for pattern in (corpus, f"{corpus}/*/*", os.fsdecode(file)):
-        with pytest.raises(DataError, match=r"/b/\\xff\.jsonl' has a name that is not UTF-8; rename it") as caught:
+        with pytest.raises(UserError, match=r"/b/\\xff\.jsonl' has a name that is not UTF-8; rename it") as caught:
             names(pattern)
         assert str(caught.value).encode()
     os.rename(file, os.fsencode(corpus) + b"/b/\xff.md")
@@ -100,5 +100,5 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(corpus: Path, monkeypatc
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", without_b)
-    with pytest.raises(DataError, match=r"/b cannot be read \(Permission denied\); mend or remove it"):
+    with pytest.raises(UserError, match=r"/b cannot be read \(Permission denied\); mend or remove it"):
         names(corpus)

@@ -20,11 +20,12 @@ from typing import Any
 import pytest
 import tokenizers
 
-from fbitrain.data.pretokenize import main
+from fbitrain.commands.verbs import call
 from fbitrain.data.pretokenized import token_jobs, token_writer
 from fbitrain.data.pretokenized.token_shards import TokenIndex
 from fbitrain.data.tools.progress import ProgressBar
 
+MODULE = "fbitrain.data.commands.pretokenize"
 WORDS = ["the", "cat", "sat", "on", "mats", "\u00e9t\u00e9", "\u6f22\u5b57", "\n", "  "]
 
 
@@ -55,7 +56,18 @@ def write_config(root: Path, tokenizer: str, sources: Sequence[str], **fields: A
 
 
 def run(root: Path, *arguments: str, out: str = "out", workers: int = 1) -> int:
-    return main([str(root / "config.yaml"), "--out", str(root / out), "--workers", str(workers), *arguments])
+    return call(
+        [
+            "data",
+            "pretokenize",
+            str(root / "config.yaml"),
+            "--out",
+            str(root / out),
+            "--workers",
+            str(workers),
+            *arguments,
+        ]
+    )
 
 
 def refusal(root: Path, capsys: pytest.CaptureFixture[str], *arguments: str, **options: Any) -> str:
@@ -63,7 +75,7 @@ def refusal(root: Path, capsys: pytest.CaptureFixture[str], *arguments: str, **o
     capsys.readouterr()
     assert run(root, *arguments, **options) == 1
     sentence = capsys.readouterr().err.splitlines()[-1]
-    assert sentence.startswith("python -m fbitrain.data.pretokenize: ")
+    assert sentence.startswith("fbitrain data pretokenize: ")
     return sentence
 
 
@@ -97,8 +109,8 @@ def test_the_files_do_not_depend_on_the_number_of_processes(corpus: Path, capsys
 def test_large_shards_are_divided_and_small_ones_are_not(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = []
     tokenize = token_jobs.tokenize_part
-    monkeypatch.setattr("fbitrain.data.pretokenize.tokenize_part", lambda job: (begun.append(job), tokenize(job)))
-    monkeypatch.setattr("fbitrain.data.pretokenize.in_processes", lambda work, jobs, n_workers: map(work, jobs))
+    monkeypatch.setattr(f"{MODULE}.tokenize_part", lambda job: (begun.append(job), tokenize(job)))
+    monkeypatch.setattr(f"{MODULE}.in_processes", lambda work, jobs, n_workers: map(work, jobs))
     assert run(corpus, workers=3) == 0
     parts = [job.n_parts for job in begun]
     assert parts[:3] == [3, 3, 3]
@@ -106,7 +118,7 @@ def test_large_shards_are_divided_and_small_ones_are_not(corpus: Path, monkeypat
     assert not list((corpus / "out").rglob("*.part*"))
 
 
-COMMAND = "import sys; from fbitrain.data.pretokenize import main; sys.exit(main(sys.argv[1:]))"
+COMMAND = "import sys; from fbitrain.commands.verbs import call; sys.exit(call(['data', 'pretokenize', *sys.argv[1:]]))"
 
 
 def start(corpus: Path, before: str = "") -> subprocess.Popen[str]:
@@ -143,8 +155,8 @@ def test_finished_parts_of_a_shard_are_kept(corpus: Path, monkeypatch: pytest.Mo
             raise KeyboardInterrupt
         token_jobs.tokenize_part(job)
 
-    monkeypatch.setattr("fbitrain.data.pretokenize.in_processes", lambda work, jobs, n_workers: map(work, jobs))
-    monkeypatch.setattr("fbitrain.data.pretokenize.tokenize_part", stop_at_the_third)
+    monkeypatch.setattr(f"{MODULE}.in_processes", lambda work, jobs, n_workers: map(work, jobs))
+    monkeypatch.setattr(f"{MODULE}.tokenize_part", stop_at_the_third)
     assert run(corpus, workers=3) == 130
     assert run(corpus, workers=3) == 0
     assert begun[3] == begun[2]
@@ -223,8 +235,8 @@ def test_where_one_part_ended_early_the_others_are_not_kept(corpus: Path, monkey
     (corpus / "few" / "0.jsonl").unlink()
     path.write_bytes(whole[:500] + bytes(len(whole) - 500))  # as a disk gives it back that has lost some blocks
     with monkeypatch.context() as patch:
-        patch.setattr("fbitrain.data.pretokenize.join_parts", stopped)
-        patch.setattr("fbitrain.data.pretokenize.in_processes", lambda work, jobs, n_workers: map(work, jobs))
+        patch.setattr(f"{MODULE}.join_parts", stopped)
+        patch.setattr(f"{MODULE}.in_processes", lambda work, jobs, n_workers: map(work, jobs))
         assert run(corpus, workers=3) == 130
     assert len(list((corpus / "out").rglob("0.jsonl.gz.part*.json"))) == 3
     path.write_bytes(whole)
@@ -306,7 +318,7 @@ def test_a_shard_that_grows_while_it_is_read_is_refused(
         Path(job.shard.path).write_bytes(Path(job.shard.path).read_bytes() + b"\n")
         token_jobs.tokenize_part(job)
 
-    monkeypatch.setattr("fbitrain.data.pretokenize.tokenize_part", tokenize)
+    monkeypatch.setattr(f"{MODULE}.tokenize_part", tokenize)
     assert "0.jsonl has changed while it was tokenized: it had " in refusal(corpus, capsys)
     assert not finished(corpus / "out")
 

@@ -19,7 +19,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 from fbitrain.data.sources.remote import Fetched, FetchPolicy, fetch, fetch_text, list_remote
 from fbitrain.data.sources.transport import RemoteError, Timeouts, within
 from tests.data import faulty_http as http
@@ -106,7 +106,7 @@ PERMANENT = {
 def test_what_asking_again_cannot_mend(server: http.FaultyServer, tmp_path: Path, name: str) -> None:
     fault, message = PERMANENT[name]
     url = server.put("a.jsonl", CONTENT, fault)
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         get(url, tmp_path / "a")
     assert url in str(caught.value)
     if name != "redirects in a circle":
@@ -118,22 +118,22 @@ def test_what_asking_again_cannot_mend(server: http.FaultyServer, tmp_path: Path
 )
 def test_attempts_end(server: http.FaultyServer, tmp_path: Path, fault: http.Fault, reason: str) -> None:
     url = server.put("a.jsonl", CONTENT, fault)
-    with pytest.raises(DataError, match=rf"after 4 attempts: .*{reason}|{reason}.*see whether the server"):
+    with pytest.raises(UserError, match=rf"after 4 attempts: .*{reason}|{reason}.*see whether the server"):
         get(url, tmp_path / "a")
     assert server.requests["a.jsonl"] == QUICK.attempts
 
 
 def test_nobody_listens(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="after 4 attempts"):
+    with pytest.raises(UserError, match="after 4 attempts"):
         get("http://127.0.0.1:9/a.jsonl", tmp_path / "a")
 
 
 def test_what_is_known_is_checked(server: http.FaultyServer, tmp_path: Path) -> None:
     url = server.put("a.jsonl", CONTENT)
     assert get(url, tmp_path / "a", size=len(CONTENT), sha256=SHA256.upper())[0] == CONTENT
-    with pytest.raises(DataError, match="has changed: it had 7 bytes and has 300000"):
+    with pytest.raises(UserError, match="has changed: it had 7 bytes and has 300000"):
         get(url, tmp_path / "a", size=7)
-    with pytest.raises(DataError, match=r"its sha256 is .* and should be 0000"):
+    with pytest.raises(UserError, match=r"its sha256 is .* and should be 0000"):
         get(url, tmp_path / "a", sha256="0" * 64)
     assert server.requests["a.jsonl"] == 4  # damage on the way would not have come twice
 
@@ -174,7 +174,7 @@ def test_a_stored_gzip_stays_as_it_is_stored(server: http.FaultyServer, tmp_path
 
 def test_text(server: http.FaultyServer) -> None:
     assert fetch_text(server.put("urls.txt", "ä\n".encode(), http.first(1, http.status(500))), QUICK) == "ä\n"
-    with pytest.raises(DataError, match="not UTF-8"):
+    with pytest.raises(UserError, match="not UTF-8"):
         fetch_text(server.put("urls.txt", b"\xff"), QUICK)
 
 
@@ -244,7 +244,7 @@ def test_listing(flaky: type[FlakyFileSystem], tmp_path: Path) -> None:
     assert list_remote("flaky://b", is_glob=False) == {"flaky:///b/a.jsonl": 300_000, "flaky:///b/sub/b.jsonl": 5}
     assert list_remote("flaky://b/s*", is_glob=True) == {"flaky:///b/sub/b.jsonl": 5}
     assert list_remote("flaky://nothing", is_glob=False) == {}
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         get("flaky://b/c.jsonl", tmp_path / "a")
 
 
@@ -270,9 +270,9 @@ def test_the_hub(server: http.FaultyServer, tmp_path: Path, monkeypatch: pytest.
 def test_missing_packages_and_unknown_protocols(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     absent = {"class": "not_installed.S3FileSystem", "err": "Install s3fs to access S3"}
     monkeypatch.setitem(known_implementations, "s3a", absent)
-    with pytest.raises(DataError, match="s3a:// needs a package that is not installed; pip install s3fs"):
+    with pytest.raises(UserError, match="s3a:// needs a package that is not installed; pip install s3fs"):
         get("s3a://b/a.jsonl", tmp_path / "a")
-    with pytest.raises(DataError, match="unknown protocol"):
+    with pytest.raises(UserError, match="unknown protocol"):
         get("htps://b/a.jsonl", tmp_path / "a")
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from fbitrain.base.errors import UserError
 from fbitrain.data.config import DataConfig, SourceConfig
-from fbitrain.data.errors import DataError
 from fbitrain.data.loader import TokenLoader
+from fbitrain.data.tokenizer import load_tokenizer
 from tests.data import faulty_http as http
 
 N_SHARDS = 6
@@ -50,7 +51,7 @@ def local(tmp_path: Path) -> DataConfig:
 
 
 def test_each_document_once(remote: DataConfig, server: http.FaultyServer, byte_tokenizer: str) -> None:
-    with TokenLoader(remote, byte_tokenizer, 0, 1, 1, log_documents=True) as loader:
+    with TokenLoader(remote, load_tokenizer(byte_tokenizer), 0, 1, 1, log_documents=True) as loader:
         documents: list[str] = []
         while loader.stats()["epochs"]["web"] < 1:
             next(loader)
@@ -66,7 +67,7 @@ def test_each_document_once(remote: DataConfig, server: http.FaultyServer, byte_
 def test_a_resumed_run_fetches_nothing_again(
     remote: DataConfig, server: http.FaultyServer, byte_tokenizer: str
 ) -> None:
-    with TokenLoader(remote, byte_tokenizer, 0, 1, 2) as loader:
+    with TokenLoader(remote, load_tokenizer(byte_tokenizer), 0, 1, 2) as loader:
         for _ in range(40):
             next(loader)
         state, shards = json.loads(json.dumps(loader.state())), loader.shard_list()
@@ -74,7 +75,9 @@ def test_a_resumed_run_fetches_nothing_again(
     before = sum(n for path, n in server.requests.items() if path.startswith("v1/web"))
     for n_workers in (0, 1):
         resumed = dataclasses.replace(remote, n_workers=n_workers)
-        with TokenLoader(resumed, byte_tokenizer, 0, 1, 2, states=[state], saved_shards=shards) as loader:
+        with TokenLoader(
+            resumed, load_tokenizer(byte_tokenizer), 0, 1, 2, states=[state], saved_shards=shards
+        ) as loader:
             assert [next(loader).tolist() for _ in range(20)] == expected
     assert sum(n for path, n in server.requests.items() if path.startswith("v1/web")) == before
 
@@ -84,37 +87,37 @@ def test_a_shard_that_cannot_be_had_stops_the_run(
 ) -> None:
     server.faults["v1/web/3.jsonl.zst"] = http.status(404)
     with (
-        TokenLoader(remote, byte_tokenizer, 0, 1, 1) as loader,
-        pytest.raises(DataError, match=r"web/3\.jsonl\.zst.*404"),
+        TokenLoader(remote, load_tokenizer(byte_tokenizer), 0, 1, 1) as loader,
+        pytest.raises(UserError, match=r"web/3\.jsonl\.zst.*404"),
     ):
         list(itertools.islice(loader, 1000))
 
 
 def test_no_request_per_shard_at_the_start(remote: DataConfig, server: http.FaultyServer, byte_tokenizer: str) -> None:
-    with TokenLoader(remote, byte_tokenizer, 0, 1, 1) as loader:
+    with TokenLoader(remote, load_tokenizer(byte_tokenizer), 0, 1, 1) as loader:
         assert dict(server.requests) == {"v1/urls.txt": 1}
         assert loader.shard_list()["web"] == {f"{i}.jsonl.zst": -1 for i in range(N_SHARDS)}
 
 
 def test_a_local_shard_that_changes_or_vanishes_under_us(local: DataConfig, byte_tokenizer: str) -> None:
     folder = Path(local.sources[0].paths[0])
-    with TokenLoader(local, byte_tokenizer, 0, 1, 1) as loader:
+    with TokenLoader(local, load_tokenizer(byte_tokenizer), 0, 1, 1) as loader:
         next(loader)
         with open(folder / "5.jsonl.zst", "ab") as file:
             file.write(shard_content(9))
-        with pytest.raises(DataError, match=r"5\.jsonl\.zst of source 'web' has changed since the run began"):
+        with pytest.raises(UserError, match=r"5\.jsonl\.zst of source 'web' has changed since the run began"):
             list(itertools.islice(loader, 1000))
     (folder / "5.jsonl.zst").write_bytes(shard_content(5))
-    with TokenLoader(local, byte_tokenizer, 0, 1, 1) as loader:
+    with TokenLoader(local, load_tokenizer(byte_tokenizer), 0, 1, 1) as loader:
         for path in folder.iterdir():
             path.unlink()
-        with pytest.raises(DataError, match=r"zst of source 'web' was there when the run began"):
+        with pytest.raises(UserError, match=r"zst of source 'web' was there when the run began"):
             next(loader)
     for i in range(N_SHARDS):
         (folder / f"{i}.jsonl.zst").write_bytes(shard_content(i))
-    with TokenLoader(local, byte_tokenizer, 0, 1, 1) as loader:
+    with TokenLoader(local, load_tokenizer(byte_tokenizer), 0, 1, 1) as loader:
         next(loader)
         for path in folder.iterdir():  # the shard being read, too: the file is still open, its name is gone
             path.unlink()
-        with pytest.raises(DataError, match=r"zst of source 'web' was there when the run began"):
+        with pytest.raises(UserError, match=r"zst of source 'web' was there when the run began"):
             list(itertools.islice(loader, 1000))

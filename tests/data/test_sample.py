@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from fbitrain.data import sample
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
+from fbitrain.commands.verbs import call
+from fbitrain.data.commands import sample
 from fbitrain.data.reading.documents import BadRecord
 from fbitrain.data.reading.records import RecordFormat, decode, read_entries
 from fbitrain.data.tools.sample_sources import Document, _readable_code
@@ -23,7 +24,7 @@ TEXT = RecordFormat("text", "text")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sample") / "corpus"
-    assert sample.main(["--out", str(out), "--megabytes", str(MEGABYTES)]) == 0
+    assert call(["data", "sample", "--out", str(out), "--megabytes", str(MEGABYTES)]) == 0
     return out
 
 
@@ -81,12 +82,12 @@ def test_reused_only_while_valid(made: Path, tmp_path: Path, capsys: Any) -> Non
     shutil.copytree(made, out)
     arguments = ["--out", str(out), "--megabytes", str(MEGABYTES)]
     before = (out / "manifest.json").stat().st_mtime_ns
-    assert sample.main(arguments) == 0
+    assert call(["data", "sample", *arguments]) == 0
     assert "kept the valid sample corpus" in capsys.readouterr().out
     assert (out / "manifest.json").stat().st_mtime_ns == before
     shard = out / "docs" / "docs_01.jsonl.zst"
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert sample.main(arguments) == 0
+    assert call(["data", "sample", *arguments]) == 0
     assert "wrote" in capsys.readouterr().out
     assert shard.read_bytes() == (made / "docs" / "docs_01.jsonl.zst").read_bytes()
     shard.unlink()
@@ -98,7 +99,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, manifest: str |
     (tmp_path / "thesis.tex").write_text("years of work")
     if manifest is not None:
         (tmp_path / "manifest.json").write_text(manifest)
-    assert sample.main(["--out", str(tmp_path), "--megabytes", "0.1"]) == 1
+    assert call(["data", "sample", "--out", str(tmp_path), "--megabytes", "0.1"]) == 1
     assert "is no sample corpus" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
@@ -111,10 +112,10 @@ def test_what_lies_in_or_beside_a_sample_corpus_is_left_alone(made: Path, tmp_pa
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
     arguments = ["--out", str(out), "--megabytes", "0.1"]
-    assert sample.main(arguments) == 1
+    assert call(["data", "sample", *arguments]) == 1
     assert f"{out} holds docs/notes.txt, which is no sample corpus" in capsys.readouterr().err
     notes[0].rename(tmp_path / "notes.txt")
-    assert sample.main(arguments) == 0
+    assert call(["data", "sample", *arguments]) == 0
     assert (tmp_path / "notes.txt").read_text() == notes[1].read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"corpus", "corpus.tmp", "notes.txt"}
 
@@ -125,7 +126,7 @@ def test_two_do_not_write_one_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def write(folder: Path, settings: dict[str, Any]) -> None:
         monkeypatch.setattr(sample, "_write_files", write_files)
-        with pytest.raises(DataError, match="is in use by another run of this command") as caught:
+        with pytest.raises(UserError, match="is in use by another run of this command") as caught:
             sample.write_sample(tmp_path / "out", 0.1, 0)
         refused.append(caught)
         write_files(folder, settings)
@@ -149,14 +150,14 @@ def test_a_failed_write_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sample, "_write_durably", full)
-    with pytest.raises(DataError, match="No space left on device"):
+    with pytest.raises(UserError, match="No space left on device"):
         sample.write_sample(tmp_path / "out", 0.1, 0)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("megabytes", ["0", "-1", "1e-7", "nan", "inf"])
 def test_too_little_or_too_much_to_collect(tmp_path: Path, capsys: Any, megabytes: str) -> None:
-    assert sample.main(["--out", str(tmp_path / "out"), "--megabytes", megabytes]) == 1
+    assert call(["data", "sample", "--out", str(tmp_path / "out"), "--megabytes", megabytes]) == 1
     assert "must be a number, and at least 0.1" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fbitrain.data.commands.pretokenize import pretokenize
 from fbitrain.data.config import DataConfig, SourceConfig
-from fbitrain.data.pretokenize import pretokenize
 from fbitrain.data.sources.names import name_shards
 from tests.data import faulty_http as http
 from tests.data.conftest import WriteShard

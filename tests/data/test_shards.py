@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from fbitrain.base.errors import UserError
 from fbitrain.data.config import SourceConfig
-from fbitrain.data.errors import DataError
 from fbitrain.data.sources.shards import Shard, find_files, find_shards
 from tests.data import faulty_http as http
 
@@ -64,14 +64,14 @@ def test_relative_patterns_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_pattern_without_shards_is_named(tmp_path: Path, pattern: str) -> None:
     (tmp_path / "empty").mkdir()
     touch(tmp_path, "other/readme.md", "there/1.jsonl")
-    with pytest.raises(DataError, match="source 'web'") as caught:
+    with pytest.raises(UserError, match="source 'web'") as caught:
         find(tmp_path / "there", tmp_path / pattern)
     assert pattern in str(caught.value)
 
 
 def test_all_problems_at_once(tmp_path: Path) -> None:
     touch(tmp_path, "a.csv", "1.jsonl", "sums")
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         find(
             *(tmp_path / name for name in ("a.csv", "1.jsonl", "gone.jsonl", "{5..1}.jsonl")),
             "https://h/*.jsonl",
@@ -94,13 +94,13 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
 def test_an_empty_path_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     touch(tmp_path, "1.jsonl")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=rf"source 'web': the path '{path}' is empty; correct or drop it"):
+    with pytest.raises(UserError, match=rf"source 'web': the path '{path}' is empty; correct or drop it"):
         find("1.jsonl", path)
 
 
 def test_a_dangling_link_is_named(tmp_path: Path) -> None:
     (tmp_path / "1.jsonl").symlink_to(tmp_path / "gone")
-    with pytest.raises(DataError, match=r"1\.jsonl cannot be read"):
+    with pytest.raises(UserError, match=r"1\.jsonl cannot be read"):
         find(tmp_path)
 
 
@@ -122,9 +122,9 @@ def test_ranges(tmp_path: Path, pattern: str, first: str, last: str, n: int) -> 
 
 def test_what_a_range_lacks_is_counted(tmp_path: Path) -> None:
     touch(tmp_path, "1.jsonl")
-    with pytest.raises(DataError, match=r"2\.jsonl, .*3\.jsonl, .*4\.jsonl and 6 more of .*1\.\.10"):
+    with pytest.raises(UserError, match=r"2\.jsonl, .*3\.jsonl, .*4\.jsonl and 6 more of .*1\.\.10"):
         find(f"{tmp_path}/{{1..10}}.jsonl")
-    with pytest.raises(DataError, match="more than 1,000,000 files"):
+    with pytest.raises(UserError, match="more than 1,000,000 files"):
         find("https://h/{0..9999}/{0..9999}.jsonl")
 
 
@@ -141,7 +141,7 @@ def test_names_do_not_depend_on_where_the_corpus_lies(tmp_path: Path, memory: Me
 
 def test_a_url_with_a_query(tmp_path: Path) -> None:
     assert find("https://h/a/1.jsonl?token=a/b*")[0] == Shard("https://h/a/1.jsonl?token=a/b*", "1.jsonl", -1)
-    with pytest.raises(DataError, match=r"have the same name '1.jsonl'"):
+    with pytest.raises(UserError, match=r"have the same name '1.jsonl'"):
         find("https://h/a/1.jsonl?v=1", "https://h/a/1.jsonl?v=2")
 
 
@@ -151,7 +151,7 @@ def test_buckets_are_listed_with_sizes(memory: MemoryFileSystem) -> None:
     assert names("memory://bucket/a") == ["1.jsonl", "2.jsonl.zst", "b/3.parquet"]
     assert find("memory://bucket/*/*.jsonl") == [Shard("memory:///bucket/a/1.jsonl", "1.jsonl", 9)]
     assert [shard.size for shard in find("memory://bucket/a/b/3.parquet")] == [-1]  # nobody was asked
-    with pytest.raises(DataError, match="matches no"):
+    with pytest.raises(UserError, match="matches no"):
         find("memory://bucket/none")
 
 
@@ -174,9 +174,9 @@ def test_url_lists(tmp_path: Path) -> None:
             assert names(url_lists=[path], include=["*/arxiv/*"]) == ["arxiv_1.jsonl", "arxiv_2.jsonl"]
             assert names(url_lists=[path], include=["*/book/*", "*.zst"])[0] == "book/book.jsonl"
         assert dict(server.requests) == {"urls.txt": 2}  # no shard; the list again after a failure
-    with pytest.raises(DataError, match=r"LICENSE\.txt in url_lists is not a shard"):
+    with pytest.raises(UserError, match=r"LICENSE\.txt in url_lists is not a shard"):
         names(url_lists=[str(tmp_path / "urls.txt")])
-    with pytest.raises(DataError, match=r"include pattern '\*/arxif/\*' matches no shard"):
+    with pytest.raises(UserError, match=r"include pattern '\*/arxif/\*' matches no shard"):
         names(url_lists=[str(tmp_path / "urls.txt")], include=["*/arxif/*", "*/book/*"])
 
 
@@ -190,7 +190,7 @@ def test_url_lists(tmp_path: Path) -> None:
 )
 def test_what_is_no_url_list(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "urls.txt").write_text(text)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         find(url_lists=[str(tmp_path / "urls.txt")])
 
 
@@ -202,7 +202,7 @@ def test_skip_by_name_pattern_and_url(tmp_path: Path) -> None:
     assert names("https://h/{1..3}.jsonl", skip=["https://h/[12].jsonl"]) == ["3.jsonl"]
     # What is skipped still has a say in the names of the others.
     assert names(tmp_path, skip=["b/*"]) == ["a/train_069.jsonl", "a/train_070.jsonl", "a/train_071.jsonl"]
-    with pytest.raises(DataError, match="skip leaves no shard"):
+    with pytest.raises(UserError, match="skip leaves no shard"):
         names(tmp_path, skip=["*"])
 
 
@@ -213,10 +213,10 @@ def test_checksums(tmp_path: Path) -> None:
     found = find("https://h/arxiv/{1..2}.jsonl", "https://h/book/1.jsonl", checksums=[str(tmp_path / "SHA256SUMS")])
     # The longest name that ends the path; a name ends at a folder's border.
     assert [shard.sha256 for shard in found] == [one, "", two]
-    with pytest.raises(DataError, match="names none of its shards"):
+    with pytest.raises(UserError, match="names none of its shards"):
         find("https://h/3.jsonl", checksums=[str(tmp_path / "SHA256SUMS")])
     (tmp_path / "SHA256SUMS").write_text(sums + f"{one}  rxiv/2.jsonl\n")
-    with pytest.raises(DataError, match=r"line 4: rxiv/2\.jsonl has another sum"):
+    with pytest.raises(UserError, match=r"line 4: rxiv/2\.jsonl has another sum"):
         find("https://h/arxiv/1.jsonl", checksums=[str(tmp_path / "SHA256SUMS")])
 
 
@@ -234,7 +234,7 @@ def test_files_for_other_purposes(tmp_path: Path) -> None:
     touch(tmp_path, "a.txt", "b.jsonl", "c.raw", "d.csv")
     assert [shard.name for shard in find_files([str(tmp_path)], "heldout")] == ["a.txt", "b.jsonl", "c.raw"]
     assert [shard.name for shard in find_files([str(tmp_path)], "heldout", (".csv",))] == ["d.csv"]
-    with pytest.raises(DataError, match=r"heldout: .*gone"):
+    with pytest.raises(UserError, match=r"heldout: .*gone"):
         find_files([str(tmp_path / "gone")], "heldout")
 
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fbitrain.base.errors import UserError
 from fbitrain.data.config import DataConfig, PhaseConfig, SourceConfig
-from fbitrain.data.errors import DataError
-from fbitrain.data.holdout import is_heldout
+from fbitrain.data.holdout_rule import is_heldout
 from fbitrain.data.reading.documents import Document
 from fbitrain.data.sources.cache import ShardCache
 from fbitrain.data.sources.shards import Shard
@@ -198,7 +198,7 @@ def test_a_tokenizer_without_bos(tmp_path: Path, byte_tokenizer: str, write_shar
     nameless = tmp_path / "tokenizer.json"
     nameless.write_text((Path(byte_tokenizer) / "tokenizer.json").read_text())
     write_shard(tmp_path / "a" / "a.jsonl", ["!"])
-    with pytest.raises(DataError, match=r"names no BOS token; set data\.add_bos=false"):
+    with pytest.raises(UserError, match=r"names no BOS token; set data\.add_bos=false"):
         lanes(config(tmp_path, ["a"]), load_tokenizer(nameless))
 
 
@@ -260,17 +260,17 @@ def test_bad_records_count_once_and_up_to_the_limit(tmp_path: Path, tokenizer: T
     assert last_bad.startswith(str(path))
     assert lane.take_notes() == ((), "")
     with pytest.raises(
-        DataError, match=rf"max_bad_records=1 bad records, the last one in {path}, line [23].*raise data"
+        UserError, match=rf"max_bad_records=1 bad records, the last one in {path}, line [23].*raise data"
     ):
         next(lanes(config(tmp_path, ["a"], max_bad_records=1), tokenizer)[0])
 
 
 def test_held_out_shards_cannot_be_trained_on(tmp_path: Path, write_shard: Any) -> None:
     path = write_shard(tmp_path / "a" / "a.jsonl", ["x"])
-    with pytest.raises(DataError, match=r"a\.jsonl is both held out and part of source 'a'"):
+    with pytest.raises(UserError, match=r"a\.jsonl is both held out and part of source 'a'"):
         find_sources(config(tmp_path, ["a"], heldout=[str(path)]))
     (tmp_path / "link.jsonl").symlink_to(path)
-    with pytest.raises(DataError, match=r"a\.jsonl is both held out and part of source 'a'"):
+    with pytest.raises(UserError, match=r"a\.jsonl is both held out and part of source 'a'"):
         find_sources(config(tmp_path, ["a"], heldout=[str(tmp_path / "link.jsonl")]))
 
 
@@ -304,7 +304,7 @@ def test_a_phase_whose_sources_a_lane_lacks_is_an_error(tmp_path: Path, tokenize
     data = config(tmp_path, ["one", "two"], phases=[PhaseConfig(1, {"one": 0})])
     lane = open_lane(plan_lanes(data, find_sources(data), sequences_per_step=1)[0], tokenizer)
     next(lane)
-    with pytest.raises(DataError, match=r"no document of the sources that phase 1 of data\.phases gives a weight"):
+    with pytest.raises(UserError, match=r"no document of the sources that phase 1 of data\.phases gives a weight"):
         list(itertools.islice(lane, 9))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 from fbitrain.data.pretokenized.token_folder import TokenFolder
 from fbitrain.data.pretokenized.token_shards import ShardReport
 from fbitrain.data.reading.records import RecordFormat
@@ -20,7 +20,7 @@ def folder(tmp_path: Path) -> TokenFolder:
 
 @pytest.mark.parametrize("name", ["/etc/a.jsonl", "../a.jsonl", "a/../../b.jsonl", "https://host/a.jsonl", "./a.jsonl"])
 def test_nothing_is_written_outside_of_the_folder(folder: TokenFolder, name: str) -> None:
-    with pytest.raises(DataError, match="which may lie outside of") as caught:
+    with pytest.raises(UserError, match="which may lie outside of") as caught:
         folder.target("s", RecordFormat(), Shard("/corpus/a.jsonl", name, 1))
     assert f"/corpus/a.jsonl of source 's' would be written to {name!r}" in str(caught.value)
 

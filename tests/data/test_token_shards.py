@@ -18,9 +18,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fbitrain.base.errors import UserError
+from fbitrain.data.commands.pretokenize import pretokenize
 from fbitrain.data.config import DataConfig, SourceConfig
-from fbitrain.data.errors import DataError
-from fbitrain.data.pretokenize import pretokenize
 from fbitrain.data.pretokenized import token_shards
 from fbitrain.data.pretokenized.token_shards import TokenIndex, TokenUnit
 from fbitrain.data.reading.blocks import RecordUnit
@@ -187,29 +187,29 @@ def damaged(folder: Path, ending: str) -> Path:
 def test_a_file_of_another_size_is_named(folder: Path, ending: str) -> None:
     (shard,) = TokenIndex(folder).shards("a/../b")
     path = damaged(folder, ending)
-    message = rf"{path} has \d+ bytes where \d+ were written; run fbitrain.data.pretokenize again"
-    with pytest.raises(DataError, match=message):
+    message = rf"{path} has \d+ bytes where \d+ were written; run `fbitrain data pretokenize` again"
+    with pytest.raises(UserError, match=message):
         TokenIndex(folder).shards("a/../b")
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         TokenUnit(shard.path, 0, 1, BlockLimits(1))
     path.unlink()
-    with pytest.raises(DataError, match=f"{path} is missing"):
+    with pytest.raises(UserError, match=f"{path} is missing"):
         TokenIndex(folder).shards("a/../b")
 
 
 def test_a_shard_without_its_report_is_not_believed(folder: Path) -> None:
     (shard,) = TokenIndex(folder).shards("a/../b")
     path = damaged(folder, ".json")
-    with pytest.raises(DataError, match=f"{path} is missing or damaged; run"):
+    with pytest.raises(UserError, match=f"{path} is missing or damaged; run"):
         TokenUnit(shard.path, 0, 1, BlockLimits(1))
 
 
 def test_what_is_not_in_the_folder_is_named(folder: Path, tokenizer: Tokenizer) -> None:
     index = TokenIndex(folder)
     index.require_tokenizer(tokenizer.fingerprint)
-    with pytest.raises(DataError, match="was made with another tokenizer"):
+    with pytest.raises(UserError, match="was made with another tokenizer"):
         index.require_tokenizer("another")
-    with pytest.raises(DataError, match=r"source 'c' is not in .*, which holds 'a/\.\./b'"):
+    with pytest.raises(UserError, match=r"source 'c' is not in .*, which holds 'a/\.\./b'"):
         index.shards("c")
 
 
@@ -219,25 +219,25 @@ def test_an_index_is_of_the_sources_shards_and_field_or_refused(folder: Path) ->
     shards = find_shards(source)
     assert index.originals(source.name) == source.paths
     index.require_source(source, shards)
-    with pytest.raises(DataError, match="as text from field 'text', and the configuration says text from field 'body'"):
+    with pytest.raises(UserError, match="as text from field 'text', and the configuration says text from field 'body'"):
         index.require_source(replace(source, text_key="body"), None)
-    with pytest.raises(DataError, match="the configuration says token_ids from field 'text'"):
+    with pytest.raises(UserError, match="the configuration says token_ids from field 'text'"):
         index.require_source(replace(source, kind="token_ids", ids_key="text"), None)
     more = [*shards, Shard("/b.jsonl", "b.jsonl", 1), Shard("/c.jsonl", "c.jsonl", 1)]
-    with pytest.raises(DataError, match=r"b.jsonl \(and 1 more\) of source 'a/../b' is not in .*; run"):
+    with pytest.raises(UserError, match=r"b.jsonl \(and 1 more\) of source 'a/../b' is not in .*; run"):
         index.require_source(source, more)
     index.require_source(source, None)
-    with pytest.raises(DataError, match=r"a.jsonl of source 'a/../b' was tokenized in .* and is no shard of it now"):
+    with pytest.raises(UserError, match=r"a.jsonl of source 'a/../b' was tokenized in .* and is no shard of it now"):
         index.require_source(source, [])
 
 
 def test_a_folder_that_is_not_finished_is_said(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no finished pretokenized shards"):
+    with pytest.raises(UserError, match="holds no finished pretokenized shards"):
         TokenIndex(tmp_path)
     index = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps({**index, "version": 99}))
-    with pytest.raises(DataError, match="is of version 99"):
+    with pytest.raises(UserError, match="is of version 99"):
         TokenIndex(folder)
     (folder / "index.json").write_text("{")
-    with pytest.raises(DataError, match=r"index.json cannot be read"):
+    with pytest.raises(UserError, match=r"index.json cannot be read"):
         TokenIndex(folder)

@@ -15,7 +15,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 from fbitrain.data.tokenizer import LONG_CHARS, Tokenizer, load_tokenizer
 
 LLAMA = Path(__file__).parents[2].parent / "shared" / "data" / "tokenizer" / "llama.model"
@@ -282,7 +282,7 @@ def test_unreadable_tokenizers(tmp_path: Path, name: str, content: bytes | None,
         (tmp_path / name).mkdir()
     elif content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load_tokenizer(tmp_path / name)
     assert name.rstrip("/") in str(caught.value)
 
@@ -291,13 +291,13 @@ def test_unreadable_tokenizers(tmp_path: Path, name: str, content: bytes | None,
 def test_damaged_special_files(tmp_path: Path, bpe: tokenizers.Tokenizer, content: str, message: str) -> None:
     bpe.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(content)
-    with pytest.raises(DataError, match=rf"tokenizer_config\.json {message}"):
+    with pytest.raises(UserError, match=rf"tokenizer_config\.json {message}"):
         load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_without_tokens_is_refused(tmp_path: Path) -> None:
     tokenizers.Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(DataError, match="has an empty vocabulary"):
+    with pytest.raises(UserError, match="has an empty vocabulary"):
         load_tokenizer(tmp_path)
 
 
@@ -307,7 +307,7 @@ def test_a_gguf_file_without_tokens_or_merges_is_refused(
 ) -> None:
     path = write_gguf(tmp_path / "t.gguf", bpe)
     path.write_bytes(path.read_bytes().replace(b"tokenizer.ggml." + name, b"tokenizer.ggml.absent"))
-    with pytest.raises(DataError, match=f"has no list of strings tokenizer.ggml.{name.decode()}"):
+    with pytest.raises(UserError, match=f"has no list of strings tokenizer.ggml.{name.decode()}"):
         load_tokenizer(path)
 
 
@@ -321,12 +321,12 @@ def test_a_gguf_file_damaged_anywhere_is_one_sentence(tmp_path: Path, bpe: token
         path.write_bytes(whole[:at] + value + whole[at + 8 :])
         try:
             load_tokenizer(path)
-        except DataError as error:
+        except UserError as error:
             n_refused += str(error).startswith(f"tokenizer {path} ")
     assert n_refused > 150
 
 
 @pytest.mark.parametrize("changed", [{"model": "llama"}, {"pre": "qwen2"}])
 def test_gguf_tokenizers_of_other_kinds_are_refused(tmp_path: Path, bpe: tokenizers.Tokenizer, changed: Any) -> None:
-    with pytest.raises(DataError, match=r"give the model's folder with its tokenizer\.json"):
+    with pytest.raises(UserError, match=r"give the model's folder with its tokenizer\.json"):
         load_tokenizer(write_gguf(tmp_path / "t.gguf", bpe, **changed))

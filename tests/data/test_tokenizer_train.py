@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from sentencepiece import sentencepiece_model_pb2
 
+from fbitrain.commands.verbs import call
+from fbitrain.data.commands.train_tokenizer import Sampling, sample_texts
 from fbitrain.data.sources.cache import ShardCache
 from fbitrain.data.sources.shards import find_files
 from fbitrain.data.tokenizer import load_tokenizer
-from fbitrain.data.tokenizing.tokenizer_train import Sampling, main, sample_texts
 
 LLAMA = Path(__file__).parents[2].parent / "shared" / "data" / "tokenizer" / "llama.model"
 SYLLABLES = ["ka", "to", "mi", "sen", "lo", "ver", "an", "tur", "pi", "el", "os", "ren", "da", "gu", "ill"]
@@ -36,7 +37,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, write_shard: Any) -> Path:
 
 
 def trained(corpus: Path, out: Path, *options: str) -> bytes:
-    assert main(["train", "--vocab-size", "700", "--out", str(out), *options, str(corpus)]) == 0
+    assert call(["data", "train-tokenizer", "--vocab-size", "700", "--out", str(out), *options, str(corpus)]) == 0
     return out.read_bytes()
 
 
@@ -107,10 +108,10 @@ def test_what_cannot_be_is_one_sentence(
     tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     out = tmp_path / "t.model"
-    assert main(["train", str(corpus), "--vocab-size", "700", "--out", str(out), *options]) == 1
+    assert call(["data", "train-tokenizer", str(corpus), "--vocab-size", "700", "--out", str(out), *options]) == 1
     error = capfd.readouterr().err
     assert "Traceback" not in error
-    (last,) = [line for line in error.splitlines() if line.startswith("python -m fbitrain.data.tokenizer: ")]
+    (last,) = [line for line in error.splitlines() if line.startswith("fbitrain data train-tokenizer: ")]
     assert re.search(message, last)
     assert not list(tmp_path.iterdir())
 
@@ -121,7 +122,9 @@ def test_documents_too_large_for_the_sample_are_said(
 ) -> None:
     for i in range(n_shards):
         write_shard(tmp_path / "c" / f"{i}.jsonl", ["kato misen " * 115_000] * 4)
-    assert main(["train", "--max-mb", "1", "--out", str(tmp_path / "t.model"), str(tmp_path / "c")]) == 1
+    assert (
+        call(["data", "train-tokenizer", "--max-mb", "1", "--out", str(tmp_path / "t.model"), str(tmp_path / "c")]) == 1
+    )
     error = capfd.readouterr().err
     assert "fits into its shard's share of 1.0 MB: the smallest has 1.3 MB; give a larger --max-mb" in error
 
@@ -130,10 +133,23 @@ def test_damaged_records_are_passed_over(tmp_path: Path, corpus: Path) -> None:
     lines = [json.dumps({"text": f"kato misen {i}"}) for i in range(400)]
     lines[3:3] = ["{", '{"text": 3}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    assert main(["train", "--vocab-size", "280", "--out", str(tmp_path / "t.model"), str(tmp_path / "a.jsonl")]) == 0
+    assert (
+        call(
+            [
+                "data",
+                "train-tokenizer",
+                "--vocab-size",
+                "280",
+                "--out",
+                str(tmp_path / "t.model"),
+                str(tmp_path / "a.jsonl"),
+            ]
+        )
+        == 0
+    )
 
 
 def test_as_a_command(tmp_path: Path, corpus: Path) -> None:
-    command = [sys.executable, "-m", "fbitrain.data.tokenizer", "train", "--vocab-size", "600", "--out", "t.model"]
+    command = [sys.executable, "-m", "fbitrain", "data", "train-tokenizer", "--vocab-size", "600", "--out", "t.model"]
     done = subprocess.run([*command, str(corpus)], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "t.model: 600 tokens, bos 1, eos 2\n"

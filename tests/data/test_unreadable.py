@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fbitrain.data.errors import DataError
+from fbitrain.base.errors import UserError
 from fbitrain.data.reading.documents import BadRecord
 from fbitrain.data.reading.records import RecordFormat, read_entries
 
@@ -23,7 +23,7 @@ def read(path: Path) -> list[Any]:
 
 
 def refuse(path: Path, reason: str) -> None:
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         read(path)
     assert str(caught.value) == f"{path} cannot be read ({reason}); restore it or mend its disk, then start again"
 

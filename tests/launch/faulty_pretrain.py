@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from fbitrain import build, checkpoint, fine_tune, train
-from fbitrain.launch import pretrain
-from fbitrain.launch.cli import run
+from fbitrain.commands.verbs import leave
 
 RANK = int(os.environ["RANK"])
 
@@ -84,5 +83,4 @@ def without_calibration() -> None:
 
 
 globals()[os.environ["FAULT"]]()
-command = importlib.import_module(f"fbitrain.launch.{os.environ.get('COMMAND', 'pretrain')}")
-pretrain.leave(run(command.main, command.parser()))
+leave([os.environ.get("COMMAND", "pretrain"), *sys.argv[1:]])

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
-from fbitrain import environment, preflight
+from fbitrain import environment
+from fbitrain.base.command import run
+from fbitrain.commands import doctor
 from fbitrain.config import load_config
-from fbitrain.launch import doctor
-from fbitrain.launch.cli import run
 from fbitrain.model.size import count_parameters
+from fbitrain.planning import preflight
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """

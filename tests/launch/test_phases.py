@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from fbitrain.base.errors import UserError
 from fbitrain.checkpoint_files import load_weights
 from fbitrain.data.reading.heldout_text import load_heldout
 from fbitrain.data.tokenizer import load_tokenizer
-from fbitrain.errors import UserError
-from fbitrain.evaluate import perplexity
+from fbitrain.inference.evaluate import perplexity
+from fbitrain.loading.model_folder import load_lm
 from fbitrain.model.binarize import init_scales
-from fbitrain.pretrained import load_lm
-from fbitrain.release import release
+from fbitrain.releasing.release import release
 
 pytestmark = pytest.mark.launch
 ROOT = Path(__file__).parents[2]
@@ -210,7 +210,7 @@ def test_a_full_precision_run_may_decide_later(launch: Any, switched: Any) -> No
     shares = {line["step"]: line["phase/binary_share"] for line in run.metrics if "phase/binary_share" in line}
     assert shares == {1: 0, 2: 0, 3: 0, 4: 0, 5: 0.5, 6: 1}
     refused = launch("later", "binarize.from_step=3", "train.total_steps=7", expect=1)
-    said = [line for line in refused.output.splitlines() if line.startswith("pretrain.py: ")]
+    said = [line for line in refused.output.splitlines() if line.startswith("fbitrain pretrain: ")]
     assert len(said) == 1
     assert "binarize.from_step (4 there, 3 here)" in said[0]
     assert "they may change only before binarization begins" in said[0]

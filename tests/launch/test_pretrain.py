@@ -285,7 +285,7 @@ def test_two_launchers_on_two_nodes_make_one_run(launch: Any, reference: Any, tm
 )
 def test_bad_input_is_one_sentence(launch: Any, override: str, sentence: str) -> None:
     run = launch("bad", override, "engine.comm_timeout_s=30", expect=1)
-    said = [line for line in run.output.splitlines() if line.startswith("pretrain.py: ")]
+    said = [line for line in run.output.splitlines() if line.startswith("fbitrain pretrain: ")]
     assert len(said) == 1, run.output
     assert sentence in said[0]
     assert "Traceback" not in run.output

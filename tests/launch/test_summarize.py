@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fbitrain.launch import summarize
-from fbitrain.launch.cli import run
+from fbitrain.base.command import run
+from fbitrain.commands import summarize
 
 METRICS = [
     {"step": 0, "tokens": 0, "heldout/perplexity": 50000.0, "heldout/bits_per_byte": 4.25, "heldout/nll": 10.8},

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from fbitrain.errors import UserError
+from fbitrain.base.errors import UserError
 from fbitrain.model.build import binarize_, chosen_sources, pack_
 from fbitrain.model.config import (
     METHODS,

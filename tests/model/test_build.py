@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from fbitrain.errors import UserError
+from fbitrain.base.errors import UserError
 from fbitrain.model.binarize import init_scales
 from fbitrain.model.build import binarize_, build_student, llama_config, pack_
 from fbitrain.model.config import METHODS, PRESETS, SALIENT_METHODS, BinarizeConfig, ModelConfig

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig
 
-from fbitrain.bench_model import write_random_packed
-from fbitrain.errors import UserError
+from fbitrain.base.errors import UserError
+from fbitrain.benches.decoding import write_random_packed
 from fbitrain.kernels import cpu
+from fbitrain.loading.model_folder import load_lm
 from fbitrain.model.compiled import PackedLlama, level_for, mapped_tensors, why_not_compiled
 from fbitrain.model.config import BinarizeConfig, ModelConfig
 from fbitrain.model.hf import BinaryLlamaConfig
 from fbitrain.model.packing import sign_options
-from fbitrain.pretrained import load_lm
 
 pytestmark = pytest.mark.skipif(bool(cpu.levels()["portable"]), reason="the compiled kernels do not run here")
 SHAPE = {"n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_model": 64, "d_ff": 160, "vocab_size": 300}
@@ -149,10 +149,10 @@ GENERATE = """
 import sys
 from pathlib import Path
 from transformers import AutoConfig
-from fbitrain.bench_model import peak_memory
-from fbitrain.generate import Sampling, stream_tokens
+from fbitrain.benches.decoding import peak_memory
+from fbitrain.inference.generate import Sampling, stream_tokens
 from fbitrain.model.compiled import PackedLlama
-from fbitrain.pretrained import load_lm
+from fbitrain.loading.model_folder import load_lm
 folder = Path(sys.argv[1])
 config = AutoConfig.from_pretrained(folder)
 with peak_memory() as peak:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fbitrain.errors import UserError
+from fbitrain.base.errors import UserError
 from fbitrain.model.build import chosen_sources
 from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.direct_reads import check_direct_reads

@@ -1,0 +1,65 @@
+"""What every command does with its arguments and errors: one sentence for the user, a traceback only with --debug."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from fbitrain.base.errors import UserError
+
+INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
+BROKEN_PIPE = 141  # and for one ended by writing into a closed pipe
+
+
+def run(
+    main: Callable[[argparse.Namespace], int | None],
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parses `argv` (default: the command line) and returns the exit code of `main(arguments)`; None counts as 0.
+
+    A UserError becomes one sentence on stderr and exit code 1, Ctrl-C becomes 130, and an output that nobody reads to
+    its end 141. With --debug, which is added to `parser`, they are raised as they are. Any other exception is a fault
+    of ours and keeps its traceback.
+    """
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        return until_nobody_reads(lambda: main(arguments) or 0)
+    except (KeyboardInterrupt, UserError) as error:
+        if arguments.debug:
+            raise
+        interrupted = isinstance(error, KeyboardInterrupt)
+        print(f"{parser.prog}: {'interrupted' if interrupted else error}", file=sys.stderr)
+        return INTERRUPTED if interrupted else 1
+
+
+def until_nobody_reads(work: Callable[[], int]) -> int:
+    """The exit code of `work()`, or 141 if its output goes to a closed pipe, as with `| head`."""
+    try:
+        code = work()
+        sys.stdout.flush()  # what is left in the buffer must meet a closed pipe here, not at the interpreter's end
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # what is still buffered must go somewhere all the same
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return BROKEN_PIPE
+    return code
+
+
+def positive(text: str) -> int:
+    """argparse type of a whole number that is at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def natural(text: str) -> int:
+    """argparse type of a whole number that is not negative."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value

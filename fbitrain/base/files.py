@@ -1,0 +1,128 @@
+"""Writing files so that a crash leaves the old one or the new one, never half of either; and folders for one alone."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from fbitrain.base.errors import UserError
+
+_held: list[IO[str]] = []  # open for as long as the process lives
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in the same folder, which is fsynced and renamed to `path`; on an error, removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        fsync_file(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` by a file holding `text` (UTF-8), on disk before it gets its name."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces `path` by `value` as indented JSON."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file with one per line, but for lines cut short when their writer was killed."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def lock_folder(path: Path) -> bool:
+    """Holds `path` for this process until it ends, however it ends; False if another process holds it."""
+    handle = (path / ".lock").open("w")
+    if not _lock(handle.fileno()):
+        handle.close()
+        return False
+    _held.append(handle)
+    return True
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yields `path` as an empty folder for this process alone, removed in the end; what a killed run left goes first.
+
+    Raises UserError if another process is using it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        if not _lock(handle):
+            raise UserError(f"{path} is in use by another run of this command; wait for it, or write elsewhere")
+        _clear(path)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _clear(folder: Path) -> None:
+    for found in folder.iterdir():
+        if found.is_dir() and not found.is_symlink():
+            shutil.rmtree(found)
+        else:
+            found.unlink()
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes, read a megabyte at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fsync_file(path: Path) -> None:
+    """Puts a file's bytes on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_folder(path: Path) -> None:
+    """Makes the names in a folder durable, as fsync_file does for a file's bytes."""
+    fsync_file(path)
+
+
+def fsync_tree(path: Path, only: str = "") -> None:
+    """Fsyncs every file below `path` whose name starts with `only`, then the folders."""
+    for found in sorted(path.rglob("*"), reverse=True):
+        if found.is_dir() or found.name.startswith(only):
+            fsync_file(found)
+    fsync_folder(path)

@@ -1,0 +1,241 @@
+"""How good a model is: perplexity and bits per byte of a text, and lm-eval tasks.
+
+The perplexity protocol is GPTQ's and FBI-LLM's (arXiv 2210.17323, 2407.07093): documents joined by a blank line, one
+tokenization, windows of seq_len that do not overlap, the tail dropped, and the mean negative log-likelihood of each
+window's seq_len - 1 next tokens.
+
+B windows, T seq_len, M tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from fbitrain.base.errors import UserError
+from fbitrain.data.reading.heldout_text import Heldout, load_heldout
+from fbitrain.model.compiled import PackedLlama
+
+if TYPE_CHECKING:
+    from fbitrain.data.tokenizer import Tokenizer
+
+CHUNK_TOKENS = 512  # tokens whose fp32 logits exist at one time
+WIKITEXT_SUFFIXES = (".raw", ".tokens")  # the names under which WikiText is published
+
+Head = Callable[[Tensor], Tensor]  # hidden [M,D] -> logits [M,V]
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """What the windows of one text cost a model. nll is in nats; n_tokens counts the tokens that were predicted.
+
+    bits_per_byte does not depend on the tokenizer, so it compares models whose vocabularies differ. Its bytes are those
+    of the text in UTF-8, counted for the predicted tokens only, as their share of all the text's tokens.
+    """
+
+    ppl: float
+    nll_per_token: float
+    bits_per_byte: float
+    n_tokens: int
+    n_windows: int
+
+
+def perplexity(
+    model: PreTrainedModel | PackedLlama,
+    text: Heldout,
+    seq_len: int,
+    *,
+    max_tokens: int | None = None,
+    batch_size: int = 1,
+) -> PerplexityResult:
+    """Perplexity of `model` on the first `max_tokens` tokens (default: all) of `text`.
+
+    Raises UserError if the text is shorter than a window, the window is longer than the model's positions, or the text
+    has token ids that the model does not know.
+    """
+    positions = getattr(model.config, "max_position_embeddings", seq_len)
+    if seq_len > positions:
+        raise UserError(f"seq_len={seq_len} is more than the model's {positions} positions; choose at most that")
+    windows = heldout_windows(text.token_ids, seq_len, max_tokens)
+    if int(windows.max()) >= model.config.vocab_size:
+        raise UserError(
+            f"the text holds token {int(windows.max())}, but the model's vocabulary has {model.config.vocab_size}: "
+            "the tokenizer is not the model's"
+        )
+    nll, n_tokens = nll_of_windows(hidden_and_head(model), windows.to(model.device), batch_size)
+    return PerplexityResult(
+        ppl=perplexity_of(nll / n_tokens),
+        nll_per_token=nll / n_tokens,
+        bits_per_byte=bits_per_byte(nll, n_tokens, text.n_bytes / len(text.token_ids)),
+        n_tokens=n_tokens,
+        n_windows=len(windows),
+    )
+
+
+def heldout_windows(token_ids: Tensor, seq_len: int, max_tokens: int | None = None) -> Tensor:
+    """The first `max_tokens` of token_ids [n] as windows int64 [n // seq_len, seq_len] that do not overlap; no tail.
+
+    Raises UserError if not even one window can be filled.
+    """
+    ids = torch.as_tensor(token_ids, dtype=torch.int64)[:max_tokens]
+    n_windows = len(ids) // seq_len
+    if seq_len < 2 or not n_windows:
+        raise UserError(
+            f"{len(ids)} tokens of held-out text do not fill one window of seq_len={seq_len} (at least 2); "
+            "give more text or a smaller seq_len"
+        )
+    return ids[: n_windows * seq_len].view(n_windows, seq_len)
+
+
+@torch.inference_mode()
+def nll_of_windows(
+    hidden_and_head: Callable[[Tensor], tuple[Tensor, Head]], windows: Tensor, batch_size: int
+) -> tuple[float, int]:
+    """Summed negative log-likelihood (nats, in fp64) of each window's tokens after its first, and their number.
+
+    windows: int64 [n,T]. hidden_and_head(ids [B,T]) returns hidden [B,T,D] and the function that makes logits of it;
+    that is called on CHUNK_TOKENS tokens at a time, so logits [B,T,V] never exist.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=windows.device)
+    n_tokens = windows.shape[0] * (windows.shape[1] - 1)
+    with tqdm(total=n_tokens, desc="perplexity", unit="token", unit_scale=True, leave=False, disable=None) as bar:
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size]
+            hidden, head = hidden_and_head(batch)
+            hidden_M, labels_M = hidden[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
+            for at in range(0, len(labels_M), CHUNK_TOKENS):
+                chunk = slice(at, at + CHUNK_TOKENS)
+                nll_M = F.cross_entropy(head(hidden_M[chunk]).float(), labels_M[chunk], reduction="none")
+                total += nll_M.double().sum()
+            bar.update(len(labels_M))
+    return total.item(), n_tokens
+
+
+def hidden_and_head(model: PreTrainedModel | PackedLlama) -> Callable[[Tensor], tuple[Tensor, Head]]:
+    """What `nll_of_windows` asks of a model."""
+    if isinstance(model, PackedLlama):
+        return lambda ids: (model.hidden(ids), model.head)
+    if isinstance(model, LlamaForCausalLM):
+        return lambda ids: (model.model(input_ids=ids, use_cache=False).last_hidden_state, model.lm_head)
+    # Other architectures may scale or cap their logits after the head, so those are taken as the model gives them.
+    return lambda ids: (model(input_ids=ids, use_cache=False).logits, lambda logits: logits)
+
+
+def perplexity_of(nll_per_token: float) -> float:
+    return math.exp(nll_per_token) if nll_per_token < 700 else math.inf
+
+
+def bits_per_byte(nll_sum: float, n_tokens: int, bytes_per_token: float) -> float:
+    """nll_sum nats over n_tokens predicted tokens, in bits per byte of text."""
+    return nll_sum / math.log(2) / (n_tokens * bytes_per_token)
+
+
+def load_text(path: Path, tokenizer: Tokenizer) -> Heldout:
+    """The text of one file, joined and tokenized for `perplexity`.
+
+    .jsonl, .jsonl.gz and .jsonl.zst hold a document per line under "text"; .txt is one document. .raw and .tokens are
+    WikiText's: its lines are the documents, as the `datasets` library yields them (a blank one is "", any other keeps
+    its newline), which is what published WikiText perplexities were measured on.
+    """
+    if path.suffix not in WIKITEXT_SUFFIXES:
+        return load_heldout([str(path)], tokenizer)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    text = "\n\n".join(line if line.strip() else "" for line in lines)
+    token_ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
+    return Heldout(token_ids=token_ids, n_bytes=len(text.encode()), n_documents=len(lines))
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One lm-eval task. Figures are shares of 1; what a task does not report is None.
+
+    majority is the accuracy of always giving the most frequent answer: what acc must exceed to mean anything.
+    """
+
+    acc: float | None
+    acc_stderr: float | None
+    acc_norm: float | None
+    acc_norm_stderr: float | None
+    majority: float | None
+    n_documents: int
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    folder: Path,
+    tasks: Sequence[str],
+    *,
+    include_path: Path | None = None,
+    batch_size: int = 1,
+    limit: int | None = None,
+) -> dict[str, TaskResult]:
+    """Runs lm-eval `tasks` (zero-shot unless a task says otherwise), with the tokenizer in the model's `folder`.
+
+    include_path: a folder with YAML tasks of one's own. limit: documents per task, for a quick look.
+    Raises UserError without lm-eval, for unknown tasks, and for data sets that cannot be loaded.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UserError("lm-eval is not installed, and --tasks needs it; pip install 'fbitrain[eval]'") from None
+    from transformers import AutoTokenizer
+
+    paths = str(include_path) if include_path else None
+    # Without lm-eval's own 14,000 tasks, which take most of a minute to index, where they are not needed.
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    if not set(tasks) <= set(manager.all_subtasks):
+        manager = TaskManager(include_path=paths)
+    if unknown := sorted(set(tasks) - set(manager.all_tasks)):
+        raise UserError(
+            f"lm-eval has no task {', '.join(unknown)}; `lm-eval ls tasks` lists them, --include-path adds some"
+        )
+    lm = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=batch_size)
+    try:
+        results = simple_evaluate(lm, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=True)
+    except OSError as error:  # which a missing file and a hub out of reach both are
+        raise UserError(
+            f"the data of a task among {', '.join(tasks)} cannot be loaded ({error}); "
+            "without network, describe local files in YAML tasks and pass --include-path"
+        ) from error
+    return task_results(results["results"], results["samples"])
+
+
+def task_results(
+    results: Mapping[str, Mapping[str, Any]], samples: Mapping[str, Iterable[Mapping[str, Any]]]
+) -> dict[str, TaskResult]:
+    """Picks TaskResults out of what lm-eval returns; groups have no samples and are left out."""
+    picked = {}
+    for task, logged in samples.items():
+        figures = results[task]
+        # A task with several filters logs each document once per filter.
+        targets = list({sample["doc_id"]: str(sample["target"]) for sample in logged}.values())
+        is_choice = "acc,none" in figures
+        picked[task] = TaskResult(
+            acc=_number(figures.get("acc,none")),
+            acc_stderr=_number(figures.get("acc_stderr,none")),
+            acc_norm=_number(figures.get("acc_norm,none")),
+            acc_norm_stderr=_number(figures.get("acc_norm_stderr,none")),
+            majority=max(Counter(targets).values()) / len(targets) if is_choice and targets else None,
+            n_documents=len(targets),
+        )
+    return picked
+
+
+def _number(figure: Any) -> float | None:
+    """lm-eval writes "N/A" where there is no standard error."""
+    return float(figure) if isinstance(figure, int | float) else None

@@ -1,0 +1,177 @@
+"""Loading a causal language model in full precision: a Hugging Face folder, a hub id or a GGUF file.
+
+Teachers and the models that fine-tuning starts from are loaded here alike. `role` is what messages call the model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from fbitrain.base.errors import UserError
+from fbitrain.data.tokenizing.gguf_tokenizer import read_metadata
+from fbitrain.loading.pretrained_shape import HUB_ID
+
+TEACHER = "teacher"
+SUPPORTED = "a causal language model of transformers whose logits are the product of its last hidden state and its head"
+# What transformers raises on files it cannot make sense of.
+_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+
+
+def load_language_model(
+    path: str | Path, dtype: torch.dtype, *, role: str = TEACHER, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model at `path` on the CPU, with plain weights in `dtype` and dropout switched off.
+
+    Raises UserError, one sentence, if there is no such model, if it cannot be loaded or lacks weights.
+    """
+    where = locate(path, role)
+    if where is not None and where.is_file():
+        return load_gguf(where, dtype, role=role)
+    try:
+        config = without_dropout(AutoConfig.from_pretrained(where or path, trust_remote_code=trust_remote_code))
+        model, info = AutoModelForCausalLM.from_pretrained(
+            where or path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except _LOAD_ERRORS as error:
+        raise _not_loadable(path, error, role) from error
+    _require_all_weights(path, info, role)
+    return model
+
+
+def load_gguf(path: Path, dtype: torch.dtype, *, role: str = TEACHER) -> PreTrainedModel:
+    """The model in a GGUF file with plain weights; transformers by itself would keep some architectures packed."""
+    _gguf_vocab_size(path, role)  # a damaged header is told apart here
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+        )
+        _require_all_weights(path, info, role)
+        del loaded.config.quantization_config
+        model = AutoModelForCausalLM.from_config(without_dropout(loaded.config), dtype=torch.float32)
+        model.load_state_dict(loaded.state_dict())
+    except _LOAD_ERRORS as error:
+        raise _not_loadable(path, error, role) from error
+    for parameter in model.parameters():  # model.to(dtype) would round the rotary embedding's buffers too
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """`config` with every dropout probability 0: pretraining has none, and a resumed run would draw others."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
+            setattr(config, name, 0.0)
+    return config
+
+
+def vocab_size_of(path: str | Path, role: str = TEACHER) -> int:
+    """The number of words that the model at `path` knows, from its config.json or GGUF header; reads no weights.
+
+    Raises UserError if there is no such model.
+    """
+    where = locate(path, role)
+    if where is not None and where.is_file():
+        return _gguf_vocab_size(where, role)
+    values = read_hf_config(path, role)
+    size = values.get("vocab_size") or values.get("text_config", {}).get("vocab_size")
+    if not isinstance(size, int):
+        raise UserError(f"{role} {path} has no vocab_size in its config.json; it must be {SUPPORTED}")
+    return size
+
+
+def read_hf_config(path: str | Path, role: str = TEACHER) -> dict[str, Any]:
+    """The bare values of the config.json in a folder or on the hub: no code that comes with a model is run for them.
+
+    Raises UserError if there is no such model.
+    """
+    try:
+        values, _ = PretrainedConfig.get_config_dict(locate(path, role) or path)
+    except _LOAD_ERRORS as error:
+        raise _not_loadable(path, error, role) from error
+    return dict(values)
+
+
+@torch.no_grad()
+def checked_head(model: PreTrainedModel, path: str | Path, role: str = TEACHER) -> Tensor:
+    """The head's weight [V, D], after trying on two tokens that logits are nothing but hidden state · headᵀ.
+
+    Raises UserError for a model without a head, with a bias in it, or with other logits.
+    """
+    kind, head = type(model).__name__, model.get_output_embeddings()
+    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
+        raise UserError(f"{role} {path} is a {kind}, which has no output head; it must be {SUPPORTED}")
+    if getattr(head, "bias", None) is not None:  # whatever its values: it would be neither trained nor released
+        raise UserError(f"{role} {path} is a {kind}, whose output head has a bias; it must be {SUPPORTED}")
+    head_VD: Tensor = head.weight.detach()
+    token_ids = trial_tokens(head_VD.device)
+    logits = model(input_ids=token_ids, use_cache=False).logits.float()
+    product = (model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state @ head_VD.t()).float()
+    # A bias, a scale or soft-capping changes logits by far more than bf16 rounding does.
+    if product.shape != logits.shape or (product - logits).abs().max() > 1e-2 * logits.abs().max():
+        raise UserError(f"{role} {path} is a {kind}, which scales, caps or shifts its logits; it must be {SUPPORTED}")
+    return head_VD
+
+
+def trial_tokens(device: torch.device) -> Tensor:
+    """int64 [1, 2]: what a model is tried on."""
+    return torch.tensor([[0, 1]], device=device)
+
+
+def locate(path: str | Path, role: str = TEACHER) -> Path | None:
+    """The model's folder or GGUF file, or None if `path` can only be a hub id."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise UserError(
+                f"{role} folder {path} has no config.json; name a Hugging Face folder, hub id or .gguf file"
+            )
+        return local
+    if local.is_file():
+        if local.suffix != ".gguf":
+            raise UserError(f"{role} {path} is neither a folder nor a .gguf file; name the folder with its config.json")
+        return local
+    if local.suffix == ".gguf" or not HUB_ID.fullmatch(str(path)):
+        raise UserError(f"{role} {path} does not exist; name a Hugging Face folder, a hub id or a .gguf file")
+    return None
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says in its first line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _require_all_weights(path: str | Path, info: dict[str, Any], role: str) -> None:
+    if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
+        raise UserError(f"{role} {path} lacks {len(missing)} of its tensors, among them {missing[0]}; get it anew")
+
+
+def _gguf_vocab_size(path: Path, role: str) -> int:
+    try:
+        metadata = read_metadata(str(path), "")
+    except UserError:
+        raise UserError(f"{role} {path} is damaged, or not a GGUF file; fetch it again") from None
+    size = metadata.get(f"{metadata.get('general.architecture')}.vocab_size")
+    return int(size) if size else len(metadata.get("tokenizer.ggml.tokens", ()))
+
+
+def _not_loadable(path: str | Path, error: Exception, role: str) -> UserError:
+    """One sentence for whatever transformers had against the model."""
+    message = str(error)
+    if "trust_remote_code" in message:
+        mend = "set distill.trust_remote_code=true if you trust it" if role == TEACHER else f"it must be {SUPPORTED}"
+        return UserError(f"{role} {path} brings its own code; {mend}")
+    if "Unrecognized configuration class" in message or "does not recognize this architecture" in message:
+        return UserError(f"{role} {path} is of an unsupported architecture; it must be {SUPPORTED}")
+    if locate(path, role) is None:
+        return UserError(
+            f"{role} {path} is neither a folder nor a .gguf file here, and cannot be had from the Hugging Face hub: "
+            f"{first_line(error)} Correct the name, or download the model and give its folder"
+        )
+    return UserError(f"{role} {path} cannot be loaded: {first_line(error)}")

@@ -1,0 +1,279 @@
+"""The model card of a release: what was trained, on what, how good it is, what it weighs, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fbitrain.base.files import read_json_lines
+from fbitrain.calibration.text import needs_text
+from fbitrain.config import Config
+from fbitrain.config_optim import describe_optimizer
+from fbitrain.loading.pretrained_shape import is_binary_run
+from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig
+from fbitrain.model.hf import ReleasedModel
+from fbitrain.model.phases import binary_share, has_phases, unfinished_phase
+from fbitrain.optim.schedules import batch_spans
+
+# Papers of the methods, by binarize.method.
+PAPERS = {
+    "binary": "FBI-LLM, autoregressive distillation (arXiv 2407.07093)",
+    "partial": "PB-LLM, partial binarization (arXiv 2310.00034)",
+    "cherry": "CherryQ (arXiv 2404.02837)",
+    "mixture_of_scales": "BinaryMoS (arXiv 2406.12311)",
+    "onebit": "OneBit (arXiv 2402.11295)",
+    "bnn": "BNN (arXiv 1602.02830)",
+    "xnor": "XNOR-Net (arXiv 1603.05279)",
+    "bireal": "Bi-Real Net (arXiv 1808.00278)",
+    "recu": "ReCU (arXiv 2103.12369)",
+    "fda": "FDA-BNN (arXiv 2103.00816)",
+    "bitnet": "BitNet (arXiv 2310.11453)",
+    "ternary": "BitNet b1.58 (arXiv 2402.17764)",
+}
+# What a weight becomes, where neither options nor rows have a say in it.
+PATTERNS = {
+    "onebit": "sign(W) between one learned scale per input and one per output",
+    "bnn": "sign(W)",
+    "bitnet": "β·sign(W − mean W), one β per matrix; activations rounded to int8 per token",
+    "ternary": "γ·(−1, 0 or +1), one γ per matrix; activations rounded to int8 per token",
+}
+HELDOUT_KEYS = ("heldout/perplexity", "heldout/bits_per_byte")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How far a checkpoint got, and the last held-out figures (keys of metrics.jsonl) up to it."""
+
+    step: int
+    tokens: int
+    heldout: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What the packed form of a model holds."""
+
+    binary_weights: int
+    binary_bits: int  # what they take: signs, rows padded to whole words, scales, and salient weights with their places
+    other_weights: int  # embeddings, norms, head, biases
+    other_bits: int
+    parts: dict[str, int] = field(default_factory=dict)  # binary_bits by kind of tensor
+
+    @classmethod
+    def of(cls, model: ReleasedModel) -> Storage:
+        """Every tensor counted as it is stored."""
+        tensors = model.packed_tensors()
+        parts: dict[str, int] = {}
+        for layer in model.layers.values():
+            for name, tensor in layer.tensors.items():
+                parts[name] = parts.get(name, 0) + 8 * tensor.nbytes
+        others = [*model.rest, *model.biases]
+        return cls(
+            binary_weights=model.binary_weights,
+            binary_bits=sum(parts.values()),
+            other_weights=sum(tensors[name].numel() for name in others),
+            other_bits=8 * sum(tensors[name].nbytes for name in others),
+            parts=parts,
+        )
+
+    @property
+    def bits_per_binary_weight(self) -> float:
+        return self.binary_bits / self.binary_weights
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over the whole model, embeddings included."""
+        return (self.binary_bits + self.other_bits) / (self.binary_weights + self.other_weights)
+
+
+def heldout_metrics(run_dir: Path, step: int) -> dict[str, float]:
+    """The last held-out figures up to `step` in a run's metrics.jsonl; empty if there are none."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        return {}
+    found: dict[str, float] = {}
+    for record in read_json_lines(path):
+        if record.get("step", step + 1) <= step:
+            found.update({key: record[key] for key in HELDOUT_KEYS if key in record})
+    return found
+
+
+def model_card(
+    config: Config, training: Training, storage: Storage | None, formats: Sequence[str], dtype: str, model_type: str
+) -> str:
+    """README.md of a release as Hugging Face reads it: a YAML header, then Markdown.
+
+    storage: what packed holds, if that is among `formats`. dtype: of all other weights. model_type: transformers' name
+    of the architecture.
+    """
+    parts = [_header(config, training), _recipe(config, training), _figures(training)]
+    if storage is not None:
+        parts.append(_size(storage, dtype))
+    parts += [_loading(formats, model_type), _limits(config, training, "packed" in formats)]
+    return "\n".join(parts)
+
+
+def _header(config: Config, training: Training) -> str:
+    kind = "Llama"
+    if config.model.pretrained:
+        origin, kind = f"fine-tuned from {config.model.pretrained}", "language model"
+    else:
+        origin = "trained from scratch"
+    how, share = config.binarize, binary_share(config.binarize, training.step)
+    tags = ["fbitrain", *(["full-precision"] if share == 0 else [_bits(how)] if share == 1 else [])]
+    if not how.enabled:
+        kind = f"A full-precision {kind}, the twin of a 1-bit one"
+    elif share == 0:
+        kind = f"A full-precision {kind}, from a run before its weights become {_bits(how)}"
+    elif share < 1:
+        kind = f"A {kind} between full precision and {_bits(how)} weights"
+    else:
+        kind = f"A {kind} with {_bits(how)} weights"
+    tags += ["distillation"] if config.distill.uses_teacher else []
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{", ".join(tags)}]
+---
+# {config.run.name}
+
+{kind}, {origin} by fbitrain.
+"""
+
+
+def _bits(how: BinarizeConfig) -> str:
+    if how.method in SALIENT_METHODS:
+        return "partially binary"
+    return "ternary" if how.method == "ternary" else "1-bit"
+
+
+def _recipe(config: Config, training: Training) -> str:
+    model, how, distill = config.model, config.binarize, config.distill
+    rows = {
+        "method": PAPERS[how.method] if how.enabled else "",
+        "started from": model.pretrained,
+        "layers × width × feed-forward": f"{model.n_layers} × {model.d_model} × {model.d_ff}, {model.n_heads} heads",
+        "vocabulary, positions": f"{model.vocab_size}, {model.max_seq_len}",
+        "phases": _phases(how, training.step),
+        "binary weights": _pattern(config) if binary_share(how, training.step) else "none",
+        "never binary": ", ".join(["embeddings", "norms", *how.skip]) if how.enabled else "",
+        "calibration": _calibration(config),
+        "teacher": distill.teacher if distill.uses_teacher else "none",
+        "loss": f"{distill.kd_weight:g} · CE(teacher) + {distill.ce_weight:g} · CE(labels)"
+        + (f" + {distill.hidden_weight:g} · MSE(hidden states)" if distill.hidden_weight else ""),
+        "temperature": f"{distill.temperature:g}",
+        "steps, tokens": f"{training.step} of {config.train.total_steps}, {training.tokens:,}",
+        "batch, sequence": f"{_batch(config)} tokens per step, {config.data.seq_len} tokens",
+        "optimizer": describe_optimizer(config.optim),
+        "learning rate": f"{config.optim.lr} → {config.optim.min_lr} ({config.optim.schedule}), "
+        f"{config.optim.warmup_steps} warm-up steps",
+        "data": ", ".join(f"{source.name} ({source.weight:g})" for source in config.data.sources),
+    }
+    return "## Recipe\n\n| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items() if value)
+
+
+def _batch(config: Config) -> str:
+    """Tokens of the first step, and every later size with the step it begins at."""
+    spans = batch_spans(config.train)
+    return ", ".join(f"{tokens:,}" + (f" from step {first:,} on" if first > 1 else "") for first, tokens in spans)
+
+
+def _phases(how: BinarizeConfig, step: int) -> str:
+    """Of a run that is not binary from its first step on: how far this model is, or how it came to be binary."""
+    if unfinished := unfinished_phase(how, step):
+        return unfinished
+    steps = [("in full precision", how.from_step), ("mixed", how.anneal_steps)]
+    told = ", ".join(f"{kind}: {count}" for kind, count in steps if count)
+    return f"steps {told}, then binary" if has_phases(how) else ""
+
+
+def _calibration(config: Config) -> str:
+    """What this run did to find salient weights and solve its layers; "" where the weights alone said it."""
+    looked_at, how = config.calibration, config.binarize
+    if not how.enabled or how.method not in SALIENT_METHODS:
+        return ""
+    if is_binary_run(config.model.pretrained):
+        return f"none by this run; it has the salient weights that {config.model.pretrained} was given"
+    parts = []
+    if looked_at.ptq:
+        parts.append("GPTQ-PB" if looked_at.feedback else "GPTQ-PB without feedback")
+    if needs_text(config):
+        parts.append(f"{looked_at.n_sequences} sequences of {looked_at.seq_len or config.data.seq_len} tokens")
+    return " on ".join(parts)
+
+
+def _pattern(config: Config) -> str:
+    how = config.binarize
+    group = f" of {how.group_size}" if how.scale == "group" else ""
+    if how.method in SALIENT_METHODS:
+        salient = how.salient
+        share = f"{salient.fraction:g} of the weights, by {salient.criterion} per {salient.scope}, in {salient.dtype}"
+        rest = "α·sign(W)" if how.bits == 1 else f"{2**how.bits} levels"
+        return f"{share}; the rest {rest}, one scale per {how.scale}{group}"
+    if how.method == "binary":
+        shift = "α·sign(W) + β" if how.beta else "α·sign(W)"
+        return f"{shift}, learned per {how.scale}{group}; straight-through estimator {how.ste}"
+    if how.method == "mixture_of_scales":
+        return f"sign(W) between {how.n_experts} pairs of input and output scales, mixed for each token by a router"
+    return PATTERNS.get(how.method, "α·sign(W), α the mean of |W| per row")
+
+
+def _figures(training: Training) -> str:
+    if not training.heldout:
+        return (
+            "## Figures\n\nThis run measured no held-out text; `python launch/eval.py FOLDER --ppl NAME=FILE` does.\n"
+        )
+    rows = "".join(f"| {key.removeprefix('heldout/')} | {value:.4g} |\n" for key, value in training.heldout.items())
+    return f"## Figures\n\nOn the run's held-out documents, measured during training:\n\n| | |\n|---|---|\n{rows}"
+
+
+def _size(storage: Storage, dtype: str) -> str:
+    megabytes = (storage.binary_bits + storage.other_bits) / 8e6
+    shares = ", ".join(f"{name} {bits / storage.binary_weights:.3f}" for name, bits in storage.parts.items())
+    return f"""## Size of packed
+
+{storage.binary_weights:,} binary weights take {storage.bits_per_binary_weight:.3f} bits each, scales included
+({shares}).
+With the {storage.other_weights:,} weights of embeddings, norms and head in {dtype}, the whole model is
+{megabytes:,.1f} MB, {storage.bits_per_weight:.2f} bits per weight.
+"""
+
+
+def _loading(formats: Sequence[str], model_type: str) -> str:
+    lines = ["## Loading", ""]
+    if "dense" in formats:
+        lines += ["`dense` needs transformers only:", "", _snippet("dense", ""), ""]
+    if "packed" in formats:
+        lines += [
+            "`packed` runs this folder's `remote_code.py` (plain torch), or, where fbitrain is installed,",
+            f'`fbitrain.model.hf.register("{model_type}")` first and leave `trust_remote_code` out:',
+            "",
+            _snippet("packed", ", trust_remote_code=True"),
+            "",
+        ]
+    if "gguf" in formats:
+        lines += ["`gguf` is for llama.cpp: `llama-cli -m gguf/FILE.gguf -p ...`", ""]
+    return "\n".join(lines)
+
+
+def _snippet(name: str, option: str) -> str:
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{name}"{option})
+tokenizer = AutoTokenizer.from_pretrained("{name}"{option})
+```"""
+
+
+def _limits(config: Config, training: Training, packed: bool) -> str:
+    nature = "A base model: it continues text, and was not tuned to follow instructions or to be safe."
+    if config.model.pretrained:
+        nature = f"It has the limits of {config.model.pretrained}, whose licence may bind its use too."
+    lines = ["## Limits", "", nature, "Its teacher's and its data's licences may bind its use."]
+    if config.data.add_bos:
+        lines.append("Training put BOS before each document; a prompt should start with it too.")
+    if binary_share(config.binarize, training.step) and config.binarize.method in ("bitnet", "ternary"):
+        lines.append("`dense` has the weights but not the rounding of activations to int8 that training had.")
+    if packed:
+        lines.append("In plain torch `packed` saves memory, not time: it unpacks its bits at every call.")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,131 @@
+"""What every command does with errors and arguments, the verbs, and numbers a person can read."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fbitrain.base.command import BROKEN_PIPE, INTERRUPTED, natural, positive, run
+from fbitrain.base.errors import UserError
+from fbitrain.commands import verbs
+from fbitrain.data.commands.arguments import config_parser
+from fbitrain.data.tools.tables import human_bytes, table
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("it is broken; mend it"), 1, "it is broken; mend it"),
+        (KeyboardInterrupt(), INTERRUPTED, "interrupted"),
+    ],
+)
+def test_an_error_is_one_sentence_and_an_exit_code(
+    capsys: pytest.CaptureFixture[str], error: BaseException, code: int, message: str
+) -> None:
+    def main(options: argparse.Namespace) -> None:
+        raise error
+
+    assert run(main, config_parser("inspect", ""), ["config.yaml"]) == code
+    assert capsys.readouterr().err == f"fbitrain data inspect: {message}\n"
+
+
+PRINT = """
+import sys
+from fbitrain.base.command import run
+from fbitrain.data.commands.arguments import config_parser
+def main(options):
+    print("\\n".join(["line"] * int(sys.argv[1])))
+sys.exit(run(main, config_parser("inspect", ""), ["config.yaml"]))
+"""
+
+
+@pytest.mark.parametrize("n_lines", [1, 200_000], ids=["left in the buffer", "more than a pipe holds"])
+def test_an_output_that_nobody_reads_is_no_traceback(n_lines: int) -> None:
+    command = [sys.executable, "-c", PRINT, str(n_lines)]
+    end, closed = os.pipe()
+    os.close(end)
+    try:
+        ended = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=60)
+    finally:
+        os.close(closed)
+    assert (ended.returncode, ended.stderr) == (BROKEN_PIPE, "")
+
+
+def test_options_and_overrides_may_be_mixed() -> None:
+    parser = config_parser("inspect", "")
+    parser.add_argument("--n", type=positive)
+    seen: list[argparse.Namespace] = []
+    assert run(seen.append, parser, ["c.yaml", "data.seed=1", "--n", "3", "data.n_lanes=2"]) == 0
+    assert (seen[0].config, seen[0].overrides, seen[0].n) == ("c.yaml", ["data.seed=1", "data.n_lanes=2"], 3)
+
+
+@pytest.mark.parametrize(("kind", "text"), [(positive, "0"), (natural, "-1")])
+def test_numbers_out_of_range_are_refused(kind: type[int], text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=text):
+        kind(text)
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"), [(0, "0 B"), (999, "999 B"), (1234567, "1.2 MB"), (5e12, "5.0 TB"), (2e16, "20000.0 TB")]
+)
+def test_bytes_for_people(n: float, expected: str) -> None:
+    assert human_bytes(n) == expected
+
+
+def test_a_table_is_aligned() -> None:
+    assert table(["source", "n"], [["c4", "10"], ["wikipedia", "7"]]) == "source      n\nc4         10\nwikipedia   7"
+
+
+def test_a_verb_is_its_module_and_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in verbs.VERBS:
+        with pytest.raises(SystemExit) as ended:
+            verbs.call([*verb.split(), "--help"])
+        assert ended.value.code == 0
+        assert capsys.readouterr().out.startswith(f"usage: fbitrain {verb} ")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["data"], ["data", "-h"]])
+def test_without_a_verb_all_are_listed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert verbs.call(arguments) == 0
+    listed = capsys.readouterr().out
+    assert all(f"  {verb} " in listed for verb in verbs.VERBS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["pretrian", "x.yaml"], "fbitrain: 'pretrian' is no verb; did you mean pretrain?"),
+        (["data", "inspekt"], "fbitrain: 'data inspekt' is no verb; did you mean data inspect?"),
+        (["x.yaml"], "fbitrain: 'x.yaml' is no verb; `fbitrain` alone lists them"),
+    ],
+)
+def test_an_unknown_verb_is_refused(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verbs.call(arguments) == 2
+    assert capsys.readouterr() == ("", f"{sentence}\n")
+
+
+def test_every_script_of_launch_is_a_verb() -> None:
+    for script in sorted((ROOT / "launch").glob("*.py")):
+        assert f'leave(["{script.stem.replace("_", "-")}", ' in script.read_text()
+        assert script.stem.replace("_", "-") in verbs.VERBS
+
+
+def test_a_shipped_configuration_is_shown_by_its_name_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert verbs.call(["config", "show", "quickstart", "train.total_steps=70"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["train"]["total_steps"], shown["optim"]["optimizer"]) == (70, "muon")
+    assert verbs.call(["config", "list"]) == 0
+    assert "quickstart " in capsys.readouterr().out
+    assert verbs.call(["config", "show", "quikstart"]) == 1
+    assert "`fbitrain config list` names the shipped ones" in capsys.readouterr().err
