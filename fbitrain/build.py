@@ -109,7 +109,7 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
         tokenizer=tokenizer,
         heldout=heldout,
         loader=loader,
-        writer=MetricsWriter(config.run_dir, state.step),
+        writer=MetricsWriter(config, state.step),
         interval=IntervalMeans(at),
         signs=SignTracker(engine, watched, config.metrics.near_zero, at),
         scales=ScaleTracker(engine, at),

@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard of a run: the same scalars in both."""
+"""metrics.jsonl and TensorBoard of a run. A scalar is known by its key in metrics.jsonl everywhere but on the page."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
+from fbitrain.config import Config
 from fbitrain.files import fsync_file, write_text
+from fbitrain.tensorboard_page import TensorBoardPage
 
 
 class MetricsWriter:
@@ -21,42 +21,35 @@ class MetricsWriter:
     Lines after `step` are dropped: a resumed run repeats those steps.
     """
 
-    def __init__(self, run_dir: Path, step: int) -> None:
+    def __init__(self, config: Config, step: int) -> None:
         self._active = dist.get_rank() == 0
         if not self._active:
             return
-        self._path = run_dir / "metrics.jsonl"
+        self._path = config.run_dir / "metrics.jsonl"
         write_text(self._path, "".join(line + "\n" for line in lines_up_to(self._path, step or -1)))
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else 0)
+        self._page = TensorBoardPage(config, step)
 
     def scalars(self, step: int, tokens: int, scalars: Mapping[str, float]) -> None:
         if self._active:
             line = {"step": step, "tokens": tokens, "time": round(time.time(), 3), **scalars}
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, step)
+            self._page.scalars(step, scalars)
 
     def texts(self, step: int, texts: Mapping[str, str]) -> None:
         if self._active:
-            for name, text in texts.items():
-                self._board.add_text(name, f"```\n{text}\n```", step)
+            self._page.texts(step, texts)
 
-    def histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
+    def histograms(self, step: int, scales: Mapping[str, Tensor]) -> None:
         if self._active:
-            for name, tensor in values.items():
-                if not torch.isfinite(tensor).all():
-                    continue
-                kind = name.rsplit(".", 1)[-1]
-                self._board.add_histogram(f"{kind}/{name.removeprefix('model.')}", tensor.numpy(), step)
-            self._board.flush()
+            self._page.histograms(step, scales)
 
     def close(self) -> None:
         if self._active:
             self._file.close()
             fsync_file(self._path)
-            self._board.close()
+            self._page.close()
 
 
 def lines_up_to(path: Path, step: int) -> list[str]:
