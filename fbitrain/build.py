@@ -21,12 +21,14 @@ from fbitrain.config import Config, to_yaml
 from fbitrain.data.loader import TokenLoader
 from fbitrain.data.reading.heldout_text import load_heldout
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
+from fbitrain.debug_logs import BatchLog, DocumentLog
 from fbitrain.engine import Engine, device, resolve_precision, shard_teacher
 from fbitrain.fine_tune import fine_tuned_student
 from fbitrain.inference.evaluate import heldout_windows
 from fbitrain.loading.language_model import vocab_size_of
 from fbitrain.loading.tokenizer_folder import keep_tokenizer
-from fbitrain.metrics import BatchLog, DocumentLog, Interval, Writer, flops_per_token
+from fbitrain.metrics import IntervalMeans
+from fbitrain.metrics_writer import MetricsWriter
 from fbitrain.model.build import BinarizeReport, build_student
 from fbitrain.model.config import has_signs_of_weights
 from fbitrain.optim.schedules import batch_spans
@@ -34,6 +36,7 @@ from fbitrain.ranks import agreed, from_rank_0, say
 from fbitrain.student import Student
 from fbitrain.teacher import Teacher, load_teacher
 from fbitrain.tracking import ScaleTracker, SignTracker
+from fbitrain.utilization import flops_per_token
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Parts:
     tokenizer: Tokenizer
     heldout: Heldout | None
     loader: TokenLoader
-    writer: Writer
-    interval: Interval
+    writer: MetricsWriter
+    interval: IntervalMeans
     signs: SignTracker
     scales: ScaleTracker
     flops_per_token: float
@@ -105,8 +108,8 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
         tokenizer=tokenizer,
         heldout=heldout,
         loader=loader,
-        writer=Writer(config.run_dir, state.step),
-        interval=Interval(at),
+        writer=MetricsWriter(config, state.step),
+        interval=IntervalMeans(at),
         signs=SignTracker(engine, watched, config.metrics.near_zero, at),
         scales=ScaleTracker(engine, at),
         flops_per_token=flops_per_token(config, weights, teacher.n_parameters if teacher else 0),

@@ -122,7 +122,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """What is logged and how often (metrics.jsonl and TensorBoard get the same scalars)."""
+    """What is logged and how often, to metrics.jsonl and TensorBoard."""
 
     every: int = 10  # steps between log lines
     near_zero: float = 1e-3  # latent weights with |W| below this are counted as undecided

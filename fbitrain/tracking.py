@@ -1,4 +1,4 @@
-"""What training does to signs and scales, looked at between steps: shares of signs that changed, histograms."""
+"""What training does to signs, scales and routers, read between steps for a log line or an evaluation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fbitrain.model.mixture import MixtureOfScalesLinear
 from fbitrain.model.partial import PartialBinaryLinear
 from fbitrain.model.signs import count_flips, sign_bits
 from fbitrain.parameters import SCALE_PARAMETERS
@@ -100,6 +101,22 @@ class ScaleTracker:
         dist.all_reduce(counts)
         negative_share, changed = (counts[:2] / counts[2]).tolist()
         return {"scales/negative": negative_share, "scales/sign_changes": changed}
+
+
+def router_scalars(engine: Engine) -> dict[str, float]:
+    """The routers' softmax weights since the last call: their mean entropy in nats, and each expert's mean weight.
+
+    Means over tokens, layers and ranks. Empty if no layer has a router. Collective.
+    """
+    layers = [module for module in engine.student.modules() if isinstance(module, MixtureOfScalesLinear)]
+    if not layers:
+        return {}
+    sums = torch.stack([layer.take_router_stats() for layer in layers]).sum(0).to(engine.device)
+    dist.all_reduce(sums)
+    entropy, tokens, *loads = sums.tolist()
+    if not tokens:  # the layers are in full precision
+        return {}
+    return {"router/entropy": entropy / tokens} | {f"router/load_{i}": load / tokens for i, load in enumerate(loads)}
 
 
 def gather_scales(engine: Engine) -> dict[str, Tensor]:

@@ -26,12 +26,12 @@ from fbitrain.config import Config
 from fbitrain.engine import Engine, init_distributed
 from fbitrain.fine_tune import needs_calibration, with_known_sizes
 from fbitrain.inference.evaluate import bits_per_byte, perplexity_of
-from fbitrain.metrics import memory_scalars, peak_tflops, router_scalars
 from fbitrain.model.phases import binary_share, has_phases
 from fbitrain.optim.schedules import batch_tokens_at, lr_at
 from fbitrain.phases import enter_step, set_share
 from fbitrain.ranks import StopSignal, StreamError, agreed, from_rank_0, on_all_ranks, say
-from fbitrain.tracking import gather_scales
+from fbitrain.tracking import gather_scales, router_scalars
+from fbitrain.utilization import memory_scalars, peak_tflops
 
 
 def train(config: Config) -> None:

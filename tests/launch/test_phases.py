@@ -20,6 +20,7 @@ from fbitrain.inference.evaluate import perplexity
 from fbitrain.loading.model_folder import load_lm
 from fbitrain.model.binarize import init_scales
 from fbitrain.releasing.release import release
+from fbitrain.tensorboard_page import tag_of
 
 pytestmark = pytest.mark.launch
 ROOT = Path(__file__).parents[2]
@@ -66,9 +67,9 @@ def test_logs_the_share_of_each_step(reference: Any) -> None:
     wanted = {1: 0.0, 2: 0.0, 3: 1 / 3, 4: 2 / 3, 5: 1.0, 6: 1.0}
     found = {line["step"]: line["phase/binary_share"] for line in reference.metrics if "phase/binary_share" in line}
     assert found == wanted
-    board = EventAccumulator(str(reference.run_dir / "tensorboard"))
-    board.Reload()
-    assert {event.step: event.value for event in board.Scalars("phase/binary_share")} == pytest.approx(wanted)
+    board = EventAccumulator(str(reference.run_dir / "tensorboard" / reference.run_dir.name)).Reload()
+    shares = board.Scalars(tag_of("phase/binary_share"))
+    assert {event.step: event.value for event in shares} == pytest.approx(wanted)
 
 
 def test_scales_begin_where_the_weights_are_then(reference: Any) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from fbitrain.tensorboard_page import tag_of
+
 pytestmark = pytest.mark.launch
 FAULTS = Path(__file__).with_name("faulty_pretrain.py")
 
@@ -48,14 +50,23 @@ def test_learns_and_leaves_what_a_run_promises(reference: Any) -> None:
     assert [line["step"] for line in reference.metrics if "heldout/perplexity" in line] == [0, 3, 6]
 
 
-def test_tensorboard_shows_what_metrics_jsonl_holds(reference: Any) -> None:
+def board_of(run: Any) -> Any:
+    """The run's events as TensorBoard reads them: all of them in the one folder that bears the run's name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(reference.run_dir / "tensorboard"), size_guidance={"tensors": 0})
-    board.Reload()
-    losses = {event.step: event.value for event in board.Scalars("train/loss")}
+    (folder,) = {events.parent for events in (run.run_dir / "tensorboard").rglob("*tfevents*")}
+    assert folder.relative_to(run.run_dir).parts == ("tensorboard", run.run_dir.name)
+    board = EventAccumulator(str(folder), size_guidance={"tensors": 0, "scalars": 0})
+    return board.Reload()
+
+
+def test_tensorboard_shows_what_metrics_jsonl_holds(reference: Any) -> None:
+    board = board_of(reference)
+    losses = {event.step: event.value for event in board.Scalars("1 overview/1 loss")}
     assert losses == pytest.approx(reference.losses, rel=1e-6)
-    assert any(tag.startswith("alpha/layers.0") for tag in board.Tags()["histograms"])
+    keys = {key for line in reference.metrics for key in line if "/" in key}
+    assert {tag_of(key) for key in keys} <= {*board.Tags()["scalars"]}
+    assert any(tag.startswith("9 alpha by layer/layers.0") for tag in board.Tags()["histograms"])
     assert any("sample/0" in tag for tag in board.Tags()["tensors"])
 
 
@@ -91,6 +102,7 @@ def test_three_steps_kill_and_the_rest_are_the_same_run(launch: Any, reference: 
     again = launch("killed")
     assert "resumed from" in again.output
     assert again.losses == reference.losses
+    assert [event.step for event in board_of(again).Scalars("1 overview/1 loss")] == [1, 2, 3, 4, 5, 6]
     for rank in (0, 1):
         wanted = [batch for batch in reference.batches(rank) if batch["step"] > 3]
         assert [batch for batch in again.batches(rank) if batch["step"] > 3][-len(wanted) :] == wanted
