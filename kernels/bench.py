@@ -1,4 +1,4 @@
-"""How fast the CPU kernels are: beside torch, and beside what this machine can do at most.
+"""How fast the CPU kernels are, compared with torch and with the peaks of this machine.
 
     python -m fbitrain.kernels.bench [--preset 7b] [--tokens 1 512] [--threads 2] [--rounds 15] [--help]
 
@@ -32,6 +32,7 @@ from torch import Tensor
 from fbitrain.kernels import cpu, ops, reference
 from fbitrain.kernels.cpu_build import FLAGS, SOURCES, find_compiler
 from fbitrain.kernels.dispatch import Call, select_backend
+from fbitrain.kernels.weights import BinaryWeight, MixtureWeight, PartialWeight
 
 # (N, K) of a preset's Linears: attention, gate and up, down.
 SHAPES = {
@@ -44,9 +45,11 @@ DECODE_TOKENS = 8  # up to here a weight is read from memory, not from the cache
 BURST = 8  # calls of one contender in a row, as a model calls one layer after the other, each with another weight
 BANDWIDTH_BYTES = 128 * 2**20
 N_EXPERTS, SALIENT_SHARE = 4, 0.05
-TILE_TOKENS = 8  # from here on AMX multiplies int8 (csrc/amx.cpp)
-LOOKED_UP = 60  # tokens, or any number whose sums are looked up
-DIGITS = 3  # lookups for one of int8, where a float is put in fixed point (csrc/kernels.h)
+TILE_TOKENS = 8  # from this many tokens on AMX multiplies int8 (csrc/amx.cpp)
+# The peak of AVX2's lookups is measured as that of int8 with so many tokens. Any number from 3 on would do: with fewer,
+# bench_peaks.cpp measures the loop of multiplications instead.
+LOOKED_UP_TOKENS = 60
+DIGITS = 3  # int8 lookups that one float in fixed point takes (csrc/kernels.h)
 ENTRY_BYTES = 3  # of a salient weight: its column and its int8 value
 Contender = Callable[[], object]
 
@@ -86,13 +89,13 @@ class Peaks:
 class Layer:
     """A random weight of each kind, its packed words taken from a pool that no cache holds if `tokens` are few."""
 
-    def __init__(self, n: int, k: int, tokens: int) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, n: int, k: int, tokens: int, level: str) -> None:
+        generator, self.level = torch.Generator().manual_seed(0), level
         self.k, self.weight = k, torch.randn(n, k, generator=generator)
         words = ops.pack_signs(self.weight)
         self._pool_bytes = POOL_BYTES if tokens <= DECODE_TOKENS else 0
         self._pool, self._turn = self._copies(words), 0
-        self._interleaved = [ops.interleave_signs(words, k) for words in self._pool]
+        self._interleaved = [cpu.interleave(level, words, k) for words in self._pool]
         self.interleaves = self._interleaved[0] is not None
         self.alpha, self.beta, self.row_alpha = torch.rand(1, k), torch.rand(1, k), torch.rand(n, 1)
         self.gates = torch.randn(tokens, N_EXPERTS, generator=generator).softmax(1)
@@ -110,20 +113,30 @@ class Layer:
         self._turn = (self._turn + 1) % len(self._pool)
         return self._pool[self._turn]
 
+    def binary_weight(self) -> BinaryWeight:
+        return BinaryWeight(self.words(), self.alpha, self.beta, "column", self.k)
+
     def binary(self, x: Tensor, mode: str) -> Contender:
-        return lambda: ops.binary_linear(x, self.words(), self.alpha, self.beta, "column", self.k, 128, mode)
+        run = cpu.kernel("binary_linear", self.level)
+        return lambda: run(x, self.binary_weight(), mode)
 
     def ordered(self, x: Tensor, mode: str) -> Contender:
-        """With the bits' second copy, where the level has such a thing."""
-        scales = self.alpha, self.beta, "column", self.k, 128, mode
-        return lambda: ops.binary_linear(x, self.words(), *scales, self._interleaved[self._turn])
+        """As a decoder multiplies: with a copy of the bits in the order of lookups, where the level has one."""
+        run = cpu.kernel("binary_linear", self.level)
+        return lambda: run(x, self.binary_weight(), mode, self._interleaved[self._turn])
 
     def mixture(self, x: Tensor, mode: str) -> Contender:
-        return lambda: ops.mixture_linear(x, self.words(), self.gates, *self.experts, self.k, mode)
+        run = cpu.kernel("mixture_linear", self.level)
+        return lambda: run(x, MixtureWeight(self.words(), self.gates, *self.experts, self.k), mode)
 
     def partial(self, x: Tensor, mode: str) -> Contender:
-        entries = self.row_starts, self.columns, self.values, self.row_alpha
-        return lambda: ops.partial_linear(x, self.words(), self.row_alpha, "row", *entries, self.k, 128, mode)
+        run, entries = cpu.kernel("partial_linear", self.level), (self.row_starts, self.columns, self.values)
+        row_alpha = self.row_alpha  # of the signs and of the int8 values
+        return lambda: run(x, PartialWeight(self.words(), row_alpha, "row", *entries, row_alpha, self.k), mode)
+
+    def xnor(self, x_words: Tensor) -> Contender:
+        run = cpu.kernel("xnor_gemm", self.level)
+        return lambda: run(x_words, self.words(), self.k)
 
     def dense(self, x: Tensor) -> Contender:
         weights = itertools.cycle(self._copies(self.weight.to(x.dtype)))
@@ -144,7 +157,7 @@ def contenders(layer: Layer, m: int) -> tuple[dict[str, Contender], dict[str, st
         "digits (float)": layer.ordered(x, "float"),
         "int8 (fp32)": layer.binary(x, "int8"),
         "float (fp32)": layer.binary(x, "float"),
-        "xnor": lambda: ops.xnor_gemm(x_words, layer.words(), layer.k),
+        "xnor": layer.xnor(x_words),
     }
     peers = {"xnor": "torch packed"}
     for mode in ("int8", "float"):
@@ -177,7 +190,7 @@ def in_turns(
 
 def bench_shape(n: int, k: int, m: int, peaks: Peaks, rounds: int) -> None:
     """Prints the table of one shape."""
-    layer = Layer(n, k, m)
+    layer = Layer(n, k, m, peaks.level)
     runs, peers = contenders(layer, m)
     limits: dict[str, list[float]] = {"bandwidth": [], "int8": [], "ordered": [], "digits": [], "float": [], "xnor": []}
 
@@ -185,7 +198,9 @@ def bench_shape(n: int, k: int, m: int, peaks: Peaks, rounds: int) -> None:
         limits["bandwidth"].append(peaks.bandwidth())
         for kernel in ("int8", "float", "xnor"):
             limits[kernel].append(peaks.instructions(kernel, m))
-        limits["ordered"].append(peaks.instructions("int8", LOOKED_UP) if layer.interleaves else limits["int8"][-1])
+        limits["ordered"].append(
+            peaks.instructions("int8", LOOKED_UP_TOKENS) if layer.interleaves else limits["int8"][-1]
+        )
         limits["digits"].append(limits["ordered"][-1] / DIGITS if layer.interleaves else limits["float"][-1])
 
     median = in_turns(runs, rounds, BURST if m <= DECODE_TOKENS else 1, aside=measure_limits)
@@ -211,13 +226,14 @@ def bench_shape(n: int, k: int, m: int, peaks: Peaks, rounds: int) -> None:
 
 def bench_overhead(rounds: int) -> None:
     """Prints what a call costs beyond the kernel: a weight of one word."""
-    x, words, alpha = torch.randn(1, 32), torch.ones(1, 1, dtype=torch.int32), torch.ones(1, 32)
+    x, words = torch.randn(1, 32), torch.ones(1, 1, dtype=torch.int32)
+    weight = BinaryWeight(words, torch.ones(1, 32), None, "column", 32)
     calls = 1000
 
     def many() -> None:
         with torch.no_grad():
             for _ in range(calls):
-                ops.binary_linear(x, words, alpha, None, "column", 32, 128)
+                ops.binary_linear(x, weight)
 
     print(f"\noverhead of a call: {in_turns({'calls': many}, rounds)['calls'] / calls * 1e6:.1f} µs (N=1, K=32, M=1)")
 

@@ -1,5 +1,5 @@
-"""What the ops refuse, with shapes in the message. The checks run in each op and in its fake, so a traced and an eager
-call fail with the same words, and before any backend sees a pointer.
+"""What the ops refuse: each check raises ValueError with shapes in the message. The checks run in each op and in its
+fake, before any backend is called, so a traced and an eager call fail with the same words.
 
 Letters: N out_features, K in_features, Kw = ceil(K / 32) words, M tokens, E scaling experts.
 """
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fbitrain.kernels.layout import MAX_EXPERTS, MAX_K, MODES, NARROW_COLUMNS, interleaved_words, n_words, scale_shape
+from fbitrain.kernels.layout import MAX_EXPERTS, MAX_K, MODES, NARROW_COLUMNS, n_words, scale_shape
+from fbitrain.kernels.weights import BinaryWeight, MixtureWeight, PartialWeight
 
 
 def not_finite(row: int, shape: Sequence[int]) -> ValueError:
@@ -30,11 +31,6 @@ def check_unpack_signs(words: Tensor, k: int, dtype: torch.dtype) -> None:
         raise ValueError(f"unpack_signs gives a float dtype, not {dtype}")
 
 
-def check_interleave_signs(words: Tensor, k: int) -> None:
-    _check_words("interleave_signs", "words", words, k, 2)
-    _check_contiguous("interleave_signs", words=words)
-
-
 def check_xnor_gemm(a: Tensor, b: Tensor, k: int) -> None:
     _check_words("xnor_gemm", "a", a, k, 2)
     _check_words("xnor_gemm", "b", b, k, 2)
@@ -42,50 +38,26 @@ def check_xnor_gemm(a: Tensor, b: Tensor, k: int) -> None:
     _check_devices("xnor_gemm", a, b)
 
 
-def check_binary_linear(
-    x: Tensor,
-    words: Tensor,
-    alpha: Tensor,
-    beta: Tensor | None,
-    scale: str,
-    k: int,
-    group_size: int,
-    mode: str = "float",
-    interleaved: Tensor | None = None,
-) -> None:
+def check_binary_linear(x: Tensor, weight: BinaryWeight, mode: str = "float") -> None:
     """x may have any strides; the weight's tensors must be contiguous, for copying them in every call would be slow."""
+    words, alpha, beta, scale, k, group_size = weight
     _check_activations("binary_linear", x, words, k, mode)
     wanted = scale_shape(scale, words.shape[0], k, group_size)
     if beta is not None and scale == "group":
         raise ValueError("binary_linear: scale='group' has no shift; beta must be None")
-    _check_scales("alpha", alpha, scale, wanted)
-    if beta is None:
-        _check_contiguous("binary_linear", words=words, alpha=alpha)
-        _check_devices("binary_linear", x, words, alpha)
-    else:
-        _check_scales("beta", beta, scale, wanted)
-        _check_contiguous("binary_linear", words=words, alpha=alpha, beta=beta)
-        _check_devices("binary_linear", x, words, alpha, beta)
-    if interleaved is not None:
-        _check_interleaved(interleaved, words, k)
+    _check_scale("binary_linear", "alpha", alpha, scale, wanted)
+    _check_contiguous("binary_linear", words=words, alpha=alpha)
+    _check_devices("binary_linear", x, words, alpha)
+    if beta is not None:
+        _check_scale("binary_linear", "beta", beta, scale, wanted)
+        _check_contiguous("binary_linear", beta=beta)
+        _check_devices("binary_linear", x, beta)
 
 
-def _check_interleaved(interleaved: Tensor, words: Tensor, k: int) -> None:
-    wanted = (interleaved_words(words.shape[0], k),)
-    if interleaved.dtype != torch.int32 or interleaved.shape != wanted:
-        raise ValueError(
-            f"binary_linear: interleaved must be what interleave_signs made of words, int32 {list(wanted)}, "
-            f"not {_describe(interleaved)}"
-        )
-    _check_contiguous("binary_linear", interleaved=interleaved)
-    _check_devices("binary_linear", words, interleaved)
-
-
-def check_mixture_linear(
-    x: Tensor, words: Tensor, gates: Tensor, alpha_in: Tensor, alpha_out: Tensor, k: int, mode: str = "float"
-) -> None:
-    """x and gates may have any strides; the weight's tensors must be contiguous."""
+def check_mixture_linear(x: Tensor, weight: MixtureWeight, mode: str = "float") -> None:
+    """x and gates may have any strides; the weight's other tensors must be contiguous."""
     op = "mixture_linear"
+    words, gates, alpha_in, alpha_out, k = weight
     _check_activations(op, x, words, k, mode)
     n_experts = alpha_in.shape[0] if alpha_in.dim() else 0
     if not 1 <= n_experts <= MAX_EXPERTS:
@@ -98,37 +70,24 @@ def check_mixture_linear(
     _check_devices(op, x, words, gates, alpha_in, alpha_out)
 
 
-def check_partial_linear(
-    x: Tensor,
-    words: Tensor,
-    alpha: Tensor,
-    scale: str,
-    row_starts: Tensor,
-    columns: Tensor,
-    values: Tensor,
-    value_scale: Tensor | None,
-    k: int,
-    group_size: int,
-    mode: str = "float",
-) -> None:
+def check_partial_linear(x: Tensor, weight: PartialWeight, mode: str = "float") -> None:
     """x may have any strides; the weight's tensors must be contiguous. What row_starts and columns hold is for the
     backends to check: it would cost as much as the product."""
     op = "partial_linear"
-    _check_activations(op, x, words, k, mode)
-    if scale not in ("row", "group"):
-        raise ValueError(f"{op}: scale={scale!r} is unknown; choose row or group")
-    _check_float(op, "alpha", alpha, scale_shape(scale, words.shape[0], k, group_size))
-    _check_salient(op, words.shape[0], k, row_starts, columns, values, value_scale)
-    tensors = {"words": words, "alpha": alpha, "row_starts": row_starts, "columns": columns, "values": values}
-    if value_scale is not None:
-        tensors["value_scale"] = value_scale
+    _check_activations(op, x, weight.words, weight.k, mode)
+    if weight.scale not in ("row", "group"):
+        raise ValueError(f"{op}: scale={weight.scale!r} is unknown; choose row or group")
+    wanted = scale_shape(weight.scale, weight.words.shape[0], weight.k, weight.group_size)
+    _check_scale(op, "alpha", weight.alpha, weight.scale, wanted)
+    _check_salient(op, weight)
+    tensors = {name: value for name, value in weight._asdict().items() if isinstance(value, Tensor)}
     _check_contiguous(op, **tensors)
     _check_devices(op, x, *tensors.values())
 
 
-def _check_salient(
-    op: str, n: int, k: int, row_starts: Tensor, columns: Tensor, values: Tensor, value_scale: Tensor | None
-) -> None:
+def _check_salient(op: str, weight: PartialWeight) -> None:
+    words, _, _, row_starts, columns, values, value_scale, k, _ = weight
+    n = words.shape[0]
     if row_starts.dtype != torch.int32 or row_starts.shape != (n + 1,):
         raise ValueError(f"{op}: row_starts must be int32 [{n + 1}], not {_describe(row_starts)}")
     column_dtype = torch.uint16 if k <= NARROW_COLUMNS else torch.int32
@@ -158,19 +117,15 @@ def _check_float(op: str, name: str, value: Tensor, wanted: tuple[int, int]) -> 
         raise ValueError(f"{op}: {name} must be float {list(wanted)}, not {_describe(value)}")
 
 
-def _check_scales(name: str, value: Tensor, scale: str, wanted: tuple[int, int]) -> None:
+def _check_scale(op: str, name: str, value: Tensor, scale: str, wanted: tuple[int, int]) -> None:
     if value.shape != wanted or not value.is_floating_point():
-        raise ValueError(
-            f"binary_linear: {name} of scale={scale!r} must be float {list(wanted)}, not {_describe(value)}"
-        )
+        raise ValueError(f"{op}: {name} of scale={scale!r} must be float {list(wanted)}, not {_describe(value)}")
 
 
 def _check_contiguous(op: str, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous, not {_describe(tensor)} with strides {tensor.stride()}")
-        if tensor.is_neg():
-            raise ValueError(f"{op}: {name} {_describe(tensor)} is negated lazily; pass {name}.resolve_neg()")
 
 
 def _check_words(op: str, name: str, words: Tensor, k: int, dim: int | None) -> None:

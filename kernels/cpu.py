@@ -19,6 +19,7 @@ from torch import Tensor
 from fbitrain.kernels.checks import not_finite
 from fbitrain.kernels.cpu_build import BuildError, build
 from fbitrain.kernels.layout import MODES, SCALES, interleaved_words, n_words
+from fbitrain.kernels.weights import BinaryWeight, MixtureWeight, PartialWeight
 
 LEVELS = ("amx", "avx512", "avx2", "portable")  # fastest first
 _NUMBER = {"portable": 0, "avx2": 1, "avx512": 2, "amx": 3}  # as in csrc/cpu_features.cpp
@@ -175,127 +176,56 @@ def _xnor_gemm(level: int, a: Tensor, b: Tensor, k: int) -> Tensor:
 
 
 def _binary_linear(
+    level: int, x: Tensor, weight: BinaryWeight, mode: str = "float", interleaved: Tensor | None = None
+) -> Tensor:
+    """`interleaved` is what `interleave` made of the words: a decoder multiplies so, and bench.py and the tests here.
+    It changes no result of "int8"; "float" then rounds x (times α for scale "column") to 24 bits of the token's largest
+    magnitude, in place of its sums.
+    """
+    beta = None if weight.beta is None else weight.beta.float()
+    tensors = interleaved, weight.alpha.float(), beta
+    return _multiply("binary_linear", level, x, weight, mode, tensors, weight.group_size, scale=weight.scale)
+
+
+def _mixture_linear(level: int, x: Tensor, weight: MixtureWeight, mode: str = "float") -> Tensor:
+    tensors = weight.gates.contiguous(), weight.alpha_in.float(), weight.alpha_out.float()
+    return _multiply("mixture_linear", level, x, weight, mode, tensors, weight.alpha_in.shape[0])
+
+
+def _partial_linear(level: int, x: Tensor, weight: PartialWeight, mode: str = "float") -> Tensor:
+    tensors = weight.alpha.float(), weight.row_starts, weight.columns, weight.values, weight.value_scale
+    sizes = weight.group_size, weight.columns.numel()
+    return _multiply("partial_linear", level, x, weight, mode, tensors, *sizes, scale=weight.scale)
+
+
+def _multiply(
+    op: str,
     level: int,
     x: Tensor,
-    words: Tensor,
-    alpha: Tensor,
-    beta: Tensor | None,
-    scale: str,
-    k: int,
-    group_size: int,
-    mode: str = "float",
-    interleaved: Tensor | None = None,
+    weight: BinaryWeight | MixtureWeight | PartialWeight,
+    mode: str,
+    tensors: tuple[Tensor | None, ...],
+    *sizes: int,
+    scale: str = "",
 ) -> Tensor:
-    n = words.shape[0]
-    if interleaved is not None and interleaved.data_ptr() % 64:
-        raise ValueError("binary_linear: interleaved must lie at a multiple of 64 bytes; pass all of interleave_signs")
-    x, alpha = x.contiguous(), alpha.float()
-    beta = None if beta is None else beta.float()
+    """Calls the C function of `op` (csrc/linear_calls.cpp), which takes level, threads, mode, whether x is bfloat16 and
+    the pattern `scale`, if there is one; then x, words, `tensors` and y; then M, N, K and `sizes`."""
+    x, n, k = x.contiguous(), weight.words.shape[0], weight.k
     y = x.new_empty((*x.shape[:-1], n))
-    status = _library().binary_linear(
-        level,
-        torch.get_num_threads(),
-        MODES.index(mode),
-        x.dtype is torch.bfloat16,
-        SCALES.index(scale),
-        x.data_ptr(),
-        words.data_ptr(),
-        None if interleaved is None else interleaved.data_ptr(),
-        alpha.data_ptr(),
-        None if beta is None else beta.data_ptr(),
-        y.data_ptr(),
-        x.numel() // k,
-        n,
-        k,
-        group_size,
-    )
-    _require_product(status, "binary_linear", x)
-    return y
-
-
-def _mixture_linear(
-    level: int,
-    x: Tensor,
-    words: Tensor,
-    gates: Tensor,
-    alpha_in: Tensor,
-    alpha_out: Tensor,
-    k: int,
-    mode: str = "float",
-) -> Tensor:
-    n = words.shape[0]
-    x, gates, alpha_in, alpha_out = x.contiguous(), gates.contiguous(), alpha_in.float(), alpha_out.float()
-    y = x.new_empty((*x.shape[:-1], n))
-    status = _library().mixture_linear(
-        level,
-        torch.get_num_threads(),
-        MODES.index(mode),
-        x.dtype is torch.bfloat16,
-        x.data_ptr(),
-        words.data_ptr(),
-        gates.data_ptr(),
-        alpha_in.data_ptr(),
-        alpha_out.data_ptr(),
-        y.data_ptr(),
-        x.numel() // k,
-        n,
-        k,
-        alpha_in.shape[0],
-    )
-    _require_product(status, "mixture_linear", x)
-    return y
-
-
-def _partial_linear(
-    level: int,
-    x: Tensor,
-    words: Tensor,
-    alpha: Tensor,
-    scale: str,
-    row_starts: Tensor,
-    columns: Tensor,
-    values: Tensor,
-    value_scale: Tensor | None,
-    k: int,
-    group_size: int,
-    mode: str = "float",
-) -> Tensor:
-    n = words.shape[0]
-    x, alpha = x.contiguous(), alpha.float()
-    y = x.new_empty((*x.shape[:-1], n))
-    status = _library().partial_linear(
-        level,
-        torch.get_num_threads(),
-        MODES.index(mode),
-        x.dtype is torch.bfloat16,
-        SCALES.index(scale),
-        x.data_ptr(),
-        words.data_ptr(),
-        alpha.data_ptr(),
-        row_starts.data_ptr(),
-        columns.data_ptr(),
-        values.data_ptr(),
-        None if value_scale is None else value_scale.data_ptr(),
-        y.data_ptr(),
-        x.numel() // k,
-        n,
-        k,
-        group_size,
-        columns.numel(),
-    )
-    if status == -4:
-        raise ValueError(
-            f"partial_linear: row_starts must ascend from 0 to the {columns.numel()} entries, and the columns of each "
-            f"row must ascend, from 0 to {k - 1} at most"
-        )
-    _require_product(status, "partial_linear", x)
-    return y
-
-
-def _require_product(status: int, op: str, x: Tensor) -> None:
+    how = [level, torch.get_num_threads(), MODES.index(mode), x.dtype is torch.bfloat16]
+    if scale:
+        how.append(SCALES.index(scale))
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in (x, weight.words, *tensors, y)]
+    status = getattr(_library(), op)(*how, *pointers, x.numel() // k, n, k, *sizes)
     if status > 0:
         raise not_finite(status - 1, x.shape)
+    if status == -4 and isinstance(weight, PartialWeight):
+        raise ValueError(
+            f"{op}: row_starts must ascend from 0 to the {weight.columns.numel()} entries, and the columns of each row "
+            f"must ascend, from 0 to {k - 1} at most"
+        )
     require_ok(status, op)
+    return y
 
 
 def require_ok(status: int, op: str) -> None:

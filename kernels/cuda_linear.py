@@ -13,83 +13,54 @@ from fbitrain.kernels.checks import not_finite
 from fbitrain.kernels.cuda_linear_plan import PRODUCT_TENSORS, PROLOGUE_TENSORS, LinearCall, plan_linear
 from fbitrain.kernels.cuda_run import Device, dtype_name, run
 from fbitrain.kernels.reference import salient_places
+from fbitrain.kernels.weights import BinaryWeight, MixtureWeight, PartialWeight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of x
 _CHECKED = WeakTensorKeyDictionary()  # columns of salient weights -> their row_starts and the state of both
 
 
-def binary_linear(
-    device: Device,
-    x: Tensor,
-    words: Tensor,
-    alpha: Tensor,
-    beta: Tensor | None,
-    scale: str,
-    k: int,
-    group_size: int,
-    mode: str = "float",
-    interleaved: Tensor | None = None,  # not read: the words say all
-) -> Tensor:
+def binary_linear(device: Device, x: Tensor, weight: BinaryWeight, mode: str = "float") -> Tensor:
     """reference.binary_linear; `group_size` must be a multiple of 32."""
+    words, alpha, beta, scale, _, group_size = weight
     column = scale == "column"
     tensors = {"words": words, ("alpha_K" if column else "alpha"): alpha.float()}
     if beta is not None:
         tensors["beta_K" if column else "beta"] = beta.float()
-    shape = (x.numel() // k, words.shape[0], k, dtype_name(x.dtype))
-    call = LinearCall(*shape, mode, scale, group_size=group_size, has_shift=beta is not None)
+    call = LinearCall(*_sizes(x, weight), mode, scale, group_size=group_size, has_shift=beta is not None)
     return _multiply(device, call, x, tensors)
 
 
-def mixture_linear(
-    device: Device,
-    x: Tensor,
-    words: Tensor,
-    gates: Tensor,
-    alpha_in: Tensor,
-    alpha_out: Tensor,
-    k: int,
-    mode: str = "float",
-) -> Tensor:
+def mixture_linear(device: Device, x: Tensor, weight: MixtureWeight, mode: str = "float") -> Tensor:
     """reference.mixture_linear, but 16-bit activations times their scales are rounded to their dtype again."""
-    n_experts = alpha_in.shape[0]
-    call = LinearCall(x.numel() // k, words.shape[0], k, dtype_name(x.dtype), mode, n_experts=n_experts)
+    words, gates, alpha_in, alpha_out, _ = weight
+    call = LinearCall(*_sizes(x, weight), mode, n_experts=alpha_in.shape[0])
     scales = {"alpha_in": alpha_in.float(), "alpha_out": alpha_out.float()}
     return _multiply(device, call, x, {"words": words, "gates": gates.contiguous(), **scales})
 
 
-def partial_linear(
-    device: Device,
-    x: Tensor,
-    words: Tensor,
-    alpha: Tensor,
-    scale: str,
-    row_starts: Tensor,
-    columns: Tensor,
-    values: Tensor,
-    value_scale: Tensor | None,
-    k: int,
-    group_size: int,
-    mode: str = "float",
-) -> Tensor:
+def partial_linear(device: Device, x: Tensor, weight: PartialWeight, mode: str = "float") -> Tensor:
     """reference.partial_linear; `group_size` must be a multiple of 32. Waits for the GPU when a weight is new to it."""
-    _check_salient(row_starts, columns, k)
+    _check_salient(weight.row_starts, weight.columns, weight.k)
     call = LinearCall(
-        *(x.numel() // k, words.shape[0], k, dtype_name(x.dtype), mode, scale),
-        group_size=group_size,
-        column_bytes=columns.element_size(),
-        value_bytes=values.element_size(),
+        *(*_sizes(x, weight), mode, weight.scale),
+        group_size=weight.group_size,
+        column_bytes=weight.columns.element_size(),
+        value_bytes=weight.values.element_size(),
     )
-    tensors = {"words": words, "alpha": alpha.float(), "row_starts": row_starts, "columns": columns, "values": values}
-    if value_scale is not None:
-        tensors["value_scale"] = value_scale
-    return _multiply(device, call, x, tensors)
+    tensors = {name: value for name, value in weight._asdict().items() if isinstance(value, Tensor)}
+    return _multiply(device, call, x, {**tensors, "alpha": weight.alpha.float()})
+
+
+def _sizes(x: Tensor, weight: BinaryWeight | MixtureWeight | PartialWeight) -> tuple[int, int, int, str]:
+    """M, N, K and the dtype of x."""
+    return x.numel() // weight.k, weight.words.shape[0], weight.k, dtype_name(x.dtype)
 
 
 def _multiply(device: Device, call: LinearCall, x: Tensor, given: dict[str, Tensor]) -> Tensor:
-    """Runs the call's plan.
+    """Launches the plan of `call` with x and the tensors `given` by name: y [..., N].
 
-    Whether int8 activations are finite is known only to the GPU: asking costs one wait per call, after everything has
-    been launched.
+    Raises ValueError for int8 activations that are not finite. Only the GPU knows whether they are: asking costs one
+    wait per call, after everything has been launched.
     """
     absent = dict.fromkeys((*PRODUCT_TENSORS, *PROLOGUE_TENSORS))
     x_MK = x.detach().reshape(-1, call.k).contiguous()

@@ -1,6 +1,6 @@
 """What a CUDA op launches: which kernels, on which grids, with which arguments. Pure arithmetic: no torch, no CuPy.
 
-The GPU (cupy_backend) and the tests, which run the same kernels on the CPU, both launch what these functions say.
+cupy_backend launches these plans on a GPU; the tests launch the same plans on the CPU, from the same sources.
 
 Letters: N out_features, K in_features, Kw = ceil(K / 32) words, M tokens.
 """

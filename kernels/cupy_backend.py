@@ -61,7 +61,7 @@ def is_available() -> bool:
 
 @functools.cache
 def gpu() -> Gpu:
-    """What `dispatch` has to know: of several GPUs the least capable one counts, for a call may be on any.
+    """The GPU that `dispatch` chooses for: of several, the least capable, because a call may be on any.
 
     Says so once if there is a GPU and its kernels do not run.
     """

@@ -103,10 +103,10 @@ class _Screen(NamedTuple):
 
 
 class Decoder:
-    """The decoder that `tensors` make up. `activations`: "float", or "int8" per token at every binary Linear.
+    """A decoder made of `tensors`. `activations`: "float", or "int8" per token at every binary Linear.
 
-    It holds the bits a second time, in the order in which single tokens are multiplied fastest, where the level has
-    one; and from the first call of `likeliest` on the head, in 6 bits a weight.
+    Besides the tensors it holds two copies: of the bits, in the order in which single tokens are multiplied fastest, if
+    the level has such an order; and of the head, in 6 bits a weight, from the first call of `likeliest` on.
 
     It uses the level that FBITRAIN_BACKEND or the machine gives `binary_linear`, and torch.get_num_threads() threads.
     Raises ValueError for a shape that no decoder has, for tensors that do not fit it, and where no compiled level runs

@@ -1,4 +1,4 @@
-"""What a compiled decoder is made of: its sizes, its tensors, and whether the ones fit the others.
+"""The sizes and the tensors of a compiled decoder, and the check that the tensors have these sizes.
 
 Letters as in fbitrain.kernels.decoder.
 """

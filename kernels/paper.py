@@ -1,4 +1,6 @@
-"""What the CUDA kernels can take at best, on paper. `python -m fbitrain.kernels.paper` prints docs/kernels.md's table.
+"""The least time that the CUDA kernels can take, by calculation.
+
+    python -m fbitrain.kernels.paper        prints the table of docs/kernels.md
 
 NOT MEASURED. For each call the plan says which kernel runs; from its data path follow bytes, products and instructions,
 and from the GPU's data sheet the time of each. The longest is the bound. No torch, no GPU.

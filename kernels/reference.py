@@ -1,4 +1,4 @@
-"""The numbers' contract and every op in plain torch: correct on any device and dtype, fast on none.
+"""Every op in plain torch, for any device and dtype and fast on none: the definition of what the kernels compute.
 
 - sign(w) is +1 for w >= 0 (also for -0.0) and -1 below; it is never 0, so a weight is one bit.
 - Bit 1 means +1. Element k of a row is bit k % 32 of word k // 32; bits past K are 0 in every packed tensor.
@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from fbitrain.kernels.checks import not_finite
 from fbitrain.kernels.layout import WORD_BITS, n_words
+from fbitrain.kernels.weights import BinaryWeight, MixtureWeight, PartialWeight
 
 BLOCK_WEIGHTS = 2**20  # the linear ops unpack this many weights at a time (one row at least)
 
@@ -77,81 +78,53 @@ def quantize_int8(z: Tensor) -> tuple[Tensor, Tensor]:
     return (z * inverse).round().to(torch.int8), scale
 
 
-def binary_linear(
-    x: Tensor,
-    words: Tensor,
-    alpha: Tensor,
-    beta: Tensor | None,
-    scale: str,
-    k: int,
-    group_size: int,
-    mode: str = "float",
-    interleaved: Tensor | None = None,  # not read: the words say all
-) -> Tensor:
-    """x [..., k] times ŵᵀ, ŵ = α·sign(W) + β, the signs of W [N, k] packed in `words` [N, Kw]; [..., N] in x's dtype.
+def binary_linear(x: Tensor, weight: BinaryWeight, mode: str = "float") -> Tensor:
+    """x [..., K] times ŵᵀ: [..., N] in x's dtype.
 
-    `alpha` and `beta` have the shape that `layout.scale_shape` names for `scale` and are rounded to x's dtype, as in
-    training. The weight is unpacked in blocks of rows, so the dense matrix never exists.
+    α and β are rounded to x's dtype first, as in training. The signs are unpacked a block of rows at a time, so the
+    dense weight never exists in memory.
 
-    mode "float" computes in x's dtype. mode "int8" quantizes x (column: x·α) per token by `quantize_int8`, sums in
-    integers and scales in fp32; β multiplies the x that was not quantized.
+    mode "float" computes in x's dtype. mode "int8" quantizes x (for scale "column" x·α) per token by `quantize_int8`,
+    sums in integers and scales the sums in fp32; β is multiplied with x before it was quantized.
     """
-    x_MK, alpha = x.reshape(-1, k), alpha.to(x.dtype)
-    beta = None if beta is None else beta.to(x.dtype)
+    beta = None if weight.beta is None else weight.beta.to(x.dtype)
+    weight = weight._replace(alpha=weight.alpha.to(x.dtype), beta=beta)
     multiply = _int8_product if mode == "int8" else _float_product
-    return multiply(x_MK, words, alpha, beta, scale, k, group_size).to(x.dtype).reshape(*x.shape[:-1], words.shape[0])
+    return multiply(x.reshape(-1, weight.k), weight).to(x.dtype).reshape(*x.shape[:-1], weight.words.shape[0])
 
 
-def mixture_linear(
-    x: Tensor, words: Tensor, gates: Tensor, alpha_in: Tensor, alpha_out: Tensor, k: int, mode: str = "float"
-) -> Tensor:
-    """((x ∘ (gates·alpha_in)) Sᵀ) ∘ (gates·alpha_out) with S = sign(W) packed in `words` [N, Kw] (BinaryMoS).
+def mixture_linear(x: Tensor, weight: MixtureWeight, mode: str = "float") -> Tensor:
+    """((x ∘ (gates·alpha_in)) Sᵀ) ∘ (gates·alpha_out) for x [..., K] and S = sign(W): [..., N] in x's dtype.
 
-    x [..., k], gates fp32 [..., E] (the router's softmax), alpha_in [E, k], alpha_out [E, N]; [..., N] in x's dtype.
     The alphas are rounded to x's dtype, as in training; all else is computed in fp32, or wider if x is. The experts
     are added up in their order, so that the quantized values of mode "int8" (`quantize_int8` of x ∘ (gates·alpha_in))
     are defined to the bit.
     """
+    words, gates, alpha_in, alpha_out, k = weight
     wide = torch.promote_types(x.dtype, torch.float32)
     gates_ME = gates.reshape(-1, gates.shape[-1]).to(wide)
     z_MK = x.reshape(-1, k).to(wide) * _mixed(gates_ME, alpha_in.to(x.dtype).to(wide))
     multiply = _int8_product if mode == "int8" else _float_product
-    y_MN = multiply(z_MK, words, z_MK.new_ones(1, 1), None, "tensor", k, k)
+    y_MN = multiply(z_MK, BinaryWeight(words, z_MK.new_ones(1, 1), None, "tensor", k))
     y_MN = y_MN * _mixed(gates_ME, alpha_out.to(x.dtype).to(wide))
     return y_MN.to(x.dtype).reshape(*x.shape[:-1], words.shape[0])
 
 
-def partial_linear(
-    x: Tensor,
-    words: Tensor,
-    alpha: Tensor,
-    scale: str,
-    row_starts: Tensor,
-    columns: Tensor,
-    values: Tensor,
-    value_scale: Tensor | None,
-    k: int,
-    group_size: int,
-    mode: str = "float",
-) -> Tensor:
-    """x [..., k] times ŵᵀ for a partially binarized weight ŵ [N, k]; [..., N] in x's dtype.
+def partial_linear(x: Tensor, weight: PartialWeight, mode: str = "float") -> Tensor:
+    """x [..., K] times ŵᵀ for a partially binarized weight: [..., N] in x's dtype.
 
-    ŵ is α·sign(W), the signs packed in `words` [N, Kw] and `alpha` as of scale "row" or "group", except for the
-    salient weights: entries row_starts[n] to row_starts[n + 1] - 1 of `columns` and `values` are those of row n,
-    columns ascending. A salient weight is its value times value_scale[n] (values int8, value_scale fp32 [N, 1]) or the
-    value itself (values float16, no value_scale); the bit at its place is ignored. alpha is rounded to x's dtype, as
-    in training; all else is computed in fp32, or wider if x is.
-
-    mode "int8" quantizes x per token by `quantize_int8`; the sums of bits and of int8 values are integers, which fp32
-    scales put together. Raises ValueError for entries that are no rows of ascending columns.
+    α is rounded to x's dtype, as in training; all else is computed in fp32, or wider if x is. mode "int8" quantizes x
+    per token by `quantize_int8`; the sums of bits and of int8 values are integers, which fp32 scales put together.
+    Raises ValueError for entries that are no rows of ascending columns.
     """
+    words, _, _, row_starts, columns, values, value_scale, k, _ = weight
     wide = torch.promote_types(x.dtype, torch.float32)
     rows, columns = salient_places(row_starts, columns, k)
     x_MK = x.reshape(-1, k).to(wide)
     x_MK, step = quantize_int8(x_MK) if mode == "int8" else (x_MK, None)
     x_MK = x_MK if step is None else x_MK.double()  # integers, exact in fp64 far beyond int32
-    x_MgG = torch.unflatten(x_MK, 1, (-1, group_size if scale == "group" else k))
-    alpha = alpha.to(x.dtype).to(wide)
+    x_MgG = torch.unflatten(x_MK, 1, (-1, weight.groups or k))
+    alpha = weight.alpha.to(x.dtype).to(wide)
     y_MN = x_MK.new_empty(x_MK.shape[0], words.shape[0], dtype=wide)
     for block in _row_blocks(words.shape[0], k):
         entries = slice(int(row_starts[block.start]), int(row_starts[min(block.stop, words.shape[0])]))
@@ -186,25 +159,25 @@ def _mixed(gates_ME: Tensor, alpha: Tensor) -> Tensor:
     return total
 
 
-def _float_product(
-    x_MK: Tensor, words: Tensor, alpha: Tensor, beta: Tensor | None, scale: str, k: int, group_size: int
-) -> Tensor:
+def _float_product(x_MK: Tensor, weight: BinaryWeight) -> Tensor:
+    words, alpha, _, scale, k, _ = weight
     left = x_MK * alpha if scale == "column" else x_MK
     y_MN = x_MK.new_empty(x_MK.shape[0], words.shape[0])
     for block in _row_blocks(words.shape[0], k):
         signs = unpack_signs(words[block], k, x_MK.dtype)
-        if scale == "group":
-            signs = (torch.unflatten(signs, 1, (-1, group_size)) * alpha[block, :, None]).flatten(1)
+        if weight.groups:
+            signs = (torch.unflatten(signs, 1, (-1, weight.groups)) * alpha[block, :, None]).flatten(1)
         y_MN[:, block] = left @ signs.T
-    return _shifted(y_MN, x_MK, alpha, beta, scale)
+    return _shifted(y_MN, x_MK, weight)
 
 
-def _int8_product(
-    x_MK: Tensor, words: Tensor, alpha: Tensor, beta: Tensor | None, scale: str, k: int, group_size: int
-) -> Tensor:
-    x_MK, alpha, beta = x_MK.float(), alpha.float(), None if beta is None else beta.float()
+def _int8_product(x_MK: Tensor, weight: BinaryWeight) -> Tensor:
+    beta = None if weight.beta is None else weight.beta.float()
+    weight = weight._replace(alpha=weight.alpha.float(), beta=beta)
+    words, alpha, _, scale, k, _ = weight
+    x_MK = x_MK.float()
     q_MK, scale_M1 = quantize_int8(x_MK * alpha if scale == "column" else x_MK)
-    q_MgG = torch.unflatten(q_MK.double(), 1, (-1, group_size if scale == "group" else k))
+    q_MgG = torch.unflatten(q_MK.double(), 1, (-1, weight.groups or k))
     y_MN = x_MK.new_empty(x_MK.shape[0], words.shape[0])
     for block in _row_blocks(words.shape[0], k):
         signs_ngG = torch.unflatten(unpack_signs(words[block], k, torch.float64), 1, q_MgG.shape[1:])
@@ -213,15 +186,16 @@ def _int8_product(
             y_MN[:, block] = (sums_gMn.float() * alpha[block].T[:, None]).sum(0)
         else:
             y_MN[:, block] = sums_gMn[0].float()
-    return _shifted(y_MN.mul_(scale_M1), x_MK, alpha, beta, scale)
+    return _shifted(y_MN.mul_(scale_M1), x_MK, weight)
 
 
-def _shifted(y_MN: Tensor, x_MK: Tensor, alpha: Tensor, beta: Tensor | None, scale: str) -> Tensor:
+def _shifted(y_MN: Tensor, x_MK: Tensor, weight: BinaryWeight) -> Tensor:
     """y·α where α belongs to the rows of the weight, plus the part of β."""
-    if scale in ("row", "tensor"):
-        y_MN *= alpha.T
-    if beta is not None:
-        y_MN += x_MK @ beta.T if scale == "column" else x_MK.sum(1, keepdim=True) * beta.T
+    if weight.scale in ("row", "tensor"):
+        y_MN *= weight.alpha.T
+    if weight.beta is not None:
+        column = weight.scale == "column"
+        y_MN += x_MK @ weight.beta.T if column else x_MK.sum(1, keepdim=True) * weight.beta.T
     return y_MN
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from fbitrain.kernels import cpu, ops
 from fbitrain.kernels.dispatch import Call, backend_name
 from fbitrain.kernels.reference import sign
+from fbitrain.kernels.weights import BinaryWeight
 
 MEASURED = ("avx2", "avx512", "amx")
 MIN_WORK = 2**24  # weights times tokens; below it the overhead of the calls decides
@@ -44,14 +45,26 @@ def pays(backend: str, dtype: torch.dtype, m: int, n: int, k: int) -> bool:
 
 
 def _from_bits(x: Tensor, weight: Tensor) -> bool:
-    if x.dtype != torch.float32 or not x.is_cpu or not weight.is_cpu or not ops.nobody_watches(x):
+    if x.dtype != torch.float32 or not x.is_cpu or not weight.is_cpu or not _is_plain(x):
         return False
     if torch.is_autocast_enabled("cpu"):
         return False
     return pays(backend_name(Call("binary_linear", "cpu", x.dtype)), x.dtype, x.shape[0], *weight.shape)
 
 
+def _is_plain(x: Tensor) -> bool:
+    """Whether x has memory of its own to read, and nothing compiles, traces, transforms or intercepts what is done with
+    it: transposing the bits is a C function that torch does not know of."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
+
+
 def _product(x: Tensor, words: Tensor) -> Tensor:
     k = x.shape[1]
     with torch.no_grad():
-        return ops.binary_linear(x, words, x.new_ones(1, 1), None, "tensor", k, k)
+        return ops.binary_linear(x, BinaryWeight(words, x.new_ones(1, 1), None, "tensor", k))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fbitrain.kernels import ops
 from fbitrain.kernels.layout import NARROW_COLUMNS, scale_shape
+from fbitrain.kernels.weights import BinaryWeight, MixtureWeight, PartialWeight
 from fbitrain.model import remote_layers
 from fbitrain.model.linear import BinaryLinear
 
@@ -58,9 +59,9 @@ class PackedBinaryLinear(remote_layers.PackedLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """x ŵᵀ."""
-        mode = "int8" if self.int8 else "float"
         sizes = self.in_features, self.group_size
-        return ops.binary_linear(x, self.weight_bits, self.alpha, self.beta, self.scale, *sizes, mode)
+        weight = BinaryWeight(self.weight_bits, self.alpha, self.beta, self.scale, *sizes)
+        return ops.binary_linear(x, weight, "int8" if self.int8 else "float")
 
 
 class PackedTernaryLinear(remote_layers.PackedTernaryLinear):
@@ -68,8 +69,8 @@ class PackedTernaryLinear(remote_layers.PackedTernaryLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """x ŵᵀ."""
-        words, k = self.weight_bits.flatten(0, 1), self.in_features
-        return _add_planes(ops.binary_linear(x, words, self.alpha / 2, None, "tensor", k, k, "int8"), 2)
+        weight = BinaryWeight(self.weight_bits.flatten(0, 1), self.alpha / 2, None, "tensor", self.in_features)
+        return _add_planes(ops.binary_linear(x, weight, "int8"), 2)
 
 
 class PackedPartialLinear(remote_layers.PackedPartialLinear):
@@ -81,53 +82,45 @@ class PackedPartialLinear(remote_layers.PackedPartialLinear):
 
     def __init__(self, *sizes: int, **options: Any) -> None:
         super().__init__(*sizes, **options)
-        self._arguments: tuple[Tensor, ...] | None = None
+        self._weight: PartialWeight | None = None  # made of the tensors when it is first needed
         self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
     def product(self, x: Tensor) -> Tensor:
         """x ŵᵀ."""
-        if self._arguments is None:
-            self._arguments = self._kernel_arguments()
-        n_planes = len(self.weight_bits)
-        alpha, row_starts, columns, values, *value_scale = self._arguments
-        y = ops.partial_linear(
-            x,
-            self.weight_bits.flatten(0, 1),
-            alpha,
-            self.scale,
-            row_starts,
-            columns,
-            values,
-            value_scale[0] if value_scale else None,
-            self.in_features,
-            self.group_size,
-        )
-        return _add_planes(y, n_planes)
+        if self._weight is None:
+            self._weight = self._all_planes()
+        return _add_planes(ops.partial_linear(x, self._weight), len(self.weight_bits))
 
-    def _kernel_arguments(self) -> tuple[Tensor, ...]:
-        """(alpha, row_starts, columns, values, value_scale if there is one) of all planes."""
+    def _all_planes(self) -> PartialWeight:
+        """The weight of P·N rows."""
         n_planes, count = len(self.weight_bits), len(self.salient_values)
         rows, columns = torch.cat([self.mask(rows) for rows in self.row_blocks()]).nonzero(as_tuple=True)
         counts = torch.bincount(rows, minlength=self.out_features).repeat(n_planes)
-        row_starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
-        narrow = torch.uint16 if self.in_features <= NARROW_COLUMNS else torch.int32
-        columns = columns.repeat(n_planes).to(narrow)
-        if n_planes == 1:
-            scale = () if self.salient_scale is None else (self.salient_scale,)
-            return self.alpha, row_starts, columns, self.salient_values, *scale
-        values = torch.cat([self.salient_values, self.salient_values.new_zeros((n_planes - 1) * count)])
-        alpha = torch.cat([self.alpha * 2**plane for plane in range(n_planes)])
-        scale = () if self.salient_scale is None else (self.salient_scale.repeat(n_planes, 1),)
-        return alpha, row_starts, columns, values, *scale
+        alpha, values, value_scale = self.alpha, self.salient_values, self.salient_scale
+        if n_planes > 1:
+            alpha = torch.cat([alpha * 2**plane for plane in range(n_planes)])
+            values = torch.cat([values, values.new_zeros((n_planes - 1) * count)])
+            value_scale = None if value_scale is None else value_scale.repeat(n_planes, 1)
+        return PartialWeight(
+            words=self.weight_bits.flatten(0, 1),
+            alpha=alpha,
+            scale=self.scale,
+            row_starts=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32),
+            columns=columns.repeat(n_planes).to(torch.uint16 if self.in_features <= NARROW_COLUMNS else torch.int32),
+            values=values,
+            value_scale=value_scale,
+            k=self.in_features,
+            group_size=self.group_size,
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedPartialLinear:
-        self._arguments = None
+        self._weight = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
 
 def _forget(layer: PackedPartialLinear, _: Any) -> None:
-    layer._arguments = None
+    layer._weight = None
 
 
 class PackedOneBitLinear(remote_layers.PackedOneBitLinear):
@@ -135,8 +128,7 @@ class PackedOneBitLinear(remote_layers.PackedOneBitLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """x ŵᵀ."""
-        k = self.in_features
-        y = ops.binary_linear(x, self.weight_bits, self.scale_in, None, "column", k, k)
+        y = ops.binary_linear(x, BinaryWeight(self.weight_bits, self.scale_in, None, "column", self.in_features))
         return y * self.scale_out[0].to(x.dtype)
 
 
@@ -146,7 +138,7 @@ class PackedMixtureLinear(remote_layers.PackedMixtureLinear):
     def product(self, x: Tensor) -> Tensor:
         """The product with the scales of each token."""
         scales = self.scale_in, self.scale_out
-        return ops.mixture_linear(x, self.weight_bits, self.gates(x), *scales, self.in_features)
+        return ops.mixture_linear(x, MixtureWeight(self.weight_bits, self.gates(x), *scales, self.in_features))
 
 
 def _add_planes(y: Tensor, n_planes: int) -> Tensor:

@@ -86,10 +86,10 @@ float quantize(const float* z, int64_t padded, int8_t* q) {
 }
 
 // z = scale * (d[0] + 256 * d[1] + 65536 * d[2]), rounded to 24 bits of its largest magnitude: each digit as `quantize`
-// orders its values, d[0] of all columns first. Returns scale: 0 where z is zero, NaN or infinity where z holds one or is
-// too small for this (q is not written then).
+// orders its values, d[0] of all columns first. Returns scale: 0 where z is zero, NaN or infinity where z holds one or
+// is too small for this (q is not written then).
 float split_digits(const float* z, int64_t padded, int8_t* q) {
-    constexpr float kLargest = 127 * 65536.0f;  // with the last digit's 128 and roundings, 127 in the first digit at most
+    constexpr float kLargest = 127 * 65536.0f;  // with the last digit's 128 and roundings, at most 127 in the first
     constexpr float kSmallestNormal = 1.17549435e-38f;
     const float largest = largest_magnitude(z, padded), scale = largest / kLargest;
     if (!__builtin_isfinite(scale)) return scale;
@@ -130,8 +130,8 @@ int32_t sum_magnitudes(const int8_t* q, int64_t n) {
     return total;
 }
 
-// y of the kRows rows of a panel and one token, from its sums over the bits that are set: twice that minus `total` is the
-// sum with signs. It fits, but twice the sum may not: modulo 2^32.
+// y of the kRows rows of a panel and one token, from its sums over the bits that are set: twice that minus `total` is
+// the sum with signs. It fits, but twice the sum may not: modulo 2^32.
 void finish_int8(const int32_t* sums, int32_t total, float scale, const float* factor, float shift, const float* beta,
                  float* y) {
     for (int r = 0; r < kRows; ++r) {

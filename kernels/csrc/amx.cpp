@@ -1,8 +1,8 @@
 // int8 products of many tokens on AMX tiles; for few tokens, and for all else, the level below serves.
 //
-// A tile multiplication takes A, 16 tokens x 64 columns of int8, and B, for 16 rows of the weight the same 64 columns in
-// 16 lines of 4: which is just the order that (panel >> j) & 0x01010101 yields and that x is stored in. A is read where
-// it lies; B is written out once per block, and serves all its tokens.
+// A tile multiplication takes A, 16 tokens x 64 columns of int8, and B, for 16 rows of the weight the same 64 columns
+// in 16 lines of 4: which is just the order that (panel >> j) & 0x01010101 yields and that x is stored in. A is read
+// where it lies; B is written out once per block, and serves all its tokens.
 #include <immintrin.h>
 
 #include <cstring>
@@ -87,7 +87,9 @@ void int8_block(const uint32_t* panel, int n_words, const int8_t* x, ptrdiff_t s
 
 }  // namespace
 
-const KernelSet kAmx = {"amx",   nullptr, int8_block, 0,       nullptr, 0,
-                        nullptr, nullptr, nullptr,    nullptr, nullptr, nullptr, nullptr};
+const KernelSet kAmx = {
+    .name = "amx",
+    .int8_block = int8_block,
+};
 
 }  // namespace fbitrain

@@ -15,8 +15,8 @@ constexpr int64_t kWorth = 8;     // binary weights that take as long as one mul
 constexpr int64_t kTurnWorth = 256;    // and as long as a sine and a cosine
 constexpr int64_t kRotateWorth = 512;  // and as long as turning an element and putting it into the cache
 
-// The rotation of Hugging Face's Llama: element i turns with element i + head_size / 2. `turn` holds the cosines of all i,
-// then the sines.
+// The rotation of Hugging Face's Llama: element i turns with element i + head_size / 2. `turn` holds the cosines of all
+// i, then the sines.
 void rotate(int64_t half, const float* turn, float* head) {
     for (int64_t i = 0; i < half; ++i) {
         const float cosine = turn[i], sine = turn[half + i], a = head[i], b = head[i + half];
@@ -88,8 +88,8 @@ private:
         alignas(64) float columns[kQueries][kWidth];
         for (int64_t column = 0; column < model_.head_size; column += kWidth) {
             const char* values = cache_.value(kv_head_, 0) + column * bytes_of(cache_.format);
-            pass_.math.product(cache_.format, scores_, stride_, count_, values, cache_.padded_head, end_,
-                               columns[0], kWidth);
+            pass_.math.product(cache_.format, scores_, stride_, count_, values, cache_.padded_head, end_, columns[0],
+                               kWidth);
             const int64_t present = std::min<int64_t>(kWidth, model_.head_size - column);
             for (int64_t t = 0; t < count_; ++t) {
                 const float inverse = 1.0f / sums_[t];
@@ -133,7 +133,8 @@ void rotate_queries(const Pass& pass, const DecoderModel& model, const float* tu
     const int64_t work = kRotateWorth * pass.tokens * model.width();
     parallel_for(useful_threads(pass.threads, work), pass.tokens, [&](int64_t t, int) {
         for (int64_t head = 0; head < model.n_heads; ++head)
-            rotate(model.head_size / 2, turns + t * model.head_size, query + t * model.width() + head * model.head_size);
+            rotate(model.head_size / 2, turns + t * model.head_size,
+                   query + t * model.width() + head * model.head_size);
     });
 }
 

@@ -50,8 +50,8 @@ __m256i unscaled(const __m256i* sum) {
 }
 
 // One token. A bit is used where it stands: byte (bit << j) times x, for j < 4, and the same again after a shift by 4,
-// so that three instructions (and, multiply-add of pairs, add) do 32 weights. sum[j] holds 2^j times its value; it takes
-// 2 * kLoadWords terms of at most 2 * 8 * 127 before it is read, which 16 bits just hold.
+// so that three instructions (and, multiply-add of pairs, add) do 32 weights. sum[j] holds 2^j times its value; it
+// takes 2 * kLoadWords terms of at most 2 * 8 * 127 before it is read, which 16 bits just hold.
 template <int kRegisters>
 void int8_one_token(const uint32_t* panel, int n_words, const int8_t* x, int32_t* sums) {
     const __m256i mask[4] = {_mm256_set1_epi8(1), _mm256_set1_epi8(2), _mm256_set1_epi8(4), _mm256_set1_epi8(8)};
@@ -172,8 +172,7 @@ void float_tile(const uint32_t* panel, int n_words, const float* tables, ptrdiff
                 const __m256 table = _mm256_broadcast_ps(
                     reinterpret_cast<const __m128*>(tables + t * stride + 4 * (w * kPairTables + pair)));
                 #pragma GCC unroll 8
-                for (int g = 0; g < kRegisters; ++g)
-                {
+                for (int g = 0; g < kRegisters; ++g) {
                     sum[t][g] = _mm256_add_ps(sum[t][g], _mm256_permutevar_ps(table, bits[g]));
                     in_register(sum[t][g]);
                 }
@@ -192,8 +191,9 @@ void float_tile(const uint32_t* panel, int n_words, const float* tables, ptrdiff
 }
 
 void float_block(const uint32_t* panel, int n_words, const float* tables, ptrdiff_t stride, int tokens, float* sums) {
-    constexpr decltype(&float_tile<1, 2>) tiles[] = {nullptr,          float_tile<1, 4>, float_tile<2, 2>, float_tile<3, 2>,
-                                                     float_tile<4, 2>, float_tile<5, 2>, float_tile<6, 2>};
+    constexpr decltype(&float_tile<1, 2>) tiles[] = {nullptr,          float_tile<1, 4>, float_tile<2, 2>,
+                                                     float_tile<3, 2>, float_tile<4, 2>, float_tile<5, 2>,
+                                                     float_tile<6, 2>};
     for (int t = 0; t < tokens; t += kTileTokens) {
         const int n = tokens - t < kTileTokens ? tokens - t : kTileTokens;
         const int registers = n == 1 ? 4 : 2;
@@ -214,8 +214,8 @@ void transpose_8x8(const uint32_t* words, ptrdiff_t stride, uint32_t* panel) {
         for (int half = 0; half < 2; ++half) {
             const auto* top = reinterpret_cast<const __m128i*>(words + r * stride + 4 * half);
             const auto* bottom = reinterpret_cast<const __m128i*>(words + (r + 4) * stride + 4 * half);
-            halves[4 * half + r] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(top)),
-                                                           _mm_loadu_si128(bottom), 1);
+            halves[4 * half + r] =
+                _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(top)), _mm_loadu_si128(bottom), 1);
         }
     #pragma GCC unroll 8
     for (int half = 0; half < 2; ++half) {
@@ -242,10 +242,32 @@ void transpose(const uint32_t* words, ptrdiff_t stride, int n_words, uint32_t* p
 
 }  // namespace
 
-const KernelSet kAvx2 = {"avx2",        transpose,      int8_block,   kLanes,       int8_rows,    4 * kPairTables,
-                         float_tables,  float_block,    xnor_block,   salient_decode, salient_sums, pack_row,
-                         unpack_row,    scale_columns,  sum_columns,  quantize,     split_digits, sum_quantized,
-                         sum_magnitudes, finish_int8,   screen_dots,  interleave,   kLookupBytes, lookup_tables,
-                         lookup_panels};
+const KernelSet kAvx2 = {
+    .name = "avx2",
+    .transpose = transpose,
+    .int8_block = int8_block,
+    .chunk_words = kLanes,
+    .int8_rows = int8_rows,
+    .floats_per_word = 4 * kPairTables,
+    .float_tables = float_tables,
+    .float_block = float_block,
+    .xnor_block = xnor_block,
+    .salient_decode = salient_decode,
+    .salient_sums = salient_sums,
+    .pack_row = pack_row,
+    .unpack_row = unpack_row,
+    .scale_columns = scale_columns,
+    .sum_columns = sum_columns,
+    .quantize = quantize,
+    .split_digits = split_digits,
+    .sum_quantized = sum_quantized,
+    .sum_magnitudes = sum_magnitudes,
+    .finish_int8 = finish_int8,
+    .screen_dots = screen_dots,
+    .interleave = interleave,
+    .lookup_bytes = kLookupBytes,
+    .lookup_tables = lookup_tables,
+    .lookup_panels = lookup_panels,
+};
 
 }  // namespace fbitrain

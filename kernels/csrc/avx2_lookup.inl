@@ -3,25 +3,25 @@
 
 constexpr int kLookupBytes = kNibbles * 2 * 16;  // of tables per word
 
-// A sum of four columns is made positive by the magnitudes of the negative ones, and then has nine bits, or ten if all are
-// -128. Its low and its high part are added up in bytes. Where the high parts of any two neighbouring words fit a byte,
-// tables are `narrow`: cut at four bits, so that a byte holds two words of either part; else at five, and it holds one.
+// A sum of four columns is made positive by the magnitudes of the negative ones, and then has nine bits, or ten if all
+// are -128. Its low and its high part are added up in bytes. Where the high parts of any two neighbouring words fit a
+// byte, tables are `narrow`: cut at four bits, so that a byte holds two words of either part; else at five, and it
+// holds one.
 constexpr int kNarrowBits = 4, kWideBits = 5, kNarrowWords = 2;
 constexpr int low_bits(bool narrow) { return narrow ? kNarrowBits : kWideBits; }
 
-// The most words whose sums fit 16 bits, unsigned. Two words of narrow tables add up to 255 * 16 + 16 * 15 at most, so 16 to
-// 34560; 8 words of others to 256 * 128.
+// The most words whose sums fit 16 bits, unsigned. Two words of narrow tables add up to 255 * 16 + 16 * 15 at most, so
+// 16 to 34560; 8 words of others to 256 * 128.
 constexpr int lookup_words(bool narrow) { return narrow ? 16 : 8; }
 
 // Per nibble, a lane each, the sum of its four unsigned bytes.
-__m256i sum_fours(__m256i bytes) {
-    return widen(_mm256_maddubs_epi16(bytes, _mm256_set1_epi8(1)));
-}
+__m256i sum_fours(__m256i bytes) { return widen(_mm256_maddubs_epi16(bytes, _mm256_set1_epi8(1))); }
 __m256i negatives(__m256i x) {  // |x|, at most 128, where x is negative, else 0
     return _mm256_and_si256(_mm256_sub_epi8(_mm256_setzero_si256(), x), _mm256_cmpgt_epi8(_mm256_setzero_si256(), x));
 }
 
-// The order of int8_block, [j][i] of columns 8 * i + j, with j < 4 or j >= 4 in either half -> [i][j]: four to a nibble.
+// The order of int8_block, [j][i] of columns 8 * i + j, with j < 4 or j >= 4 in either half -> [i][j]: four to a
+// nibble.
 __m256i by_nibbles(const int8_t* x) {
     const __m256i by_nibble = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
                                                0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -39,8 +39,9 @@ bool is_narrow(const int8_t* x, int n_words) {
     return true;
 }
 
-// For each nibble the sums of its columns that 16 patterns select, made positive: their low and their high parts. Of nibbles
-// 2 * i and 2 * i + 1 come [low parts of the one][of the other][high parts of the one][of the other], 16 bytes each.
+// For each nibble the sums of its columns that 16 patterns select, made positive: their low and their high parts. Of
+// nibbles 2 * i and 2 * i + 1 come [low parts of the one][of the other][high parts of the one][of the other], 16 bytes
+// each.
 template <bool kNarrow>
 void make_tables(const int8_t* x, int n_words, uint8_t* tables) {
     const __m256i has_ab = _mm256_set1_epi64x(0x0101010000010000);  // of columns a, b, c, d: what patterns 0 to 3 hold
@@ -53,13 +54,14 @@ void make_tables(const int8_t* x, int n_words, uint8_t* tables) {
         for (int i = 0; i < kNibbles / 2; ++i, tables += 64) {
             const __m256i ab = _mm256_shuffle_epi8(fours, _mm256_set1_epi16(static_cast<int16_t>(0x0100 + 0x0404 * i)));
             const __m256i cd = _mm256_shuffle_epi8(fours, _mm256_set1_epi16(static_cast<int16_t>(0x0302 + 0x0404 * i)));
-            const __m256i bias = _mm256_shuffle_epi8(biases, _mm256_set1_epi16(static_cast<int16_t>(0x0100 + 0x0404 * i)));
+            const __m256i bias =
+                _mm256_shuffle_epi8(biases, _mm256_set1_epi16(static_cast<int16_t>(0x0100 + 0x0404 * i)));
             const __m256i of_ab = _mm256_add_epi16(bias, _mm256_maddubs_epi16(has_ab, ab));
             const __m256i without_d = _mm256_add_epi16(of_ab, _mm256_maddubs_epi16(has_c, cd));
             const __m256i with_d = _mm256_add_epi16(of_ab, _mm256_maddubs_epi16(has_cd, cd));
             auto* out = reinterpret_cast<__m256i*>(tables);
-            _mm256_store_si256(out, _mm256_packus_epi16(_mm256_and_si256(without_d, low_part),
-                                                        _mm256_and_si256(with_d, low_part)));
+            _mm256_store_si256(
+                out, _mm256_packus_epi16(_mm256_and_si256(without_d, low_part), _mm256_and_si256(with_d, low_part)));
             _mm256_store_si256(out + 1, _mm256_packus_epi16(_mm256_srli_epi16(without_d, low_bits(kNarrow)),
                                                             _mm256_srli_epi16(with_d, low_bits(kNarrow))));
         }
@@ -105,7 +107,7 @@ struct LookupSums {
         for (int t = 0; t < kTokens; ++t) {
             worth[t] = _mm256_set1_epi16(static_cast<int16_t>(1 + (1 << (8 + low_bits(kNarrow || narrow[t])))));
             #pragma GCC unroll 8
-            for (int i = 0; i < 4; ++i) sum[t][i / 2][i % 2] = _mm256_setzero_si256();  // gcc zeroes an array by `rep stos`
+            for (int i = 0; i < 4; ++i) sum[t][i / 2][i % 2] = _mm256_setzero_si256();  // gcc would use `rep stos`
         }
     }
 
@@ -169,8 +171,8 @@ void look_up_words(const __m256i* nibbles, const uint8_t* tables, ptrdiff_t stri
 // Words of a cache line, and lines of a panel's word.
 constexpr int kLine = 16, kWordLines = kRows / kLine;
 
-// How far ahead of their use the bits of one token are fetched, in words of a panel: 2 KiB. Measured: fetched 1 to 8 KiB
-// ahead, bits that come from memory take 0.7 to 0.8 of the time.
+// How far ahead of their use the bits of one token are fetched, in words of a panel: 2 KiB. Measured: fetched 1 to 8
+// KiB ahead, bits that come from memory take 0.7 to 0.8 of the time.
 constexpr int kLookupAhead = 8;
 
 // So few tokens that nibbles are not stored: a word's sums of 64 rows, and what is looked up, fit the registers.
@@ -253,7 +255,8 @@ void look_up_block(const uint32_t* const* panels, int n_panels, int n_words, con
     for (int t = 0, line = 0; t < tokens; t += kTogether) {
         for (int i = 0; i < per_tile && line < lines; ++i, ++line)
             for (int p = 0; p < n_panels; ++p) __builtin_prefetch(panels[p] + n_words * kRows + line * kLine);
-        const auto tile = (tokens - t < kTogether ? lookup_for<1, __m256i> : lookup_for<kTogether, __m256i>)(narrow + t);
+        const auto tile =
+            (tokens - t < kTogether ? lookup_for<1, __m256i> : lookup_for<kTogether, __m256i>)(narrow + t);
         for (int p = 0; p < n_panels; ++p)
             tile(nibbles[p], n_words, tables + t * stride, stride, narrow + t, sums[p] + t * kRows);
     }

@@ -5,10 +5,10 @@
 __m256i block_dot(const uint8_t* codes, const int8_t* x) {
     const __m256i low = _mm256_set1_epi8(63);
     const __m256i a = load(codes), b = load(codes + 32), c = load(codes + 64);
-    const __m256i last = _mm256_or_si256(
-        _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(a, 6), _mm256_set1_epi8(3)),
-                        _mm256_and_si256(_mm256_srli_epi16(b, 4), _mm256_set1_epi8(12))),
-        _mm256_and_si256(_mm256_srli_epi16(c, 2), _mm256_set1_epi8(48)));
+    const __m256i last =
+        _mm256_or_si256(_mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(a, 6), _mm256_set1_epi8(3)),
+                                        _mm256_and_si256(_mm256_srli_epi16(b, 4), _mm256_set1_epi8(12))),
+                        _mm256_and_si256(_mm256_srli_epi16(c, 2), _mm256_set1_epi8(48)));
     const __m256i first_two = _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_and_si256(a, low), load(x)),
                                                _mm256_maddubs_epi16(_mm256_and_si256(b, low), load(x + 32)));
     const __m256i last_two = _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_and_si256(c, low), load(x + 64)),

@@ -59,11 +59,11 @@ void split_nibbles(const uint32_t* panel, int n_words, __m256i* nibbles, int str
 void add_bytes(int32_t* sums, __m256i bytes) {
     #pragma GCC unroll 8
     for (int g = 0; g < 4; ++g) {
-        const __m256i one_group = _mm256_shuffle_epi8(
-            bytes, _mm256_set1_epi32(0x03020100 + 0x04040404 * g));  // lane g, four times over
-        const __m256i separate = _mm256_and_si256(
-            one_group, _mm256_setr_epi32(0xFF, 0xFF00, 0xFF0000, static_cast<int>(0xFF000000u), 0xFF, 0xFF00, 0xFF0000,
-                                         static_cast<int>(0xFF000000u)));
+        const __m256i one_group =
+            _mm256_shuffle_epi8(bytes, _mm256_set1_epi32(0x03020100 + 0x04040404 * g));  // lane g, four times over
+        const __m256i separate =
+            _mm256_and_si256(one_group, _mm256_setr_epi32(0xFF, 0xFF00, 0xFF0000, static_cast<int>(0xFF000000u), 0xFF,
+                                                          0xFF00, 0xFF0000, static_cast<int>(0xFF000000u)));
         add_to(sums + g * kLanes, _mm256_srlv_epi32(separate, _mm256_setr_epi32(0, 8, 16, 24, 0, 8, 16, 24)));
     }
 }
@@ -89,8 +89,7 @@ void xnor_tile(const __m256i* nibbles, int n_nibbles, const uint8_t* a, ptrdiff_
             const __m256i table = _mm256_broadcastsi128_si256(
                 _mm_load_si128(reinterpret_cast<const __m128i*>(&kXnorTables.rows[0][0] + a[t * stride + i])));
             #pragma GCC unroll 8
-            for (int g = 0; g < 2; ++g)
-            {
+            for (int g = 0; g < 2; ++g) {
                 sum[t][g] = _mm256_add_epi8(sum[t][g], _mm256_shuffle_epi8(table, nibbles[2 * i + g]));
                 in_register(sum[t][g]);
             }

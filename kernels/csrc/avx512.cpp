@@ -1,5 +1,5 @@
-// The kernels with AVX-512, VNNI, VPOPCNTDQ and GFNI: 16 rows of a panel per register. What is missing here (transpose) comes
-// from the level below. docs/kernels.md draws the data paths.
+// The kernels with AVX-512, VNNI, VPOPCNTDQ and GFNI: 16 rows of a panel per register. What is missing here (transpose)
+// comes from the level below. docs/kernels.md draws the data paths.
 #include <immintrin.h>
 
 #include "activations.h"
@@ -54,16 +54,16 @@ void int8_one_token(const uint32_t* panel, int n_words, const int8_t* x, int32_t
 #pragma GCC unroll 2
     for (int g = 0; g < 2; ++g)
 #pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j)
-            add_to(sums + g * kLanes, _mm512_sra_epi32(sum[g][j], _mm_cvtsi32_si128(j)));
+        for (int j = 0; j < 8; ++j) add_to(sums + g * kLanes, _mm512_sra_epi32(sum[g][j], _mm_cvtsi32_si128(j)));
 }
 
-// How far ahead of its use a weight is fetched, into the L2 cache: the L1 cache has too few requests under way for what the
-// memory delivers. Measured: one thread reads 1.2 times as fast as with fetches into L1. Where rows are long it is the rows to
-// be read together next that are fetched: what lies nearer has been read by then.
+// How far ahead of its use a weight is fetched, into the L2 cache: the L1 cache has too few requests under way for what
+// the memory delivers. Measured: one thread reads 1.2 times as fast as with fetches into L1. Where rows are long it is
+// the rows to be read together next that are fetched: what lies nearer has been read by then.
 constexpr int64_t kWordsAhead = 1024;
 
-// Bit j of each byte as a byte of 0 or 1: the matrix that vgf2p8affineqb multiplies bytes by has one row that is not zero.
+// Bit j of each byte as a byte of 0 or 1: the matrix that vgf2p8affineqb multiplies bytes by has one row that is not
+// zero.
 __m512i bit_of_bytes(__m512i bytes, int j) {
     return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(int64_t{1} << j << 56), 0);
 }
@@ -75,23 +75,23 @@ __m128i sum_lanes(const __m512i (&v)[4]) {
     for (int i = 0; i < 2; ++i)
         pairs[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]),
                                     _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
-    const __m512i quarters = _mm512_add_epi32(_mm512_unpacklo_epi64(pairs[0], pairs[1]),
-                                              _mm512_unpackhi_epi64(pairs[0], pairs[1]));
+    const __m512i quarters =
+        _mm512_add_epi32(_mm512_unpacklo_epi64(pairs[0], pairs[1]), _mm512_unpackhi_epi64(pairs[0], pairs[1]));
     return _mm_add_epi32(_mm_add_epi32(_mm512_extracti32x4_epi32(quarters, 0), _mm512_extracti32x4_epi32(quarters, 1)),
                          _mm_add_epi32(_mm512_extracti32x4_epi32(quarters, 2), _mm512_extracti32x4_epi32(quarters, 3)));
 }
 
 constexpr int kRowsTogether = 4;
 
-// One token and whole rows, kTogether at a time: a register holds 16 words of one row instead of one word of 16 rows, and
-// what is loaded of x serves all rows. Each register is a cache line.
+// One token and whole rows, kTogether at a time: a register holds 16 words of one row instead of one word of 16 rows,
+// and what is loaded of x serves all rows. Each register is a cache line.
 template <int kTogether>
 void int8_together(const uint32_t* words, int64_t n_words, int rows, const int8_t* x, int32_t* sums) {
     const int64_t whole = n_words / kLanes * kLanes;
     const auto last = static_cast<__mmask16>((1 << (n_words - whole)) - 1);
     for (int row = 0; row < rows; row += kTogether, words += kTogether * n_words) {
         __m512i sum[kRowsTogether][2] = {};
-        const auto add = [&](const __m512i (&bits)[kTogether], const int8_t* x_of_bits) {
+        const auto add = [&](const __m512i(&bits)[kTogether], const int8_t* x_of_bits) {
 #pragma GCC unroll 8
             for (int j = 0; j < 8; ++j) {
                 const __m512i x64 = load(x_of_bits + 64 * j);
@@ -191,8 +191,8 @@ void float_tables(const float* z, int n_words, float* tables) {
     }
 }
 
-// 64 rows x kTokens: vpermps looks at the four lowest bits of each lane, so that a shift (shared by all tokens), a lookup
-// and an add do 64 weights.
+// 64 rows x kTokens: vpermps looks at the four lowest bits of each lane, so that a shift (shared by all tokens), a
+// lookup and an add do 64 weights.
 template <int kTokens>
 void float_tile(const uint32_t* panel, int n_words, const float* tables, ptrdiff_t stride, float* sums) {
     __m512 sum[kTokens][kGroups] = {};
@@ -300,8 +300,26 @@ void gather_sums(const SalientEntries& entries, int n, const float* x, int lanes
 
 }  // namespace
 
-const KernelSet kAvx512 = {"avx512",     nullptr,     int8_block, kLanes,   int8_rows, 16 * kQuadTables,
-                           float_tables, float_block, xnor_block, gather_signs, gather_sums, pack_row, unpack_row,
-                           scale_columns, sum_columns, quantize, split_digits, sum_quantized, sum_magnitudes, finish_int8};
+const KernelSet kAvx512 = {
+    .name = "avx512",
+    .int8_block = int8_block,
+    .chunk_words = kLanes,
+    .int8_rows = int8_rows,
+    .floats_per_word = 16 * kQuadTables,
+    .float_tables = float_tables,
+    .float_block = float_block,
+    .xnor_block = xnor_block,
+    .salient_decode = gather_signs,
+    .salient_sums = gather_sums,
+    .pack_row = pack_row,
+    .unpack_row = unpack_row,
+    .scale_columns = scale_columns,
+    .sum_columns = sum_columns,
+    .quantize = quantize,
+    .split_digits = split_digits,
+    .sum_quantized = sum_quantized,
+    .sum_magnitudes = sum_magnitudes,
+    .finish_int8 = finish_int8,
+};
 
 }  // namespace fbitrain

@@ -21,20 +21,23 @@ double now() { return seconds(CLOCK_THREAD_CPUTIME_ID); }
 constexpr int kLoops = 50000, kChains = 8;
 
 #define EIGHT(CHAIN) CHAIN(0) CHAIN(1) CHAIN(2) CHAIN(3) CHAIN(4) CHAIN(5) CHAIN(6) CHAIN(7)
-#define PEAK(CHAIN, weights)                                                                                       \
-    {                                                                                                              \
-        const double start = now();                                                                                \
-        for (int i = 0; i < kLoops; ++i)                                                                           \
-            __asm__ volatile(EIGHT(CHAIN)::: "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7",       \
-                             "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "rax", "rcx",   \
-                             "rdx", "rsi", "rdi", "r8", "r9", "r10");                                              \
-        return double{kLoops} * kChains * (weights) / (now() - start);                                             \
+// A function `name` that measures CHAIN.
+#define PEAK(name, CHAIN, weights)                                                                                   \
+    double name() {                                                                                                  \
+        const double start = now();                                                                                  \
+        for (int i = 0; i < kLoops; ++i)                                                                             \
+            __asm__ volatile(EIGHT(CHAIN)::                                                                          \
+                                 : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9",   \
+                                   "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "rax", "rcx", "rdx", "rsi", \
+                                   "rdi", "r8", "r9", "r10");                                                        \
+        return double{kLoops} * kChains * (weights) / (now() - start);                                               \
     }
 
 // Of chain j: the sum is in register j; 11 to 15 are operands and scratch.
 #define SUM(instruction, width, j) instruction " %%" width "15, %%" width #j ", %%" width #j "\n"
 
-#define AVX2_INT8_ONE(j) "vpand %%ymm14, %%ymm13, %%ymm15\n vpmaddubsw %%ymm12, %%ymm15, %%ymm15\n" SUM("vpaddw", "ymm", j)
+#define AVX2_INT8_ONE(j) \
+    "vpand %%ymm14, %%ymm13, %%ymm15\n vpmaddubsw %%ymm12, %%ymm15, %%ymm15\n" SUM("vpaddw", "ymm", j)
 #define AVX2_INT8(j) "vpshufb %%ymm12, %%ymm14, %%ymm15\n" SUM("vpaddb", "ymm", j)
 #define AVX2_FLOAT_ONE(j) "vpsrld $2, %%ymm12, %%ymm11\n vpermilps %%ymm11, %%ymm14, %%ymm15\n" SUM("vaddps", "ymm", j)
 #define AVX2_FLOAT(j) "vpermilps %%ymm12, %%ymm14, %%ymm15\n" SUM("vaddps", "ymm", j)
@@ -46,16 +49,16 @@ constexpr int kLoops = 50000, kChains = 8;
 #define AVX512_FLOAT(j) "vpermps %%zmm14, %%zmm12, %%zmm15\n" SUM("vaddps", "zmm", j)
 #define AVX512_XNOR(j) "vpxord %%zmm12, %%zmm14, %%zmm15\n vpopcntd %%zmm15, %%zmm15\n" SUM("vpaddd", "zmm", j)
 
-double avx2_int8_one() PEAK(AVX2_INT8_ONE, 32)
-double avx2_int8() PEAK(AVX2_INT8, 64)  // 32 rows x 4 columns, of which each needs two
-double avx2_float_one() PEAK(AVX2_FLOAT_ONE, 16)
-double avx2_float() PEAK(AVX2_FLOAT, 16)
-double scalar_xnor() PEAK(SCALAR_XNOR, 64)
-double avx512_int8_one() PEAK(AVX512_INT8_ONE, 64)
-double avx512_int8() PEAK(AVX512_INT8, 64)
-double avx512_float_one() PEAK(AVX512_FLOAT_ONE, 64)
-double avx512_float() PEAK(AVX512_FLOAT, 64)
-double avx512_xnor() PEAK(AVX512_XNOR, 512)
+PEAK(avx2_int8_one, AVX2_INT8_ONE, 32)
+PEAK(avx2_int8, AVX2_INT8, 64)  // 32 rows x 4 columns, of which each needs two
+PEAK(avx2_float_one, AVX2_FLOAT_ONE, 16)
+PEAK(avx2_float, AVX2_FLOAT, 16)
+PEAK(scalar_xnor, SCALAR_XNOR, 64)
+PEAK(avx512_int8_one, AVX512_INT8_ONE, 64)
+PEAK(avx512_int8, AVX512_INT8, 64)
+PEAK(avx512_float_one, AVX512_FLOAT_ONE, 64)
+PEAK(avx512_float, AVX512_FLOAT, 64)
+PEAK(avx512_xnor, AVX512_XNOR, 512)
 
 #if defined(FBITRAIN_AMX)  // set where these can be assembled and run
 double amx_int8() {
@@ -80,14 +83,20 @@ struct Peak {
 };
 constexpr Peak kPeaks[] = {
 #if defined(FBITRAIN_AMX)
-                           {"amx int8", amx_int8},
+    {"amx int8", amx_int8},
 #endif
-                           {"avx2 int8 1", avx2_int8_one},    {"avx2 int8", avx2_int8},
-                           {"avx2 float 1", avx2_float_one},  {"avx2 float", avx2_float},
-                           {"avx2 xnor 1", scalar_xnor},      {"avx2 xnor", scalar_xnor},
-                           {"avx512 int8 1", avx512_int8_one}, {"avx512 int8", avx512_int8},
-                           {"avx512 float 1", avx512_float_one}, {"avx512 float", avx512_float},
-                           {"avx512 xnor 1", avx512_xnor},    {"avx512 xnor", avx512_xnor}};
+    {"avx2 int8 1", avx2_int8_one},
+    {"avx2 int8", avx2_int8},
+    {"avx2 float 1", avx2_float_one},
+    {"avx2 float", avx2_float},
+    {"avx2 xnor 1", scalar_xnor},
+    {"avx2 xnor", scalar_xnor},
+    {"avx512 int8 1", avx512_int8_one},
+    {"avx512 int8", avx512_int8},
+    {"avx512 float 1", avx512_float_one},
+    {"avx512 float", avx512_float},
+    {"avx512 xnor 1", avx512_xnor},
+    {"avx512 xnor", avx512_xnor}};
 
 }  // namespace
 
@@ -99,7 +108,8 @@ extern "C" double fbitrain_peak(const char* name) {
     return 0;
 }
 
-// Bytes per second (of CPU time if there is one thread) that `threads` threads read together from memory of `size` bytes (larger than the caches).
+// Bytes per second (of CPU time if there is one thread) that `threads` threads read together from memory of `size`
+// bytes (larger than the caches).
 extern "C" double fbitrain_read_bandwidth(const uint64_t* memory, int64_t size, int threads) {
     const int64_t part = size / 8 / threads;
     std::vector<uint64_t> sums(static_cast<size_t>(threads) * 8);

@@ -29,8 +29,8 @@ public:
     }
 
     // Writes the panel's part of y; `row_of_y` is the number of the slab's first token. False if salient entries are no
-    // rows. With lookups and without groups and salient weights, `beside` may be another panel of the weight, to be done
-    // in the same pass.
+    // rows. With lookups and without groups and salient weights, `beside` may be another panel of the weight, to be
+    // done in the same pass.
     bool run(int64_t row_of_y, PanelSums* beside = nullptr) {
         clear();
         if (beside) beside->clear();
@@ -162,8 +162,8 @@ private:
                 for (int r = 0; r < kRows; ++r) v[r] = static_cast<float>(double{v[r]} - salient_->signs(t, r));
             return;
         }
-        // The block functions sum over the bits that are set: twice that minus the total is the sum with signs. It fits, but
-        // twice the sum may not: modulo 2^32.
+        // The block functions sum over the bits that are set: twice that minus the total is the sum with signs. It
+        // fits, but twice the sum may not: modulo 2^32.
         const auto total = static_cast<uint32_t>(ready_.totals[(first_ + t) * p_.groups() + group]);
         const auto with_signs = [&](int r) {
             return static_cast<int32_t>(2 * static_cast<uint32_t>(sums_.ints[t][r]) - total);
@@ -306,7 +306,8 @@ int64_t multiply_as(const Plan& plan, const Linear* linears, int count) {
             const int64_t panel = pass * together;
             PanelSums sums(linears[i], made, panel, begin, in_block);
             if (together == 2 && panel + 1 < linears[i].weight.panels()) {
-                PanelSums beside(linears[i], made, panel + 1, begin, in_block);  // an optional costs 120 KB of zeros (gcc 12)
+                // No std::optional: it costs 120 KB of zeros (gcc 12).
+                PanelSums beside(linears[i], made, panel + 1, begin, in_block);
                 sums.run(first, &beside);  // without salient entries
             } else if (!sums.run(first)) {
                 entries_hold = false;

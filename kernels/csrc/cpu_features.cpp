@@ -45,7 +45,7 @@ int detect() {
     const bool avx2 = bit(ebx7, 5) && bit(ecx1, 12) && bit(ecx1, 28) && bit(ecx1, 29);  // AVX2, FMA, AVX, F16C
     if (!avx2 || (states & kYmm) != kYmm) return kLevelPortable;
     const bool foundation = bit(ebx7, 16) && bit(ebx7, 17) && bit(ebx7, 30) && bit(ebx7, 31);  // F, DQ, BW, VL
-    const bool avx512 = foundation && bit(ecx7, 11) && bit(ecx7, 14) && bit(ecx7, 8);          // VNNI, VPOPCNTDQ, GFNI
+    const bool avx512 = foundation && bit(ecx7, 11) && bit(ecx7, 14) && bit(ecx7, 8);  // VNNI, VPOPCNTDQ, GFNI
     if (!avx512 || (states & kZmm) != kZmm) return kLevelAvx2;
     const bool amx = bit(edx7, 24) && bit(edx7, 25);  // AMX-TILE, AMX-INT8
     if (!amx || (states & kTiles) != kTiles || !tile_data_granted()) return kLevelAvx512;

@@ -40,8 +40,8 @@ public:
           const Activations& activations)
         : model_(model), cache_(cache), set_(set), pass_(pass), mode_(mode), a_(activations) {}
 
-    // hidden [count - unwanted][d_model]: of the tokens after the first `unwanted`, of which the last layer needs no more
-    // than keys and values. Returns what `multiply` does.
+    // hidden [count - unwanted][d_model]: of the tokens after the first `unwanted`, of which the last layer needs no
+    // more than keys and values. Returns what `multiply` does.
     int64_t run(const int32_t* ids, int64_t unwanted, float* hidden) {
         const int64_t row = model_.d_model * bytes_of(model_.format);
         for (int64_t t = 0; t < pass_.tokens; ++t)
@@ -136,8 +136,19 @@ private:
     Linear linear(const BinaryWeight& w, const Buffer<float>& x, int64_t k, const Buffer<float>& y, int64_t n,
                   Rows rows) const {
         const Weight weight{w.words, n, (k + kWordBits - 1) / kWordBits, w.interleaved};
-        return {set_,    pass_.threads, mode_, 0, model_.scale, x.get() + rows.begin * k, weight, w.alpha, w.beta,
-                y.get() + rows.begin * n, rows.count, k, model_.group_size};
+        return {.set = set_,
+                .threads = pass_.threads,
+                .mode = mode_,
+                .bfloat16 = 0,
+                .scale = model_.scale,
+                .x = x.get() + rows.begin * k,
+                .weight = weight,
+                .alpha = w.alpha,
+                .beta = w.beta,
+                .y = y.get() + rows.begin * n,
+                .m = rows.count,
+                .k = k,
+                .group_size = model_.group_size};
     }
 
     const DecoderModel& model_;
@@ -157,8 +168,7 @@ int64_t read(const DecoderModel& model, const DecoderCache& cache, const KernelS
         const int64_t begin = piece * pass.tokens / pieces, end = (piece + 1) * pass.tokens / pieces;
         const int64_t unwanted = std::min(std::max(pass.tokens - wanted, begin), end) - begin;
         const Pass part{pass.math, pass.threads, pass.first + begin, end - begin};
-        const int64_t status =
-            Piece(model, cache, set, part, mode, activations).run(ids + begin, unwanted, hidden);
+        const int64_t status = Piece(model, cache, set, part, mode, activations).run(ids + begin, unwanted, hidden);
         if (status) return status > 0 ? begin + status : status;
         hidden += (end - begin - unwanted) * model.d_model;
     }
@@ -192,9 +202,9 @@ bool is_screen(const uint8_t* codes, const float* bounds) {
 }  // namespace fbitrain
 
 // hidden [wanted][d_model]: what the head is given for the last `wanted` of the tokens `ids`, which stand at positions
-// first, first + 1 and so on; the cache holds all positions before and receives these. Returns a Status, or 1 + the number
-// of the first token found whose activations are NaN or infinite, in int8 mode; hidden and these positions of the cache
-// are then unspecified.
+// first, first + 1 and so on; the cache holds all positions before and receives these. Returns a Status, or 1 + the
+// number of the first token found whose activations are NaN or infinite, in int8 mode; hidden and these positions of
+// the cache are then unspecified.
 extern "C" FBITRAIN_EXPORT int64_t fbitrain_decoder_hidden(int level, int threads, int mode,
                                                            const fbitrain::DecoderModel* model,
                                                            const fbitrain::DecoderCache* cache, const int32_t* ids,
@@ -247,7 +257,8 @@ extern "C" FBITRAIN_EXPORT int64_t fbitrain_screen_head(int level, int threads, 
                                                         uint8_t* codes, float* bounds) noexcept {
     using namespace fbitrain;
     if (!kernel_set(level)) return kNoLevel;
-    if (!is_model(model) || model->d_model > kMaxScreened || threads < 1 || !is_screen(codes, bounds)) return kBadArgument;
+    if (!is_model(model) || model->d_model > kMaxScreened || threads < 1 || !is_screen(codes, bounds))
+        return kBadArgument;
     const int64_t rows = model->vocab_size;
     try {
         make_screen(*model, {math_set(level), threads, 0, 1}, codes, bounds, bounds + rows, bounds + 2 * rows);
@@ -257,14 +268,17 @@ extern "C" FBITRAIN_EXPORT int64_t fbitrain_screen_head(int level, int threads, 
     return kOk;
 }
 
-// token: which logit of hidden [d_model] is the largest, by the screen that fbitrain_screen_head made. Returns a Status.
-extern "C" FBITRAIN_EXPORT int64_t fbitrain_decoder_likeliest(int level, int threads, const fbitrain::DecoderModel* model,
-                                                              const uint8_t* codes, const float* bounds,
-                                                              const float* hidden, int64_t* token) noexcept {
+// token: which logit of hidden [d_model] is the largest, by the screen that fbitrain_screen_head made. Returns a
+// Status.
+extern "C" FBITRAIN_EXPORT int64_t fbitrain_decoder_likeliest(int level, int threads,
+                                                              const fbitrain::DecoderModel* model, const uint8_t* codes,
+                                                              const float* bounds, const float* hidden,
+                                                              int64_t* token) noexcept {
     using namespace fbitrain;
     const KernelSet* set = kernel_set(level);
     if (!set) return kNoLevel;
-    if (!is_model(model) || model->d_model > kMaxScreened || threads < 1 || !is_screen(codes, bounds) || !hidden || !token)
+    if (!is_model(model) || model->d_model > kMaxScreened || threads < 1 || !is_screen(codes, bounds) || !hidden ||
+        !token)
         return kBadArgument;
     const int64_t rows = model->vocab_size;
     const HeadScreen screen{codes, bounds, bounds + rows, bounds + 2 * rows};

@@ -1,5 +1,5 @@
-// A whole Llama decoder with binary Linears, as Python describes it (kernels/decoder.py mirrors the structs). Everything
-// that pointers lead to is the caller's and only read, but for the cache.
+// A whole Llama decoder with binary Linears, as Python describes it (kernels/decoder.py mirrors the structs).
+// Everything that pointers lead to is the caller's and only read, but for the cache.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,8 @@ namespace fbitrain {
 constexpr int64_t kMaxHeadSize = 1024;
 constexpr int64_t kDenseWorth = 16;  // binary weights that take as long to read as one weight of 16 bits
 
-// A weight [N][ceil(K / 32)] with its scales, in the shapes of fbitrain_binary_linear; beta is null where there is none.
-// `interleaved` is what fbitrain_interleave makes of the words, or null.
+// A weight [N][ceil(K / 32)] with its scales, in the shapes of fbitrain_binary_linear; beta is null where there is
+// none. `interleaved` is what fbitrain_interleave makes of the words, or null.
 struct BinaryWeight {
     const uint32_t* words;
     const float *alpha, *beta;
@@ -42,8 +42,8 @@ struct DecoderModel {
     }
 };
 
-// Keys and values of the positions so far, float16 or float32 by `format`. Both are made of blocks of kWidth positions, so
-// that `product` reads them as they lie: keys [n_layers][n_kv_heads][capacity / kWidth][head_size][kWidth], values
+// Keys and values of the positions so far, float16 or float32 by `format`. Both are made of blocks of kWidth positions,
+// so that `product` reads them as they lie: keys [n_layers][n_kv_heads][capacity / kWidth][head_size][kWidth], values
 // [n_layers][n_kv_heads][capacity][head_size rounded up to kWidth]. capacity is a multiple of kWidth.
 struct DecoderCache {
     void *keys, *values;
@@ -89,8 +89,8 @@ void attend(const Pass& pass, const DecoderModel& model, const LayerCache& cache
             float* mixed);
 int64_t scores_per_thread(int64_t tokens, int64_t capacity);
 
-// Calls body(begin, apart, rows) for all rows of a head, which comes from memory: it is to read rows begin .. begin + rows
-// and, if apart is not 0, those `apart`, 2 * apart and so on after each, kStreams in all.
+// Calls body(begin, apart, rows) for all rows of a head, which comes from memory: it is to read rows begin .. begin +
+// rows and, if apart is not 0, those `apart`, 2 * apart and so on after each, kStreams in all.
 constexpr int64_t kHeadRows = 16;  // per task and stream
 template <typename Body>
 void by_head_rows(int threads, int64_t vocab_size, const Body& body) {

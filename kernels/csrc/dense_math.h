@@ -28,8 +28,8 @@ struct MathSet {
     void (*to_float)(int format, const void* from, int64_t n, float* to);
     void (*to_half)(const float* from, int64_t n, uint16_t* to);
 
-    // c[t][0 .. kWidth) = sum over i < k of a[t][i] * b[i][0 .. kWidth). b is float32 or float16. Strides are in elements.
-    // A result does not depend on how many tokens share the call.
+    // c[t][0 .. kWidth) = sum over i < k of a[t][i] * b[i][0 .. kWidth). b is float32 or float16. Strides are in
+    // elements. A result does not depend on how many tokens share the call.
     void (*product)(int format, const float* a, ptrdiff_t a_stride, int64_t tokens, const void* b, ptrdiff_t b_stride,
                     int64_t k, float* c, ptrdiff_t c_stride);
 

@@ -107,9 +107,8 @@ void rms_norm(const float* x, const float* weight, float epsilon, int64_t n, flo
 }
 
 void swiglu(const float* up, int64_t n, float* gate) {
-    update(gate, n, 0.0f, [&](int64_t i, Floats g) {
-        return g / (all(1.0f) + exp_of(-g)) * load_up_to(up + i, n - i);
-    });
+    update(gate, n, 0.0f,
+           [&](int64_t i, Floats g) { return g / (all(1.0f) + exp_of(-g)) * load_up_to(up + i, n - i); });
 }
 
 float powers(float* scores, int64_t n, float factor) {
@@ -182,8 +181,12 @@ void product_tile(const float* a, ptrdiff_t a_stride, const B* b, ptrdiff_t b_st
 template <typename B>
 void product_from(const float* a, ptrdiff_t a_stride, int64_t tokens, const void* b, ptrdiff_t b_stride, int64_t k,
                   float* c, ptrdiff_t c_stride) {
-    constexpr decltype(&product_tile<1, B>) tiles[] = {nullptr,           product_tile<1, B>, product_tile<2, B>,
-                                                       product_tile<3, B>, product_tile<4, B>, product_tile<5, B>,
+    constexpr decltype(&product_tile<1, B>) tiles[] = {nullptr,
+                                                       product_tile<1, B>,
+                                                       product_tile<2, B>,
+                                                       product_tile<3, B>,
+                                                       product_tile<4, B>,
+                                                       product_tile<5, B>,
                                                        product_tile<6, B>};
     for (int64_t t = 0; t < tokens; t += kTileTokens)
         tiles[tokens - t < kTileTokens ? tokens - t : kTileTokens](a + t * a_stride, a_stride, static_cast<const B*>(b),

@@ -9,8 +9,8 @@ namespace {
 
 constexpr int64_t kDenseTokens = 4;  // from here on a block of the head is widened to float32 once for all tokens
 
-// Logits of kWidth rows of the head, for many tokens: the rows are widened to columns of float32, then they are multiplied
-// as attention multiplies its blocks. `scratch` holds (d_model + tokens) * kWidth + d_model elements.
+// Logits of kWidth rows of the head, for many tokens: the rows are widened to columns of float32, then they are
+// multiplied as attention multiplies its blocks. `scratch` holds (d_model + tokens) * kWidth + d_model elements.
 void head_block(const DecoderModel& model, const Pass& pass, int64_t begin, const float* hidden, float* scratch,
                 float* logits) {
     const int64_t rows = std::min<int64_t>(kWidth, model.vocab_size - begin), k = model.d_model;

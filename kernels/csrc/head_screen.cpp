@@ -17,8 +17,9 @@ namespace fbitrain {
 namespace {
 
 constexpr float kMostCode = 31.0f, kMostInt8 = 127.0f;
-constexpr int64_t kScreenWorth = 6;      // binary weights that take as long to read as one weight of a screen
-constexpr float kLeastScreened = 1e-20f;  // max |x|: below, products of floats leave the range where rounding is relative
+constexpr int64_t kScreenWorth = 6;  // binary weights that take as long to read as one weight of a screen
+// Of max |x|. Below it, products of floats leave the range where rounding is relative.
+constexpr float kLeastScreened = 1e-20f;
 constexpr float kSafeSum = FLT_MAX / 4;  // sums that stay below in magnitude do not overflow by being rounded
 constexpr float kUpwards = 1.0f + 4 * FLT_EPSILON;  // makes a norm rounded to float an upper bound
 
@@ -61,8 +62,10 @@ struct RowOfScreen {
         Squares squares;
         for (int64_t begin = 0; begin < k; begin += kCodeColumns, codes += kCodeBytes)
             encode(w + begin, step, codes, squares);
-        // In units of the scale; NaN or infinite as the row is. A rest is rounded as its code's product with the scale is.
-        const float roundings = 8 * kMostCode * FLT_EPSILON * std::sqrt(columns), upwards = 1.0f + columns * FLT_EPSILON;
+        // In units of the scale; NaN or infinite as the row is. A rest is rounded as its code's product with the scale
+        // is.
+        const float roundings = 8 * kMostCode * FLT_EPSILON * std::sqrt(columns),
+                    upwards = 1.0f + columns * FLT_EPSILON;
         kept = scale * std::sqrt(static_cast<float>(squares.codes)) * kUpwards;
         lost = scale * (std::sqrt(squares.rests()) * upwards + roundings) * kUpwards;
     }
@@ -153,23 +156,26 @@ private:
             for (int64_t s = 0; s < (apart ? kStreams : 1); ++s)
                 for (int64_t r = 0; r < rows; ++r) {
                     const int64_t row = begin + s * apart + r;
-                    estimates_[row] = screen_.scales[row] * x_.scale * static_cast<float>(sums[s * rows + r] - x_.offset);
+                    estimates_[row] =
+                        screen_.scales[row] * x_.scale * static_cast<float>(sums[s * rows + r] - x_.offset);
                 }
         };
         by_head_rows(threads(kScreenWorth, model_.vocab_size), model_.vocab_size, estimate_rows);
     }
 
-    // The rows whose logit may be `least` or more, ascending. One that holds NaN or infinity may, and one whose sums might
-    // overflow.
+    // The rows whose logit may be `least` or more, ascending. One that holds NaN or infinity may, and one whose sums
+    // might overflow.
     std::vector<int64_t> could_reach(float least) const {
         constexpr int64_t kTogether = 64;
-        // A logit's k products and sums of floats round by less than this, relative to |w| |x|, and so does the estimate.
+        // A logit's k products and sums of floats round by less than this, relative to |w| |x|, and so does the
+        // estimate.
         const float rounding = static_cast<float>(model_.d_model + 64) * FLT_EPSILON;
         const float per_kept = x_.lost + rounding * x_.norm, per_lost = (1.0f + rounding) * x_.norm;
         const float bound = least - static_cast<float>(model_.d_model) * FLT_MIN;  // products may be denormal, too
         const auto may = [&](int64_t row) {
             const float kept = screen_.kept[row], lost = screen_.lost[row];
-            return !(estimates_[row] + kept * per_kept + lost * per_lost < bound) | !((kept + lost) * x_.norm < kSafeSum);
+            return !(estimates_[row] + kept * per_kept + lost * per_lost < bound) |
+                   !((kept + lost) * x_.norm < kSafeSum);
         };
         std::vector<int64_t> rows;
         for (int64_t begin = 0; begin < model_.vocab_size; begin += kTogether) {

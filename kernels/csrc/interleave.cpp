@@ -12,7 +12,8 @@ extern "C" FBITRAIN_EXPORT int64_t fbitrain_interleaved_bytes(int level, int64_t
     if (!set) return kNoLevel;
     if (n < 0 || k < 0 || k > kMaxColumns) return kBadArgument;
     const Weight weight{nullptr, n, (k + kWordBits - 1) / kWordBits};
-    return set->interleave ? weight.panels() * weight.padded_words() * kRows * static_cast<int64_t>(sizeof(uint32_t)) : 0;
+    return set->interleave ? weight.panels() * weight.padded_words() * kRows * static_cast<int64_t>(sizeof(uint32_t))
+                           : 0;
 }
 
 // words [n][ceil(k / 32)] -> out, 64-byte aligned, in the order that the level looks bits up in. Returns a Status.

@@ -1,5 +1,6 @@
 // What the parts of the CPU kernels share: the panel of transposed bits, and the table of functions that each
-// instruction set fills in. No torch and nothing that needs more than C++17. docs/kernels.md explains the data paths.
+// instruction set fills in. No torch and nothing that needs more than C++17 with designated initialisers.
+// docs/kernels.md explains the data paths.
 //
 // Letters: M tokens, N rows of the weight (out_features), K columns (in_features).
 #pragma once
@@ -14,16 +15,18 @@ namespace fbitrain {
 constexpr int kWordBits = 32;    // columns per packed word
 constexpr int kRows = 64;        // rows of a panel; a row is a SIMD lane
 constexpr int kBlockWords = 16;  // words of a panel: 512 columns, whose nibbles of 64 rows (8 KiB) stay in the L1 cache
-constexpr int kLoadWords = 8;    // `transpose` reads words by the eight; rows are padded to that with zeros
-constexpr int kMaxTokens = 60;   // tokens per call of float_block and lookup_panels, and where there are groups
+constexpr int kLoadWords = 8;  // `transpose` reads words by the eight; rows are padded to that with zeros
+constexpr int kMaxTokens = 60;  // tokens per call of float_block and lookup_panels, and where there are groups
 constexpr int kBlockTokens = 256;  // and of int8_block and xnor_block
-constexpr int kDigits = 3;       // of a float in fixed point, each an int8 that is looked up as a token of its own
+constexpr int kDigits = 3;  // of a float in fixed point, each an int8 that is looked up as a token of its own
 constexpr int kSalientLanes = 8;  // tokens side by side in salient_sums
 constexpr int kSalientEntries = 512;  // entries per call: their int8 products add up to less than 2^24, exact in float
 constexpr int kStreams = 4;  // rows of a head, far apart, that are read side by side
-constexpr int kCodeColumns = 128;  // columns of a block of a screen's codes (head_screen.h); a row is filled up with zeros
-constexpr int kCodeBytes = 96;     // of such a block: byte j < 32 of its m-th 32 bytes holds the code of column 32 * m + j in
-                                   // its low 6 bits, m < 3, and bits 2 * m and 2 * m + 1 of that of column 96 + j above them
+// A row of a screen's codes (head_screen.h) is blocks of kCodeColumns columns, filled up with zeros, kCodeBytes each:
+// byte j < 32 of the m-th 32 bytes, m < 3, holds the code of column 32 * m + j in its low 6 bits, and in its high two
+// bits 2 * m and 2 * m + 1 of the code of column 96 + j.
+constexpr int kCodeColumns = 128;
+constexpr int kCodeBytes = 96;
 constexpr int64_t kMaxColumns = int64_t{1} << 24;  // 127 * K must fit in int32
 
 // What the C functions return; the linear ones also return 1 + the number of the first token that cannot be quantized.
@@ -48,9 +51,10 @@ struct KernelSet {
     void (*int8_block)(const uint32_t* panel, int n_words, const int8_t* x, ptrdiff_t stride, int tokens,
                        int32_t* sums);
 
-    // sums[r] = sum over the columns k whose bit is set in row r of x[k], for few tokens and whole rows: no transposing,
-    // and the weight is read in one stream. words [rows][n_words]; x in the order [chunk][j][w][i] of column
-    // 32 * (chunk_words * chunk + w) + 8 * i + j, w < chunk_words, zeros past the row's end. Null where there is none.
+    // sums[r] = sum over the columns k whose bit is set in row r of x[k], for few tokens and whole rows: no
+    // transposing, and the weight is read in one stream. words [rows][n_words]; x in the order [chunk][j][w][i] of
+    // column 32 * (chunk_words * chunk + w) + 8 * i + j, w < chunk_words, zeros past the row's end. Null where there is
+    // none.
     int chunk_words;
     void (*int8_rows)(const uint32_t* words, int64_t n_words, int rows, const int8_t* x, int32_t* sums);
 
@@ -67,8 +71,8 @@ struct KernelSet {
     void (*xnor_block)(const uint32_t* panel, int n_words, const uint32_t* a, const uint8_t* nibbles, ptrdiff_t stride,
                        int tokens, int32_t* sums);
 
-    // Of n salient entries, whose columns are known: their values, int8 or float16, and the signs that the row's words have
-    // at their columns, as floats.
+    // Of n salient entries, whose columns are known: their values, int8 or float16, and the signs that the row's words
+    // have at their columns, as floats.
     void (*salient_decode)(const void* values, bool float16, const uint32_t* words, int n, SalientEntries& entries);
 
     // For each lane, sums over i < n of value[i] * x[column[i]][lane] and of sign[i] * x[column[i]][lane]; x is
@@ -89,26 +93,30 @@ struct KernelSet {
     void (*finish_int8)(const int32_t* sums, int32_t total, float scale, const float* factor, float shift,
                         const float* beta, float* y);
 
-    // Of n_rows rows of a screened head (head_screen.h), sums[r] = sum over the columns of code * x, x [blocks][128]; and the
-    // same of the rows `apart`, 2 * apart and so on after each, kStreams in all, in sums[n_rows] onwards, if apart is not 0.
+    // Of n_rows rows of a screened head (head_screen.h), sums[r] = sum over the columns of code * x, x [blocks][128];
+    // and the same of the rows `apart`, 2 * apart and so on after each, kStreams in all, in sums[n_rows] onwards, if
+    // apart is not 0.
     void (*screen_dots)(const uint8_t* codes, int64_t apart, int64_t blocks, int64_t n_rows, const int8_t* x,
                         int32_t* sums);
 
-    // int8_block, of x in [-128, 127], by lookups in tables; null where int8_block is as fast, and not taken from the
-    // level below. To the sums is added, besides, |x| of all columns where x is negative: twice such a sum less
-    // sum_magnitudes is the sum with signs. Bytes of tables per word; their making from x as int8_block takes it, which
-    // returns a flag to hand on; the sums, of any number of words, and of one or two panels, so that a token's tables come
-    // from memory once for both. x and tables are 32-byte aligned. The panels are interleaved: the 256 bytes of each of
-    // their words have been put into another order in place. That order, and what is in the tables, is up to the set.
+    // The sums of int8_block by lookups in tables, for x in [-128, 127]. Null where int8_block is as fast; not taken
+    // from the level below. Panels must be interleaved: `interleave` puts the 256 bytes of each word of a panel into
+    // another order, in place. `lookup_tables` makes the tables of one token from x as int8_block takes it,
+    // lookup_bytes for each word; the flag that it returns belongs to the token's tables. `lookup_panels` takes tables
+    // and flags of several tokens, any number of words, and one or two panels: two read a token's tables from memory
+    // once for both. To each sum it adds what int8_block adds, and |x| of every column where x is negative: twice such
+    // a sum less sum_magnitudes is the sum with signs. x and tables are 32-byte aligned. The order of the bytes and
+    // what the tables hold are up to the set.
     void (*interleave)(uint32_t* panel, int n_words);
     int lookup_bytes;
     bool (*lookup_tables)(const int8_t* x, int n_words, uint8_t* tables);
-    void (*lookup_panels)(const uint32_t* const* panels, int n_panels, int n_words, const uint8_t* tables, ptrdiff_t stride,
-                          const bool* flags, int tokens, int32_t* const* sums);
+    void (*lookup_panels)(const uint32_t* const* panels, int n_panels, int n_words, const uint8_t* tables,
+                          ptrdiff_t stride, const bool* flags, int tokens, int32_t* const* sums);
 };
 
-// Each in the file of its name; other null functions are taken from the level below. The files hold no inline function or
-// template that another file could share: the linker would keep one copy, perhaps the one that needs AVX-512, for all.
+// Each in the file of its name; other null functions are taken from the level below. The files hold no inline function
+// or template that another file could share: the linker would keep one copy, perhaps the one that needs AVX-512, for
+// all.
 extern const KernelSet kPortable;
 extern const KernelSet kAvx2;
 extern const KernelSet kAvx512;

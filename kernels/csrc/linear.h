@@ -17,8 +17,8 @@ struct Mixture {
     int64_t experts;
 };
 
-// Weights that are no bits: those of row n are the entries row_starts[n] .. row_starts[n + 1], columns ascending. A weight
-// is its int8 value times value_scale[n], or its float16 value where there is no value_scale.
+// Weights that are no bits: those of row n are the entries row_starts[n] .. row_starts[n + 1], columns ascending. A
+// weight is its int8 value times value_scale[n], or its float16 value where there is no value_scale.
 struct Salient {
     const int32_t* row_starts;  // [n + 1]
     const void *columns, *values;
@@ -44,10 +44,10 @@ struct Linear {
     }
 };
 
-// The products of `count` weights with the same x: y of each. They agree in everything but weight, alpha, beta and y, and
-// if there are several, none has a mixture or salient weights. Returns kOk; kBadEntries if salient columns do not ascend or
-// leave their row; or 1 + the number of the first token that holds NaN or infinity, in int8 mode. y is unspecified unless kOk.
-// Throws std::bad_alloc.
+// The products of `count` weights with the same x: y of each. They agree in everything but weight, alpha, beta and y,
+// and if there are several, none has a mixture or salient weights. Returns kOk; kBadEntries if salient columns do not
+// ascend or leave their row; or 1 + the number of the first token that holds NaN or infinity, in int8 mode. y is
+// unspecified unless kOk. Throws std::bad_alloc.
 int64_t multiply(const Linear* linears, int count);
 
 }  // namespace fbitrain

@@ -38,10 +38,10 @@ bool ascends(const int32_t* row_starts, int64_t n, int64_t entries) {
 }  // namespace
 }  // namespace fbitrain
 
-// x [m][k] and y [m][n] of float32 or bfloat16; words [n][ceil(k / 32)]; interleaved: what fbitrain_interleave makes of them
-// for this level, or null; alpha and beta (null: none) float32 in the shape
-// of `scale`; all contiguous. group_size is read for groups only, a multiple of 32 that divides k. Returns a Status, or
-// 1 + the number of the first token that holds NaN or infinity, in int8 mode; y is then unspecified.
+// x [m][k] and y [m][n] of float32 or bfloat16; words [n][ceil(k / 32)]; interleaved: what fbitrain_interleave makes of
+// them for this level, or null; alpha and beta (null: none) float32 in the shape of `scale`; all contiguous. group_size
+// is read for groups only, a multiple of 32 that divides k. Returns a Status, or 1 + the number of the first token that
+// holds NaN or infinity, in int8 mode; y is then unspecified.
 extern "C" FBITRAIN_EXPORT int64_t fbitrain_binary_linear(int level, int threads, int mode, int bfloat16, int scale,
                                                           const void* x, const void* words, const void* interleaved,
                                                           const float* alpha, const float* beta, void* y, int64_t m,
@@ -55,12 +55,24 @@ extern "C" FBITRAIN_EXPORT int64_t fbitrain_binary_linear(int level, int threads
     if (!x || !words || !alpha || !y || reinterpret_cast<uintptr_t>(interleaved) % 64) return kBadArgument;
     Weight weight = weight_of(words, n, k);
     weight.interleaved = static_cast<const uint32_t*>(interleaved);
-    return multiply_one({*set, threads, mode, bfloat16, scale, x, weight, alpha, beta, y, m, k, group_size});
+    return multiply_one({.set = *set,
+                         .threads = threads,
+                         .mode = mode,
+                         .bfloat16 = bfloat16,
+                         .scale = scale,
+                         .x = x,
+                         .weight = weight,
+                         .alpha = alpha,
+                         .beta = beta,
+                         .y = y,
+                         .m = m,
+                         .k = k,
+                         .group_size = group_size});
 }
 
 // As above, with gates [m][experts], alpha_in [experts][k] and alpha_out [experts][n] in float32.
-extern "C" FBITRAIN_EXPORT int64_t fbitrain_mixture_linear(int level, int threads, int mode, int bfloat16, const void* x,
-                                                           const void* words, const float* gates,
+extern "C" FBITRAIN_EXPORT int64_t fbitrain_mixture_linear(int level, int threads, int mode, int bfloat16,
+                                                           const void* x, const void* words, const float* gates,
                                                            const float* alpha_in, const float* alpha_out, void* y,
                                                            int64_t m, int64_t n, int64_t k, int64_t experts) noexcept {
     using namespace fbitrain;
@@ -71,12 +83,23 @@ extern "C" FBITRAIN_EXPORT int64_t fbitrain_mixture_linear(int level, int thread
     if (!x || !words || !gates || !alpha_in || !alpha_out || !y) return kBadArgument;
     static constexpr float kOne = 1.0f;
     const Mixture mixture{gates, alpha_in, alpha_out, experts};
-    return multiply_one({*set, threads, mode, bfloat16, kTensor, x, weight_of(words, n, k), &kOne, nullptr, y, m, k, 0,
-                         &mixture});
+    return multiply_one({.set = *set,
+                         .threads = threads,
+                         .mode = mode,
+                         .bfloat16 = bfloat16,
+                         .scale = kTensor,
+                         .x = x,
+                         .weight = weight_of(words, n, k),
+                         .alpha = &kOne,
+                         .y = y,
+                         .m = m,
+                         .k = k,
+                         .mixture = &mixture});
 }
 
-// As binary_linear with scale kRow or kGroup, with salient entries: row_starts [n + 1]; columns [entries], uint16 if k <=
-// 65536 and int32 beyond; values [entries], int8 with value_scale float32 [n], float16 without. Returns kBadEntries too.
+// As binary_linear with scale kRow or kGroup, with salient entries: row_starts [n + 1]; columns [entries], uint16 if k
+// <= 65536 and int32 beyond; values [entries], int8 with value_scale float32 [n], float16 without. Returns kBadEntries
+// too.
 extern "C" FBITRAIN_EXPORT int64_t fbitrain_partial_linear(int level, int threads, int mode, int bfloat16, int scale,
                                                            const void* x, const void* words, const float* alpha,
                                                            const int32_t* row_starts, const void* columns,
@@ -92,6 +115,17 @@ extern "C" FBITRAIN_EXPORT int64_t fbitrain_partial_linear(int level, int thread
     if (!x || !words || !alpha || !row_starts || !y || (entries > 0 && (!columns || !values))) return kBadArgument;
     if (!ascends(row_starts, n, entries)) return kBadEntries;
     const Salient salient{row_starts, columns, values, value_scale, k > int64_t{1} << 16};
-    return multiply_one({*set, threads, mode, bfloat16, scale, x, weight_of(words, n, k), alpha, nullptr, y, m, k,
-                         group_size, nullptr, &salient});
+    return multiply_one({.set = *set,
+                         .threads = threads,
+                         .mode = mode,
+                         .bfloat16 = bfloat16,
+                         .scale = scale,
+                         .x = x,
+                         .weight = weight_of(words, n, k),
+                         .alpha = alpha,
+                         .y = y,
+                         .m = m,
+                         .k = k,
+                         .group_size = group_size,
+                         .salient = &salient});
 }

@@ -42,8 +42,8 @@ void pack_row(int format, const void* w, int64_t k, uint32_t* words) {
         case kFloat16:
             return pack_patterns<uint16_t>(static_cast<const uint16_t*>(w), k, 0x7C00, 0x8000, words);
         default:
-            return pack_patterns<uint64_t>(static_cast<const uint64_t*>(w), k, 0x7FF0000000000000u,
-                                           0x8000000000000000u, words);
+            return pack_patterns<uint64_t>(static_cast<const uint64_t*>(w), k, 0x7FF0000000000000u, 0x8000000000000000u,
+                                           words);
     }
 }
 

@@ -10,8 +10,8 @@ namespace fbitrain {
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-// Bytes between one token's data and the next, beyond their size. A distance of a multiple of 4096 would put the tokens of
-// a tile at addresses that the L1 cache takes for one another: half the speed.
+// Bytes between one token's data and the next, beyond their size. A distance of a multiple of 4096 would put the tokens
+// of a tile at addresses that the L1 cache takes for one another: half the speed.
 constexpr int kSkew = 64;
 
 // Words of a row transposed at a time. So many that the rows of a panel are a few long streams to the memory, and few
@@ -21,7 +21,8 @@ constexpr int kReadWords = 8 * kBlockWords;
 struct Weight {
     const uint32_t* words;  // [n][row_words]
     int64_t n, row_words;
-    const uint32_t* interleaved = nullptr;  // the panels as `lookup_panels` takes them, [panels][padded_words][kRows], or null
+    // The panels as `lookup_panels` takes them, [panels][padded_words][kRows], or null.
+    const uint32_t* interleaved = nullptr;
 
     int64_t panels() const { return (n + kRows - 1) / kRows; }
     int rows_of(int64_t panel) const { return static_cast<int>(std::min<int64_t>(kRows, n - panel * kRows)); }

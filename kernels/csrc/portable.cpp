@@ -87,9 +87,26 @@ void screen_dots(const uint8_t* codes, int64_t apart, int64_t blocks, int64_t n_
 
 }  // namespace
 
-const KernelSet kPortable = {"portable",   transpose,     int8_block,    0,              nullptr,      kWordBits,
-                             float_tables, float_block,   xnor_block,    salient_decode, salient_sums, pack_row,
-                             unpack_row,   scale_columns, sum_columns,   quantize,       split_digits, sum_quantized,
-                             sum_magnitudes, finish_int8,  screen_dots};
+const KernelSet kPortable = {
+    .name = "portable",
+    .transpose = transpose,
+    .int8_block = int8_block,
+    .floats_per_word = kWordBits,
+    .float_tables = float_tables,
+    .float_block = float_block,
+    .xnor_block = xnor_block,
+    .salient_decode = salient_decode,
+    .salient_sums = salient_sums,
+    .pack_row = pack_row,
+    .unpack_row = unpack_row,
+    .scale_columns = scale_columns,
+    .sum_columns = sum_columns,
+    .quantize = quantize,
+    .split_digits = split_digits,
+    .sum_quantized = sum_quantized,
+    .sum_magnitudes = sum_magnitudes,
+    .finish_int8 = finish_int8,
+    .screen_dots = screen_dots,
+};
 
 }  // namespace fbitrain

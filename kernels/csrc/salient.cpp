@@ -66,7 +66,8 @@ int SalientSums::next_entries(int r, int64_t end, SalientEntries& entries) {
 void SalientSums::add_row(int r, const SalientEntries& entries, int n) {
     float values[kSalientLanes], signs[kSalientLanes];
     for (int t = 0; t < tokens_; t += ready_.lanes) {
-        p_.set.salient_sums(entries, n, ready_.plain_tile(p_, (first_ + t) / ready_.lanes), ready_.lanes, values, signs);
+        p_.set.salient_sums(entries, n, ready_.plain_tile(p_, (first_ + t) / ready_.lanes), ready_.lanes, values,
+                            signs);
         for (int lane = 0; lane < std::min(ready_.lanes, tokens_ - t); ++lane) {
             values_[t + lane][r] += values[lane];
             signs_[t + lane][r] += signs[lane];

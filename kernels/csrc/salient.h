@@ -9,8 +9,8 @@ namespace fbitrain {
 // Tokens that a panel's sums hold at a time where there are salient weights: whole tiles of tokens side by side.
 constexpr int kSalientTokens = kMaxTokens / kSalientLanes * kSalientLanes;
 
-// How many columns of bits are summed before their salient entries are, where no group ends earlier: x of so many columns
-// and kSalientTokens tokens stays in the L2 cache, and a row has entries enough to be worth starting on.
+// How many columns of bits are summed before their salient entries are, where no group ends earlier: x of so many
+// columns and kSalientTokens tokens stays in the L2 cache, and a row has entries enough to be worth starting on.
 constexpr int kSalientWords = 2048 / kWordBits;
 
 // Sums are in double, where those of integers are exact.

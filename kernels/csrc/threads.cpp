@@ -1,5 +1,5 @@
-// The pool of threads behind parallel_for. Helpers take tasks while there are any; then they spin for as long as it takes
-// to get from one layer's call to the next, and sleep if no loop came.
+// The pool of threads behind parallel_for. Helpers take tasks while there are any; then they spin for as long as it
+// takes to get from one layer's call to the next, and sleep if no loop came.
 #include "threads.h"
 
 #include <pthread.h>
@@ -24,8 +24,9 @@ constexpr auto kSpinTime = std::chrono::microseconds(100);
 constexpr int kLooksPerCheck = 64;  // of a flag, per look at the clock
 constexpr int kMostRanges = 64;     // threads beyond so many share the ranges of others
 
-// Neighbouring tasks, most of which one thread does: they read neighbouring memory, which arrives faster if one processor
-// reads it on and on. Measured: two threads that take panels in turns read 12e9 bytes per second, in ranges 21e9.
+// Neighbouring tasks, most of which one thread does: they read neighbouring memory, which arrives faster if one
+// processor reads it on and on. Measured: two threads that take panels in turns read 12e9 bytes per second, in ranges
+// 21e9.
 struct alignas(64) Range {
     std::atomic<int64_t> next{0};
     int64_t end = 0;
@@ -97,7 +98,8 @@ public:
         work(0);
         open_ = false;  // from here on no helper enters; those inside have announced themselves before they looked
         const auto all_out = [&] { return inside_ == 0; };
-        while (!spin_until(all_out)) std::this_thread::yield();  // on a busy machine it may be this processor they wait for
+        // On a busy machine they may be waiting for this processor.
+        while (!spin_until(all_out)) std::this_thread::yield();
         return true;
     }
 
@@ -113,7 +115,9 @@ private:
     void wake() {
         ++loops_;
         if (sleepers_ == 0) return;
-        { std::lock_guard<std::mutex> guard(sleep_); }  // one about to sleep has either seen the loop or is asleep now
+        {  // after it, one about to sleep has either seen the loop or is asleep
+            std::lock_guard<std::mutex> guard(sleep_);
+        }
         loop_begun_.notify_all();
     }
 

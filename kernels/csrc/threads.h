@@ -25,9 +25,9 @@ int processors_of_quota(const char* cpu_max);
 // Calls body(task, thread) for each task < n_tasks, thread < threads. `body` must not throw.
 template <typename Body>
 void parallel_for(int threads, int64_t n_tasks, const Body& body) {
-    run_tasks(threads, n_tasks,
-              [](const void* self, int64_t task, int thread) { (*static_cast<const Body*>(self))(task, thread); },
-              &body);
+    run_tasks(
+        threads, n_tasks,
+        [](const void* self, int64_t task, int thread) { (*static_cast<const Body*>(self))(task, thread); }, &body);
 }
 
 // As many threads as are worth waking for `work` weights times tokens: waking one takes as long as about 2^19 of them.

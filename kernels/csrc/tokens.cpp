@@ -10,20 +10,21 @@
 namespace fbitrain {
 namespace {
 
-// Up to here what does a token at a time is faster than putting the bits in order for lookup_panels. Beyond, that is faster,
-// or as fast where there is a single panel.
+// Up to here what does a token at a time is faster than putting the bits in order for lookup_panels. Beyond, that is
+// faster, or as fast where there is a single panel.
 constexpr int kRowTokens = 2;
 
-// Tokens made ready at a time, which bounds the memory: 1 byte per column and token of int8, 8 or 16 of float tables, 8 of
-// tables for lookup_panels. Of tables as many as fit kTableBytes, a cache near by, within limits. Of floats 12 are as fast then
-// as 24 if they fit, and 1.2 times as fast if they do not (AVX-512, 5632 columns). Of those for lookup_panels whole tiles of
-// two: measured, 16 to 100 differ by 5 % at most for up to 11008 columns.
+// Tokens made ready at a time, which bounds the memory: 1 byte per column and token of int8, 8 or 16 of float tables, 8
+// of tables for lookup_panels. Of tables as many as fit kTableBytes, a cache near by, within limits. Of floats 12 are
+// as fast then as 24 if they fit, and 1.2 times as fast if they do not (AVX-512, 5632 columns). Of those for
+// lookup_panels whole tiles of two: measured, 16 to 100 differ by 5 % at most for up to 11008 columns.
 constexpr int64_t kTableBytes = int64_t{1} << 21;
 constexpr int64_t kInt8Tokens = 2 * kBlockTokens, kFloatTokens = 24, kLeastFloats = 12;
 constexpr int64_t kLeastLookups = 24, kLookupTokens = 2;
 
-// Of int8, tokens multiplied at a time: as many as fit kBlockBytes, so that a cache near by keeps them for all panels, within
-// limits, in whole tiles of AMX. Measured with AMX: 192 are done 1.5 times as fast as 60, each, as they share the making of B.
+// Of int8, tokens multiplied at a time: as many as fit kBlockBytes, so that a cache near by keeps them for all panels,
+// within limits, in whole tiles of AMX. Measured with AMX: 192 are done 1.5 times as fast as 60, each, as they share
+// the making of B.
 constexpr int64_t kBlockBytes = int64_t{1} << 20, kLeastBlock = 64, kTileTokens = 16;
 
 // What cuts `tokens` into parts of one size, at most `most`: one of a few tokens would read the whole weight for them.
@@ -92,7 +93,8 @@ Plan plan_tokens(const Linear& p) {
     // What is multiplied in digits is so for any number of tokens: a result does not depend on its neighbours.
     const bool look_up = p.set.lookup_panels && (p.m > kRowTokens || p.weight.interleaved);
     // Of digits up to 128, 2^24 columns would add up to 2^31.
-    const bool digits = p.mode == kFloatMode && look_up && p.weight.interleaved && !p.salient && p.padded() < kMaxColumns;
+    const bool digits =
+        p.mode == kFloatMode && look_up && p.weight.interleaved && !p.salient && p.padded() < kMaxColumns;
     if (p.mode == kFloatMode && !digits) {
         const int64_t stride = n_words * p.set.floats_per_word + kSkew / 4;
         const bool all_fit = kFloatTokens * stride * static_cast<int64_t>(sizeof(float)) <= kTableBytes;
@@ -159,7 +161,8 @@ bool prepare(const Linear& p, int64_t first, int64_t t, float* z, Ready& ready) 
         }
     } else if (p.mode == kInt8Mode) {
         const bool lookup = ready.plan.form == Form::kLookupPanels;
-        int8_t* q = lookup ? reinterpret_cast<int8_t*>(z) : ready.quantized.get() + start;  // in place, if for tables only
+        // In place, if for tables only.
+        int8_t* q = lookup ? reinterpret_cast<int8_t*>(z) : ready.quantized.get() + start;
         token.scale = p.set.quantize(z, p.padded(), q);
         if (!std::isfinite(token.scale)) return false;
         total_groups(p, q, t, ready);

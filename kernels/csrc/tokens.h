@@ -41,16 +41,17 @@ struct Ready {
     int lanes;                 // 1 or 8 tokens side by side
 
     Ready(const Linear& p, const Plan& plan);
-    int64_t scratch_of(const Linear& p) const { return p.padded() * (plan.rows == 1 ? 1 : 2); }  // digits are not in place
+    // Digits are not made in place.
+    int64_t scratch_of(const Linear& p) const { return p.padded() * (plan.rows == 1 ? 1 : 2); }
     const float* plain_tile(const Linear& p, int64_t tile) const { return plain.get() + tile * p.k * lanes; }
 };
 
-// Makes token `first + t` ready as number t of the slab; false if int8 mode finds NaN or infinity in it, or if it cannot be
-// put in digits. `z` is scratch of ready.scratch_of(p) floats, 64-byte aligned.
+// Makes token `first + t` ready as number t of the slab; false if int8 mode finds NaN or infinity in it, or if it
+// cannot be put in digits. `z` is scratch of ready.scratch_of(p) floats, 64-byte aligned.
 bool prepare(const Linear& p, int64_t first, int64_t t, float* z, Ready& ready);
 
-// out[i] = sum over the experts, in their order, of gates[e] * alpha[e][begin + i], alpha [experts][width] rounded to x's
-// dtype.
+// out[i] = sum over the experts, in their order, of gates[e] * alpha[e][begin + i], alpha [experts][width] rounded to
+// x's dtype.
 void mix(const Linear& p, const float* alpha, int64_t width, int64_t begin, int count, const float* gates, float* out);
 
 }  // namespace fbitrain

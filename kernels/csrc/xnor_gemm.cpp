@@ -15,7 +15,8 @@ constexpr int kWriteAhead = 6;  // tokens
 
 void split_nibbles(const uint32_t* a, int64_t n_words, uint8_t* nibbles) {
     for (int64_t w = 0; w < n_words; ++w)
-        for (int i = 0; i < kNibbles; ++i) nibbles[kNibbles * w + i] = static_cast<uint8_t>((a[w] >> (4 * i) & 15) << 4);
+        for (int i = 0; i < kNibbles; ++i)
+            nibbles[kNibbles * w + i] = static_cast<uint8_t>((a[w] >> (4 * i) & 15) << 4);
 }
 
 struct Product {
@@ -84,8 +85,8 @@ constexpr int64_t kFormatBytes[kFormats] = {4, 2, 2, 8};
 }  // namespace fbitrain
 
 // a [m][ceil(k / 32)], b [n][ceil(k / 32)], out int32 [m][n], contiguous; bits past k are 0. Returns a Status.
-extern "C" FBITRAIN_EXPORT int64_t fbitrain_xnor_gemm(int level, int threads, const void* a, const void* b, void* out, int64_t m,
-                                      int64_t n, int64_t k) noexcept {
+extern "C" FBITRAIN_EXPORT int64_t fbitrain_xnor_gemm(int level, int threads, const void* a, const void* b, void* out,
+                                                      int64_t m, int64_t n, int64_t k) noexcept {
     using namespace fbitrain;
     const KernelSet* set = kernel_set(level);
     if (!set) return kNoLevel;
@@ -101,8 +102,8 @@ extern "C" FBITRAIN_EXPORT int64_t fbitrain_xnor_gemm(int level, int threads, co
 }
 
 // w [rows][k] of a Format (pack.inl) -> words [rows][ceil(k / 32)]. Returns a Status.
-extern "C" FBITRAIN_EXPORT int64_t fbitrain_pack_signs(int level, int threads, int format, const void* w, void* words, int64_t rows,
-                                       int64_t k) noexcept {
+extern "C" FBITRAIN_EXPORT int64_t fbitrain_pack_signs(int level, int threads, int format, const void* w, void* words,
+                                                       int64_t rows, int64_t k) noexcept {
     using namespace fbitrain;
     const KernelSet* set = kernel_set(level);
     if (!set) return kNoLevel;
@@ -118,8 +119,8 @@ extern "C" FBITRAIN_EXPORT int64_t fbitrain_pack_signs(int level, int threads, i
 }
 
 // words [rows][ceil(k / 32)] -> out [rows][k] of a Format. Returns a Status.
-extern "C" FBITRAIN_EXPORT int64_t fbitrain_unpack_signs(int level, int threads, int format, const void* words, void* out, int64_t rows,
-                                         int64_t k) noexcept {
+extern "C" FBITRAIN_EXPORT int64_t fbitrain_unpack_signs(int level, int threads, int format, const void* words,
+                                                         void* out, int64_t rows, int64_t k) noexcept {
     using namespace fbitrain;
     const KernelSet* set = kernel_set(level);
     if (!set) return kNoLevel;

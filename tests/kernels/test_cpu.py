@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fbitrain.kernels import cpu, reference
 from fbitrain.kernels.layout import SCALES, scale_shape
+from fbitrain.kernels.weights import BinaryWeight
 
 WIDTHS = (1, 31, 32, 33, 63, 65, 511, 4096)
 # Tokens and rows around what tiles and panels hold: 1 to 6 tokens a tile, 56 or 60 a task; 64 rows a panel.
@@ -81,11 +82,11 @@ def test_float_mode_is_near_fp64(level: str, k: int, scale: str, beta: bool, dty
     for m, n in SHAPES if dtype == torch.float32 else SHAPES[1:4]:
         x, words, alpha, shift = linear_inputs(m, n, k, scale, beta, group_size)
         x = x.to(dtype)
-        y = cpu.kernel("binary_linear", level)(x, words, alpha, shift, scale, k, group_size)
+        y = cpu.kernel("binary_linear", level)(x, BinaryWeight(words, alpha, shift, scale, k, group_size))
         assert y.dtype == dtype
         assert y.shape == (m, n)
         alpha, shift = alpha.to(dtype).double(), None if shift is None else shift.to(dtype).double()
-        wanted = reference.binary_linear(x.double(), words, alpha, shift, scale, k, group_size)
+        wanted = reference.binary_linear(x.double(), BinaryWeight(words, alpha, shift, scale, k, group_size))
         assert signal_to_noise(wanted, y) > (110 if dtype == torch.float32 else 45)
 
 
@@ -95,7 +96,7 @@ def test_float_mode_is_near_fp64(level: str, k: int, scale: str, beta: bool, dty
 def test_int8_mode_without_shift_is_exact(level: str, k: int, scale: str, dtype: torch.dtype) -> None:
     for m, n in SHAPES if dtype == torch.float32 else SHAPES[1:4]:
         x, words, alpha, _ = linear_inputs(m, n, k, scale, False, k)
-        arguments = (x.to(dtype), words, alpha, None, scale, k, k, "int8")
+        arguments = (x.to(dtype), BinaryWeight(words, alpha, None, scale, k, k), "int8")
         assert torch.equal(cpu.kernel("binary_linear", level)(*arguments), reference.binary_linear(*arguments))
 
 
@@ -106,7 +107,7 @@ def test_groups_that_are_smaller_and_larger_than_a_panel(level: str, k: int, gro
     for m, n in SHAPES:
         x, words, alpha, _ = linear_inputs(m, n, k, "group", False, group_size)
         alpha = torch.exp2(torch.randint(-2, 3, alpha.shape).float())
-        arguments = (x, words, alpha, None, "group", k, group_size, mode)
+        arguments = (x, BinaryWeight(words, alpha, None, "group", k, group_size), mode)
         y, wanted = cpu.kernel("binary_linear", level)(*arguments), reference.binary_linear(*arguments)
         assert torch.equal(y, wanted) if mode == "int8" else signal_to_noise(wanted, y) > 110
 
@@ -115,10 +116,10 @@ def test_groups_that_are_smaller_and_larger_than_a_panel(level: str, k: int, gro
 def test_int8_mode_with_shift_is_near_its_reference(level: str, scale: str, beta: bool) -> None:
     for m, n in [(1, 65), (7, 130), (490, 70)]:
         x, words, alpha, shift = linear_inputs(m, n, 768, scale, beta, 128)
-        arguments = (x, words, alpha, shift, scale, 768, 128, "int8")
+        arguments = (x, BinaryWeight(words, alpha, shift, scale, 768, 128), "int8")
         y, wanted = cpu.kernel("binary_linear", level)(*arguments), reference.binary_linear(*arguments)
         assert signal_to_noise(wanted, y) > 110
-        exact = reference.binary_linear(x.double(), *arguments[1:-1])
+        exact = reference.binary_linear(x.double(), arguments[1])
         assert signal_to_noise(exact, y) > 30
 
 
@@ -128,7 +129,9 @@ def test_int8_mode_at_its_extremes(level: str) -> None:
         words = torch.stack([reference.pack_signs(torch.ones(k)), reference.pack_signs(-torch.ones(k))])
         for value in (127.0, -127.0):
             x = torch.full((m, k), value)
-            y = cpu.kernel("binary_linear", level)(x, words, torch.ones(1, 1), None, "tensor", k, k, "int8")
+            y = cpu.kernel("binary_linear", level)(
+                x, BinaryWeight(words, torch.ones(1, 1), None, "tensor", k, k), "int8"
+            )
             assert torch.equal(y, torch.tensor([[value * k, -value * k]]).expand(m, 2))
 
 
@@ -140,7 +143,7 @@ def test_interleaved_bits_change_no_result(level: str, n_words: int) -> None:
         for scale, group_size in (("row", k), ("column", k), ("group", 32 * n_words)):
             width = group_size if scale == "group" else k
             x, words, alpha, _ = linear_inputs(m, n, width, scale, False, group_size)
-            arguments = (x, words, alpha, None, scale, width, group_size, "int8")
+            arguments = (x, BinaryWeight(words, alpha, None, scale, width, group_size), "int8")
             interleaved = cpu.interleave(level, words, width)
             assert (interleaved is None) == (level != "avx2")
             if interleaved is None:
@@ -163,10 +166,10 @@ def test_floats_in_digits_are_near_fp64(level: str, k: int, scale: str, beta: bo
         interleaved = cpu.interleave(level, words, k)
         if interleaved is None:
             return  # this level puts no bits in order
-        y = cpu.kernel("binary_linear", level)(x, words, alpha, shift, scale, k, 32, "float", interleaved)
+        y = cpu.kernel("binary_linear", level)(x, BinaryWeight(words, alpha, shift, scale, k, 32), "float", interleaved)
         assert y.dtype == dtype
         alpha, shift = alpha.to(dtype).double(), None if shift is None else shift.to(dtype).double()
-        wanted = reference.binary_linear(x.double(), words, alpha, shift, scale, k, 32)
+        wanted = reference.binary_linear(x.double(), BinaryWeight(words, alpha, shift, scale, k, 32))
         assert signal_to_noise(wanted, y) > (110 if dtype == torch.float32 else 45)
 
 
@@ -184,7 +187,7 @@ def test_floats_in_digits_that_are_integers_are_exact(level: str) -> None:
             x[:, -1] = largest
             total = value * (k - 1) + largest
             y = cpu.kernel("binary_linear", level)(
-                x.float(), words, torch.ones(1, 1), None, "tensor", k, k, "float", interleaved
+                x.float(), BinaryWeight(words, torch.ones(1, 1), None, "tensor", k, k), "float", interleaved
             )
             assert torch.equal(y, torch.tensor([[total, -total]], dtype=torch.float64).float().expand(3, 2))
 
@@ -196,7 +199,9 @@ def test_floats_in_digits_do_not_depend_on_their_neighbours(level: str) -> None:
         return  # this level puts no bits in order
 
     def run(x: Tensor) -> Tensor:
-        return cpu.kernel("binary_linear", level)(x, words, alpha, shift, "column", 1100, 128, "float", interleaved)
+        return cpu.kernel("binary_linear", level)(
+            x, BinaryWeight(words, alpha, shift, "column", 1100, 128), "float", interleaved
+        )
 
     together = run(x)
     assert torch.equal(together, torch.cat([run(x[i : i + 1]) for i in range(131)]))
@@ -209,7 +214,7 @@ def test_floats_that_have_no_digits_are_multiplied_as_floats(level: str, value: 
     x, words, alpha, shift = linear_inputs(70, 65, 500, "row", True, 128)
     x[66] = x[66] * 1e-44 if value == 1e-44 else x[66]
     x[66, 3] = value
-    arguments = (x, words, alpha, shift, "row", 500, 128, "float")
+    arguments = (x, BinaryWeight(words, alpha, shift, "row", 500, 128), "float")
     y = cpu.kernel("binary_linear", level)(*arguments, interleaved=cpu.interleave(level, words, 500))
     assert torch.equal(y.nan_to_num(7.0), cpu.kernel("binary_linear", level)(*arguments).nan_to_num(7.0))
 
@@ -220,13 +225,13 @@ def test_int8_mode_at_every_width_of_a_block(level: str, n_words: int) -> None:
     k = 32 * n_words - n_words % 3
     for m, n in [(2, 65), (3, 63), (4, 129), (5, 1), (57, 64)]:
         x, words, alpha, _ = linear_inputs(m, n, k, "row", False, k)
-        arguments = (x, words, alpha, None, "row", k, k, "int8")
+        arguments = (x, BinaryWeight(words, alpha, None, "row", k, k), "int8")
         assert torch.equal(cpu.kernel("binary_linear", level)(*arguments), reference.binary_linear(*arguments))
 
 
 def test_int8_mode_of_slabs_that_wide_rows_make_small(level: str) -> None:
     x, words, alpha, _ = linear_inputs(27, 3, 11008, "tensor", False, 11008)
-    arguments = (x, words, alpha, None, "tensor", 11008, 11008, "int8")
+    arguments = (x, BinaryWeight(words, alpha, None, "tensor", 11008, 11008), "int8")
     assert torch.equal(cpu.kernel("binary_linear", level)(*arguments), reference.binary_linear(*arguments))
 
 
@@ -238,7 +243,7 @@ def test_int8_mode_where_rows_select_what_has_one_sign(level: str, k: int) -> No
         x = 127 * signs(m, k, seed=m)
         weight = torch.cat([x, -x, torch.ones(1, k), -torch.ones(1, k)]).sign()
         words = reference.pack_signs(weight)
-        y = cpu.kernel("binary_linear", level)(x, words, torch.ones(1, 1), None, "tensor", k, k, "int8")
+        y = cpu.kernel("binary_linear", level)(x, BinaryWeight(words, torch.ones(1, 1), None, "tensor", k, k), "int8")
         assert torch.equal(y, x @ weight.T)
 
 
@@ -266,19 +271,19 @@ def test_int8_mode_where_bytes_of_lookups_are_full(level: str, n_words: int) -> 
     for m in (1, 2, 3, 9):
         for interleaved in (None, cpu.interleave(level, words, k)):
             y = cpu.kernel("binary_linear", level)(
-                x[-m:], words, torch.ones(1, 1), None, "tensor", k, k, "int8", interleaved
+                x[-m:], BinaryWeight(words, torch.ones(1, 1), None, "tensor", k, k), "int8", interleaved
             )
             assert torch.equal(y, x[-m:] @ weight.T)
     for group_size in (32, 96) if n_words % 3 == 0 else (32,):  # sums that begin at any word
         alpha = torch.ones(len(weight), k // group_size)
-        y = cpu.kernel("binary_linear", level)(x, words, alpha, None, "group", k, group_size, "int8")
+        y = cpu.kernel("binary_linear", level)(x, BinaryWeight(words, alpha, None, "group", k, group_size), "int8")
         assert torch.equal(y, x @ weight.T)
 
 
 def test_int8_mode_of_millions_of_columns(level: str) -> None:
     k = 2**21
     words, x = torch.full((1, k // 32), -1, dtype=torch.int32), torch.full((1, k), 127.0)
-    y = cpu.kernel("binary_linear", level)(x, words, torch.ones(1, 1), None, "tensor", k, k, "int8")
+    y = cpu.kernel("binary_linear", level)(x, BinaryWeight(words, torch.ones(1, 1), None, "tensor", k, k), "int8")
     assert y.item() == 127 * k
 
 
@@ -286,21 +291,21 @@ def test_int8_mode_names_the_first_token_that_it_refuses(level: str) -> None:
     x, words, alpha, _ = linear_inputs(9, 5, 96, "tensor", False, 96)
     x[[2, 4, 8], 7] = float("nan")
     with pytest.raises(ValueError, match=r"row 2 of \[9, 96\] holds NaN"):
-        cpu.kernel("binary_linear", level)(x, words, alpha, None, "tensor", 96, 96, "int8")
+        cpu.kernel("binary_linear", level)(x, BinaryWeight(words, alpha, None, "tensor", 96, 96), "int8")
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-39, 1.2e-38, 1e-30, 1e30, 3e38])
 def test_int8_mode_of_tiny_and_huge_tokens(level: str, magnitude: float) -> None:
     x, words, _, _ = linear_inputs(3, 9, 96, "tensor", False, 96)
     x = x / x.abs().max() * magnitude
-    arguments = (x, words, torch.full((1, 1), 0.01), None, "tensor", 96, 96, "int8")
+    arguments = (x, BinaryWeight(words, torch.full((1, 1), 0.01), None, "tensor", 96, 96), "int8")
     assert torch.equal(cpu.kernel("binary_linear", level)(*arguments), reference.binary_linear(*arguments))
 
 
 def test_float_mode_passes_nan_and_infinity_on(level: str) -> None:
     x, words, alpha, _ = linear_inputs(3, 70, 100, "column", False, 100)
     x[0, 3], x[1, 5] = float("nan"), float("inf")
-    y = cpu.kernel("binary_linear", level)(x, words, alpha, None, "column", 100, 100)
+    y = cpu.kernel("binary_linear", level)(x, BinaryWeight(words, alpha, None, "column", 100, 100))
     assert y[0].isnan().all()
     assert y[1].isinf().all()
     assert y[2].isfinite().all()
@@ -329,7 +334,7 @@ def test_empty_inputs(level: str, shape: tuple[int, ...]) -> None:
     assert cpu.kernel("xnor_gemm", level)(a, b, 40).shape == (0, 3)
     assert (cpu.kernel("xnor_gemm", level)(torch.empty(2, 0).int(), torch.empty(3, 0).int(), 0) == 0).all()
     x, alpha = torch.empty(2, 0, 40), torch.rand(1, 40)
-    assert cpu.kernel("binary_linear", level)(x, b, alpha, None, "column", 40, 1).shape == (2, 0, 3)
+    assert cpu.kernel("binary_linear", level)(x, BinaryWeight(b, alpha, None, "column", 40, 1)).shape == (2, 0, 3)
 
 
 def test_the_default_device_does_not_matter(level: str) -> None:
@@ -350,6 +355,6 @@ def test_the_number_of_threads_does_not_change_the_result(level: str) -> None:
     for n_threads in (1, 2, 3, 7):
         before = torch.get_num_threads()
         torch.set_num_threads(n_threads)
-        results.append(cpu.kernel("binary_linear", level)(x, words, alpha, beta, "column", 600, 600))
+        results.append(cpu.kernel("binary_linear", level)(x, BinaryWeight(words, alpha, beta, "column", 600, 600)))
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results[1:])

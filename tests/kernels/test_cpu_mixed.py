@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fbitrain.kernels import cpu, reference
+from fbitrain.kernels.weights import MixtureWeight, PartialWeight
 
 # Tokens, rows, columns around what tiles and panels hold: 8 tokens side by side, 56 a task, 64 rows, 512 columns.
 SHAPES = [(1, 1, 1), (1, 65, 33), (2, 63, 511), (3, 64, 512), (5, 130, 513), (9, 7, 1100), (61, 66, 96), (490, 3, 70)]
@@ -40,7 +41,7 @@ def mixture_arguments(m: int, n: int, k: int, n_experts: int) -> tuple[Tensor, .
 def test_mixture_float_mode_is_near_fp64(level: str, n_experts: int, dtype: torch.dtype) -> None:
     for m, n, k in SHAPES:
         x, words, gates, alpha_in, alpha_out = mixture_arguments(m, n, k, n_experts)
-        y = cpu.kernel("mixture_linear", level)(x.to(dtype), words, gates, alpha_in, alpha_out, k)
+        y = cpu.kernel("mixture_linear", level)(x.to(dtype), MixtureWeight(words, gates, alpha_in, alpha_out, k))
         assert y.dtype == dtype
         scale_in, scale_out = (gates.double() @ alpha.to(dtype).double() for alpha in (alpha_in, alpha_out))
         wanted = ((x.to(dtype).double() * scale_in) @ signs_of(words, k).T) * scale_out
@@ -51,9 +52,10 @@ def test_mixture_float_mode_is_near_fp64(level: str, n_experts: int, dtype: torc
 @pytest.mark.parametrize("n_experts", [1, 5])
 def test_mixture_int8_mode_is_exact(level: str, n_experts: int, dtype: torch.dtype) -> None:
     for m, n, k in SHAPES:
-        x, *weight = mixture_arguments(m, n, k, n_experts)
-        y = cpu.kernel("mixture_linear", level)(x.to(dtype), *weight, k, "int8")
-        assert torch.equal(y, reference.mixture_linear(x.to(dtype), *weight, k, "int8"))
+        x, *tensors = mixture_arguments(m, n, k, n_experts)
+        arguments = (x.to(dtype), MixtureWeight(*tensors, k), "int8")
+        y = cpu.kernel("mixture_linear", level)(*arguments)
+        assert torch.equal(y, reference.mixture_linear(*arguments))
 
 
 def partial_arguments(
@@ -86,7 +88,7 @@ def test_partial_float_mode_is_near_fp64(level: str, scale: str, values_dtype: t
         k, dtype = widths(k, scale), torch.bfloat16 if index % 4 == 3 else torch.float32
         arguments, mask = partial_arguments(m, n, k, share, scale, values_dtype)
         x, words, alpha, _, _, _, values, value_scale = arguments
-        y = cpu.kernel("partial_linear", level)(x.to(dtype), *arguments[1:], k, 32)
+        y = cpu.kernel("partial_linear", level)(x.to(dtype), PartialWeight(*arguments[1:], k, 32))
         assert y.dtype == dtype
         weight = alpha.to(dtype).double().repeat_interleave(k if scale == "row" else 32, 1) * signs_of(words, k)
         weight[mask] = values.double()
@@ -106,7 +108,7 @@ def test_partial_int8_mode_is_exact(
         k = widths(k, scale)
         (x, words, alpha, *rest), _ = partial_arguments(m, n, k, share, scale, values_dtype)
         alpha = torch.exp2(torch.randint(-2, 3, alpha.shape).float()) if scale == "group" else alpha
-        arguments = (x.to(dtype), words, alpha, *rest, k, 32, "int8")
+        arguments = (x.to(dtype), PartialWeight(words, alpha, *rest, k, 32), "int8")
         y = cpu.kernel("partial_linear", level)(*arguments)
         assert torch.equal(y, reference.partial_linear(*arguments))
 
@@ -119,7 +121,9 @@ def test_partial_int8_mode_at_its_extremes(level: str) -> None:
     values, one = torch.full((n * k,), -128, dtype=torch.int8), torch.ones(n, 1)
     for m in (1, 9):
         x = torch.full((m, k), 127.0)
-        y = cpu.kernel("partial_linear", level)(x, words, one, "row", row_starts, columns, values, one, k, k, "int8")
+        y = cpu.kernel("partial_linear", level)(
+            x, PartialWeight(words, one, "row", row_starts, columns, values, one, k, k), "int8"
+        )
         assert (y == -128 * 127 * k).all()
 
 
@@ -130,7 +134,9 @@ def test_partial_of_rows_that_just_fit_uint16_and_of_longer_ones(level: str, k: 
     values = torch.tensor([3.0, -4.0, 5.0])[: len(columns)].half()
     row_starts = torch.tensor([0, 0, len(columns)], dtype=torch.int32)
     narrow = columns.to(torch.uint16) if k == 2**16 else columns
-    y = cpu.kernel("partial_linear", level)(x, words, torch.ones(2, 1), "row", row_starts, narrow, values, None, k, k)
+    y = cpu.kernel("partial_linear", level)(
+        x, PartialWeight(words, torch.ones(2, 1), "row", row_starts, narrow, values, None, k, k)
+    )
     weight = signs_of(words, k)
     weight[1, columns.long()] = values.double()
     assert signal_to_noise(x.double() @ weight.T, y) > 105
@@ -143,17 +149,22 @@ def test_partial_takes_every_float16(level: str) -> None:
     row_starts, columns = torch.arange(n + 1).int(), torch.zeros(n, dtype=torch.uint16)
     words, alpha = torch.zeros(n, 1, dtype=torch.int32), torch.zeros(n, 1)
     y = cpu.kernel("partial_linear", level)(
-        torch.ones(1, 1), words, alpha, "row", row_starts, columns, values, None, 1, 1
+        torch.ones(1, 1), PartialWeight(words, alpha, "row", row_starts, columns, values, None, 1, 1)
     )
     assert torch.equal(y[0], values.float())
 
 
+def x_and_weight(op: str, m: int, n: int, k: int) -> tuple[Tensor, MixtureWeight | PartialWeight]:
+    if op == "mixture_linear":
+        x, *tensors = mixture_arguments(m, n, k, 4)
+        return x, MixtureWeight(*tensors, k)
+    (x, *rest), _ = partial_arguments(m, n, k, 0.1, "row", torch.int8)
+    return x, PartialWeight(*rest, k)
+
+
 @pytest.mark.parametrize("op", ["mixture_linear", "partial_linear"])
 def test_the_number_of_threads_does_not_change_the_result(level: str, op: str) -> None:
-    if op == "mixture_linear":
-        arguments: tuple[object, ...] = (*mixture_arguments(40, 700, 600, 4), 600)
-    else:
-        arguments = (*partial_arguments(40, 700, 600, 0.1, "row", torch.int8)[0], 600, 600)
+    arguments = x_and_weight(op, 40, 700, 600)
     results = []
     for n_threads in (1, 2, 3, 7):
         before = torch.get_num_threads()
@@ -165,7 +176,4 @@ def test_the_number_of_threads_does_not_change_the_result(level: str, op: str) -
 
 @pytest.mark.parametrize("op", ["mixture_linear", "partial_linear"])
 def test_without_tokens_there_is_nothing_to_do(level: str, op: str) -> None:
-    arguments: tuple[object, ...] = (*mixture_arguments(0, 5, 40, 2), 40)
-    if op == "partial_linear":
-        arguments = (*partial_arguments(0, 5, 40, 0.5, "row", torch.int8)[0], 40, 40)
-    assert cpu.kernel(op, level)(*arguments).shape == (0, 5)
+    assert cpu.kernel(op, level)(*x_and_weight(op, 0, 5, 40)).shape == (0, 5)

@@ -15,6 +15,7 @@ from fbitrain.kernels import cpu, reference
 from fbitrain.kernels.decoder import Decoder, NotFiniteError
 from fbitrain.kernels.decoder_tensors import BinaryTensors, DecoderShape, DecoderTensors, LayerTensors
 from fbitrain.kernels.layout import scale_shape
+from fbitrain.kernels.weights import BinaryWeight
 
 LINEARS = {
     **{"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj"},
@@ -86,8 +87,8 @@ class QuantizedLinear(nn.Module):
         self.weight_of, self.shape, self.k = weight, shape, k
 
     def forward(self, x: Tensor) -> Tensor:
-        how = (self.shape.scale, self.k, self.shape.group_size, "int8")
-        return reference.binary_linear(x.float(), *self.weight_of, *how).double()
+        weight = BinaryWeight(*self.weight_of, self.shape.scale, self.k, self.shape.group_size)
+        return reference.binary_linear(x.float(), weight, "int8").double()
 
 
 def quantize_(model: LlamaForCausalLM, shape: DecoderShape, tensors: DecoderTensors) -> None:

@@ -10,7 +10,7 @@ import pytest
 from fbitrain.kernels import cpu, cpu_build
 
 HERE = Path(__file__).parent
-SANITIZE = ("-std=c++17", "-O0", "-g1", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZE = ("-std=gnu++17", "-O0", "-g1", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 @pytest.fixture(scope="module")

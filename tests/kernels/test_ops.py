@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fbitrain.kernels import ops, reference
+from fbitrain.kernels.weights import BinaryWeight, MixtureWeight, PartialWeight
 
 K = 65
 WORDS_N = reference.pack_signs(torch.randn(6, K, generator=torch.Generator().manual_seed(0)))
@@ -21,48 +23,57 @@ WORDS_M = reference.pack_signs(torch.randn(4, K, generator=torch.Generator().man
 X = torch.randn(2, 3, K, generator=torch.Generator().manual_seed(2))
 ALPHA, BETA = torch.rand(1, K), torch.rand(1, K)
 GATES = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(3)).softmax(-1)
-MIXTURE = (WORDS_N, GATES, torch.rand(4, K), torch.rand(4, 6), K)
+MIXTURE = MixtureWeight(WORDS_N, GATES, torch.rand(4, K), torch.rand(4, 6), K)
+BINARY = BinaryWeight(WORDS_N, ALPHA, BETA, "column", K)
 ROW_STARTS = torch.tensor([0, 2, 2, 3, 3, 3, 5], dtype=torch.int32)
 COLUMNS = torch.tensor([0, 64, 33, 5, 6], dtype=torch.int32).to(torch.uint16)
 VALUES, VALUE_SCALE = torch.tensor([127, -128, 3, -4, 5], dtype=torch.int8), torch.rand(6, 1) / 100
 ROW_ALPHA = torch.rand(6, 1)
-PARTIAL = (WORDS_N, ROW_ALPHA, "row", ROW_STARTS, COLUMNS, VALUES, VALUE_SCALE, K, 1)
+PARTIAL = PartialWeight(WORDS_N, ROW_ALPHA, "row", ROW_STARTS, COLUMNS, VALUES, VALUE_SCALE, K)
 
 CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("pack_signs", (X,)),
     ("pack_signs", (X.transpose(1, 2).bfloat16(),)),
     ("unpack_signs", (WORDS_N, K, torch.bfloat16)),
     ("xnor_gemm", (WORDS_M, WORDS_N, K)),
-    ("binary_linear", (X, WORDS_N, ALPHA, BETA, "column", K, 1)),
-    ("binary_linear", (X.transpose(0, 1), WORDS_N, torch.rand(6, 1), None, "row", K, 1)),
-    ("binary_linear", (X[:, :0], WORDS_N, torch.rand(6, 13), None, "group", K, 5)),
-    ("binary_linear", (X.bfloat16(), WORDS_N, ALPHA.bfloat16(), BETA.bfloat16(), "column", K, 1, "int8")),
+    ("binary_linear", (X, BINARY)),
+    ("binary_linear", (X.transpose(0, 1), BinaryWeight(WORDS_N, torch.rand(6, 1), None, "row", K))),
+    ("binary_linear", (X[:, :0], BinaryWeight(WORDS_N, torch.rand(6, 13), None, "group", K, 5))),
     (
         "binary_linear",
-        (torch.randn(2, 64), WORDS_N[:, :2].contiguous(), torch.rand(6, 2), None, "group", 64, 32, "int8"),
+        (X.bfloat16(), BinaryWeight(WORDS_N, ALPHA.bfloat16(), BETA.bfloat16(), "column", K), "int8"),
     ),
-    ("mixture_linear", (X, *MIXTURE)),
-    ("mixture_linear", (X.transpose(0, 1), WORDS_N, GATES.transpose(0, 1), *MIXTURE[2:])),
-    ("mixture_linear", (X.bfloat16(), *MIXTURE, "int8")),
-    ("partial_linear", (X, *PARTIAL)),
-    ("partial_linear", (X.transpose(0, 1), *PARTIAL, "int8")),
+    (
+        "binary_linear",
+        (
+            torch.randn(2, 64),
+            BinaryWeight(WORDS_N[:, :2].contiguous(), torch.rand(6, 2), None, "group", 64, 32),
+            "int8",
+        ),
+    ),
+    ("mixture_linear", (X, MIXTURE)),
+    ("mixture_linear", (X.transpose(0, 1), MIXTURE._replace(gates=GATES.transpose(0, 1)))),
+    ("mixture_linear", (X.bfloat16(), MIXTURE, "int8")),
+    ("partial_linear", (X, PARTIAL)),
+    ("partial_linear", (X.transpose(0, 1), PARTIAL, "int8")),
     (
         "partial_linear",
-        (X[:, :0], WORDS_N, torch.rand(6, 13), "group", ROW_STARTS, COLUMNS, VALUES.half(), None, K, 5),
+        (
+            X[:, :0],
+            PartialWeight(WORDS_N, torch.rand(6, 13), "group", ROW_STARTS, COLUMNS, VALUES.half(), None, K, 5),
+        ),
     ),
 ]
-if (INTERLEAVED := ops.interleave_signs(WORDS_N, K)) is not None:
-    CALLS.append(("binary_linear", (X, WORDS_N, ALPHA, BETA, "column", K, 1, "int8", INTERLEAVED)))
-INFERENCE = [
-    ("binary_linear_inference", CALLS[4][1]),
-    ("mixture_linear_inference", (X, *MIXTURE)),
-    ("partial_linear_inference", (X, *PARTIAL)),
-]
 
 
-@pytest.mark.parametrize(("op", "args"), [*CALLS, *INFERENCE])
+def flat(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of an op as those of its operator, in which a weight is field by field."""
+    return tuple(itertools.chain(*(arg if isinstance(arg, tuple) else (arg,) for arg in args)))
+
+
+@pytest.mark.parametrize(("op", "args"), CALLS)
 def test_opcheck(op: str, args: tuple[Any, ...]) -> None:
-    torch.library.opcheck(getattr(torch.ops.fbitrain, op).default, args)
+    torch.library.opcheck(getattr(torch.ops.fbitrain, op).default, flat(args))
 
 
 @pytest.mark.parametrize(("op", "args"), CALLS)
@@ -108,7 +119,7 @@ def test_salient_entries_that_are_no_rows_are_refused(
 @pytest.mark.parametrize("mode", ["float", "int8"])
 def test_binary_linear_is_traced_whole(mode: str) -> None:
     def compute(x: torch.Tensor) -> torch.Tensor:
-        return ops.binary_linear(x * 2, WORDS_N, ALPHA, BETA, "column", K, 1, mode) + 1
+        return ops.binary_linear(x * 2, BINARY, mode) + 1
 
     compiled = torch.compile(compute, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (1, 3):
@@ -116,18 +127,16 @@ def test_binary_linear_is_traced_whole(mode: str) -> None:
         assert torch.equal(compiled(x), compute(x))
 
 
-def mixture(**changes: Any) -> torch.Tensor:
-    names = ("x", "words", "gates", "alpha_in", "alpha_out", "k")
-    return ops.mixture_linear(**(dict(zip(names, (X, *MIXTURE), strict=True)) | changes))
+def binary(x: torch.Tensor = X, mode: str = "float", **changes: Any) -> torch.Tensor:
+    return ops.binary_linear(x, BINARY._replace(**changes), mode)
 
 
-def in_order(interleaved: torch.Tensor) -> torch.Tensor:
-    return ops.binary_linear(X, WORDS_N, ALPHA, None, "column", K, 1, "int8", interleaved)
+def mixture(x: torch.Tensor = X, mode: str = "float", **changes: Any) -> torch.Tensor:
+    return ops.mixture_linear(x, MIXTURE._replace(**changes), mode)
 
 
-def partial(**changes: Any) -> torch.Tensor:
-    names = ["x", "words", "alpha", "scale", "row_starts", "columns", "values", "value_scale", "k", "group_size"]
-    return ops.partial_linear(**(dict(zip(names, (X, *PARTIAL), strict=True)) | changes))
+def partial(x: torch.Tensor = X, mode: str = "float", **changes: Any) -> torch.Tensor:
+    return ops.partial_linear(x, PARTIAL._replace(**changes), mode)
 
 
 @pytest.mark.parametrize(
@@ -147,33 +156,18 @@ def partial(**changes: Any) -> torch.Tensor:
         ),
         (lambda: ops.xnor_gemm(WORDS_M[0], WORDS_N, K), r"a must be int32 \[rows, 3\].*not int32 \[3\]"),
         (lambda: ops.xnor_gemm(WORDS_M, WORDS_N.to("meta"), K), "on one device, not on cpu and meta"),
+        (lambda: binary(X[..., 1:]), r"x \[..., 65\], not .*\[2, 3, 64\]"),
+        (lambda: binary(X.int()), "needs a float x"),
+        (lambda: binary(beta=None, scale="row"), r"alpha of scale='row' must be float \[6, 1\]"),
+        (lambda: binary(beta=BETA.T), r"beta .*\[1, 65\], not float32 \[65, 1\]"),
+        (lambda: binary(scale="group", group_size=5), "beta must be None"),
+        (lambda: binary(scale="colum"), "scale='colum' is unknown"),
+        (lambda: binary(mode="int4"), "mode='int4' is unknown"),
         (
-            lambda: ops.binary_linear(X[..., 1:], WORDS_N, ALPHA, None, "column", K, 1),
-            r"x \[..., 65\], not .*\[2, 3, 64\]",
-        ),
-        (lambda: ops.binary_linear(X.int(), WORDS_N, ALPHA, None, "column", K, 1), "needs a float x"),
-        (
-            lambda: ops.binary_linear(X, WORDS_N, ALPHA, None, "row", K, 1),
-            r"alpha of scale='row' must be float \[6, 1\]",
-        ),
-        (
-            lambda: ops.binary_linear(X, WORDS_N, ALPHA, BETA.T, "column", K, 1),
-            r"beta .*\[1, 65\], not float32 \[65, 1\]",
-        ),
-        (lambda: ops.binary_linear(X, WORDS_N, ALPHA, BETA, "group", K, 5), "beta must be None"),
-        (lambda: ops.binary_linear(X, WORDS_N, ALPHA, None, "colum", K, 1), "scale='colum' is unknown"),
-        (lambda: ops.binary_linear(X, WORDS_N, ALPHA, None, "column", K, 1, "int4"), "mode='int4' is unknown"),
-        (
-            lambda: ops.binary_linear(X, WORDS_N.T.contiguous().T, ALPHA, None, "column", K, 1),
+            lambda: binary(words=WORDS_N.T.contiguous().T),
             r"words must be contiguous, not int32 \[6, 3\] with strides \(1, 6\)",
         ),
-        (lambda: in_order(torch.ones(511, dtype=torch.int32)), r"int32 \[512\], not int32 \[511\]"),
-        (lambda: in_order(torch.ones(512)), r"what interleave_signs made of words, int32 \[512\], not float32 \[512\]"),
-        (lambda: in_order(torch.ones(1024, dtype=torch.int32)[::2]), r"interleaved must be contiguous"),
-        (lambda: in_order(torch.ones(513, dtype=torch.int32)[1:]), r"multiple of 64 bytes"),
-        (lambda: ops.interleave_signs(WORDS_N, 97), r"words must be int32 \[rows, 4\]"),
         (lambda: ops.xnor_gemm(WORDS_M, WORDS_N[::2], K), r"b must be contiguous, not int32 \[3, 3\]"),
-        (lambda: partial(alpha=torch._neg_view(ROW_ALPHA)), r"alpha float32 \[6, 1\] is negated lazily"),
         (lambda: mixture(alpha_in=torch.rand(4, 64)), r"alpha_in must be float \[4, 65\], not float32 \[4, 64\]"),
         (lambda: mixture(alpha_in=torch.rand(65, K)), r"float \[1 to 64 experts, 65\], not float32 \[65, 65\]"),
         (lambda: mixture(alpha_out=torch.rand(3, 6)), r"alpha_out must be float \[4, 6\], not float32 \[3, 6\]"),
@@ -182,7 +176,7 @@ def partial(**changes: Any) -> torch.Tensor:
         (lambda: mixture(alpha_out=torch.rand(6, 4).T), r"alpha_out must be contiguous, not float32 \[4, 6\]"),
         (lambda: mixture(mode="int4"), "mixture_linear: mode='int4' is unknown"),
         (lambda: partial(scale="column"), "partial_linear: scale='column' is unknown; choose row or group"),
-        (lambda: partial(alpha=torch.rand(6, 2)), r"alpha must be float \[6, 1\], not float32 \[6, 2\]"),
+        (lambda: partial(alpha=torch.rand(6, 2)), r"alpha of scale='row' must be float \[6, 1\], not float32 \[6, 2\]"),
         (lambda: partial(row_starts=ROW_STARTS[1:]), r"row_starts must be int32 \[7\], not int32 \[6\]"),
         (lambda: partial(columns=COLUMNS.int()), r"columns of rows of 65 must be uint16 \[entries\], not int32 \[5\]"),
         (lambda: partial(values=VALUES[1:]), r"values must be int8 or float16 \[5\], not int8 \[4\]"),
@@ -213,31 +207,16 @@ class Watcher(TorchDispatchMode):
 
 
 def test_modes_and_tracers_see_binary_linear() -> None:
-    """Eager calls go past the dispatcher, but not past anybody who listens to it."""
     with Watcher() as watcher:
-        y = ops.binary_linear(X, WORDS_N, ALPHA, BETA, "column", K, 1)
-    assert "fbitrain.binary_linear_inference.default" in watcher.seen
-    assert torch.equal(y, ops.binary_linear(X, WORDS_N, ALPHA, BETA, "column", K, 1))
+        y = binary()
+    assert "fbitrain.binary_linear.default" in watcher.seen
+    assert torch.equal(y, binary())
 
     def compute(x: torch.Tensor) -> torch.Tensor:
-        return ops.binary_linear(x, WORDS_N, ALPHA, BETA, "column", K, 1)
+        return binary(x)
 
-    assert "binary_linear_inference" in make_fx(compute)(X).code
-    assert "binary_linear_inference" in str(torch.jit.trace(compute, (X,)).graph)
-
-
-def test_lazily_negated_activations_are_what_they_say() -> None:
-    """torch._neg_view is what the imaginary part of a conjugate is: memory that holds -x, and a bit that says so."""
-    for op, arguments in [
-        ("binary_linear", CALLS[4][1]),
-        ("mixture_linear", (X, *MIXTURE)),
-        ("partial_linear", (X, *PARTIAL)),
-    ]:
-        run = getattr(ops, op)
-        assert torch.equal(run(torch._neg_view(X), *arguments[1:]), run(-X, *arguments[1:]))
-    wanted = mixture(gates=-GATES)
-    assert torch.equal(mixture(gates=torch._neg_view(GATES)), wanted)
-    assert torch.equal(ops.pack_signs(torch._neg_view(X)), ops.pack_signs(-X))
+    assert "binary_linear" in make_fx(compute)(X).code
+    assert "binary_linear" in str(torch.jit.trace(compute, (X,)).graph)
 
 
 def test_fake_refuses_wrong_shapes_too() -> None:
@@ -250,22 +229,15 @@ def test_int8_mode_refuses_what_it_cannot_quantize(poison: float) -> None:
     x = X.clone()
     x[1, 2, 7] = poison
     with pytest.raises(ValueError, match=r"finite activations: row 5 of \[2, 3, 65\] holds NaN or infinity"):
-        ops.binary_linear(x, WORDS_N, ALPHA, BETA, "column", K, 1, "int8")
-    assert not ops.binary_linear(x, WORDS_N, ALPHA, BETA, "column", K, 1).isfinite().all()
+        binary(x, "int8")
+    assert not binary(x).isfinite().all()
     for linear in (mixture, partial):
         with pytest.raises(ValueError, match=r"finite activations: row 5 of \[2, 3, 65\] holds NaN or infinity"):
-            linear(x=x, mode="int8")
-        assert not linear(x=x).isfinite().all()
+            linear(x, "int8")
+        assert not linear(x).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda x: ops.binary_linear(x, WORDS_N, ALPHA, BETA, "column", K, 1),
-        lambda x: ops.mixture_linear(x, *MIXTURE),
-        lambda x: ops.partial_linear(x, *PARTIAL),
-    ],
-)
+@pytest.mark.parametrize("call", [binary, mixture, partial])
 def test_backward_says_that_packed_layers_do_not_train(call: Callable[[torch.Tensor], torch.Tensor]) -> None:
     y = call(X.clone().requires_grad_())
     with pytest.raises(RuntimeError, match="train the model with BinaryLinear"):
@@ -275,9 +247,9 @@ def test_backward_says_that_packed_layers_do_not_train(call: Callable[[torch.Ten
 @pytest.mark.parametrize(
     "call",
     [
-        lambda t: ops.binary_linear(X, WORDS_N, ALPHA, t(BETA), "column", K, 1),
-        lambda t: ops.binary_linear(X, WORDS_N, t(ALPHA), BETA, "column", K, 1),
-        lambda t: ops.mixture_linear(X, WORDS_N, t(GATES), *MIXTURE[2:]),
+        lambda t: binary(beta=t(BETA)),
+        lambda t: binary(alpha=t(ALPHA)),
+        lambda t: mixture(gates=t(GATES)),
         lambda t: partial(value_scale=t(VALUE_SCALE)),
         lambda t: partial(values=t(VALUES.half()), value_scale=None),
     ],
@@ -291,13 +263,17 @@ def test_a_parameter_that_requires_a_gradient_gets_no_zero(call: Callable[[Any],
 @pytest.mark.parametrize(
     "call",
     [
-        lambda t: ops.binary_linear(t(X), WORDS_N, ALPHA, BETA, "column", K, 1),
-        lambda t: ops.mixture_linear(t(X), *MIXTURE),
-        lambda t: ops.mixture_linear(X, WORDS_N, t(GATES), *MIXTURE[2:]),
-        lambda t: partial(x=t(X)),
+        lambda t: binary(t(X)),
+        lambda t: binary(alpha=t(ALPHA), beta=t(BETA)),
+        lambda t: mixture(t(X)),
+        lambda t: mixture(gates=t(GATES)),
+        lambda t: partial(t(X)),
+        lambda t: partial(alpha=t(ROW_ALPHA)),
+        lambda t: ops.pack_signs(t(X)),
     ],
 )
 def test_a_negation_that_is_yet_to_be_carried_out(call: Callable[[Any], torch.Tensor]) -> None:
+    """torch._neg_view is what the imaginary part of a conjugate is: memory that holds -x, and a bit that says so."""
     assert torch.equal(call(torch._neg_view), call(torch.neg))
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fbitrain.kernels import reference
 from fbitrain.kernels.layout import n_words, scale_shape
+from fbitrain.kernels.weights import BinaryWeight, MixtureWeight, PartialWeight
 
 WIDTHS = (1, 31, 32, 33, 63, 64, 65, 511)
 
@@ -110,7 +111,7 @@ def test_binary_linear_is_the_product_with_the_effective_weight(
     alpha, shift = torch.randn(shape).double(), torch.randn(shape).double() if beta else None
     effective = alpha.repeat_interleave(group_size, 1) if scale == "group" else alpha
     effective = effective * torch.where(w >= 0, 1.0, -1.0) + (0 if shift is None else shift)
-    y = reference.binary_linear(x, reference.pack_signs(w), alpha, shift, scale, k, group_size)
+    y = reference.binary_linear(x, BinaryWeight(reference.pack_signs(w), alpha, shift, scale, k, group_size))
     torch.testing.assert_close(y, x @ effective.T)
 
 
@@ -118,9 +119,9 @@ def test_binary_linear_takes_strided_and_empty_input() -> None:
     torch.manual_seed(4)
     words, alpha = reference.pack_signs(torch.randn(5, 33)), torch.rand(1, 33)
     x = torch.randn(33, 4, 2).permute(2, 1, 0)
-    y = reference.binary_linear(x, words, alpha, None, "column", 33, 1)
-    assert torch.equal(y, reference.binary_linear(x.contiguous(), words, alpha, None, "column", 33, 1))
-    assert reference.binary_linear(x[:, :0], words, alpha, None, "column", 33, 1).shape == (2, 0, 5)
+    y = reference.binary_linear(x, BinaryWeight(words, alpha, None, "column", 33, 1))
+    assert torch.equal(y, reference.binary_linear(x.contiguous(), BinaryWeight(words, alpha, None, "column", 33, 1)))
+    assert reference.binary_linear(x[:, :0], BinaryWeight(words, alpha, None, "column", 33, 1)).shape == (2, 0, 5)
 
 
 @pytest.mark.parametrize("scale", ["colum", ""])
@@ -153,7 +154,7 @@ def test_int8_mode_is_integer_arithmetic(scale: str, beta: bool) -> None:
     w, x = torch.randn(n, k), torch.randn(2, k)
     shape = scale_shape(scale, n, k, group_size)
     alpha, shift = torch.rand(shape) + 0.5, torch.randn(shape) if beta else None
-    y = reference.binary_linear(x, reference.pack_signs(w), alpha, shift, scale, k, group_size, "int8")
+    y = reference.binary_linear(x, BinaryWeight(reference.pack_signs(w), alpha, shift, scale, k, group_size), "int8")
     q, step = reference.quantize_int8(x * alpha if scale == "column" else x)
     alpha_NK = torch.ones(n, k) if scale == "column" else alpha.repeat_interleave(k // alpha.shape[1], 1).expand(n, k)
     for m in range(2):
@@ -175,7 +176,7 @@ def mixture_inputs(m: int, n: int, k: int, n_experts: int) -> tuple[Tensor, ...]
 def test_mixture_linear_by_its_effective_weights(n_experts: int) -> None:
     """Every token has a dense weight of its own."""
     x, w, gates, alpha_in, alpha_out = mixture_inputs(5, 7, 66, n_experts)
-    y = reference.mixture_linear(x, reference.pack_signs(w), gates, alpha_in, alpha_out, 66)
+    y = reference.mixture_linear(x, MixtureWeight(reference.pack_signs(w), gates, alpha_in, alpha_out, 66))
     for m in range(5):
         gate = gates[m].double()
         effective = torch.where(w >= 0, 1.0, -1.0) * (gate @ alpha_out.double()).outer(gate @ alpha_in.double())
@@ -184,7 +185,7 @@ def test_mixture_linear_by_its_effective_weights(n_experts: int) -> None:
 
 def test_mixture_linear_int8_is_integer_arithmetic() -> None:
     x, w, gates, alpha_in, alpha_out = (t.float() for t in mixture_inputs(2, 3, 40, 4))
-    y = reference.mixture_linear(x, reference.pack_signs(w), gates, alpha_in, alpha_out, 40, "int8")
+    y = reference.mixture_linear(x, MixtureWeight(reference.pack_signs(w), gates, alpha_in, alpha_out, 40), "int8")
     q, step = reference.quantize_int8(x * (gates @ alpha_in))
     for m in range(2):
         for row in range(3):
@@ -214,9 +215,9 @@ def test_partial_linear_is_the_product_with_the_effective_weight(
     alpha = torch.rand(scale_shape(scale, n, k, group_size)).double()
     values = torch.randint(-128, 128, (n, k)).to(dtype)
     value_scale = torch.rand(n, 1) if dtype == torch.int8 else None
-    y = reference.partial_linear(
-        x, reference.pack_signs(w), alpha, scale, *salient_entries(mask, values), value_scale, k, group_size
-    )
+    entries = salient_entries(mask, values)
+    weight = PartialWeight(reference.pack_signs(w), alpha, scale, *entries, value_scale, k, group_size)
+    y = reference.partial_linear(x, weight)
     binary = alpha.repeat_interleave(k // alpha.shape[1], 1) * torch.where(w >= 0, 1.0, -1.0)
     salient = values.double() * (1 if value_scale is None else value_scale.double())
     torch.testing.assert_close(y, x @ torch.where(mask, salient, binary).T)
@@ -230,7 +231,8 @@ def test_partial_linear_int8_is_integer_arithmetic(scale: str) -> None:
     alpha, value_scale = torch.rand(scale_shape(scale, n, k, group_size)), torch.rand(n, 1)
     values = torch.randint(-128, 128, (n, k)).to(torch.int8)
     entries = salient_entries(mask, values)
-    y = reference.partial_linear(x, reference.pack_signs(w), alpha, scale, *entries, value_scale, k, group_size, "int8")
+    weight = PartialWeight(reference.pack_signs(w), alpha, scale, *entries, value_scale, k, group_size)
+    y = reference.partial_linear(x, weight, "int8")
     q, step = reference.quantize_int8(x)
     size = k // alpha.shape[1]
     for m in range(2):

@@ -9,6 +9,7 @@ from torch import Tensor
 from fbitrain.kernels import cuda_linear, cuda_ops, cupy_backend, ops, reference
 from fbitrain.kernels.dispatch import Call, select_backend
 from fbitrain.kernels.layout import scale_shape
+from fbitrain.kernels.weights import BinaryWeight
 
 pytestmark = pytest.mark.gpu
 PATTERNS = [("column", True), ("column", False), ("row", True), ("tensor", True), ("group", False)]
@@ -60,10 +61,10 @@ def test_binary_linear_is_near_fp64(n: int, k: int, scale: str, shift: bool, dty
     alpha, beta = randn(*shape, seed=1).abs() + 0.5, randn(*shape, seed=2) * 0.1 if shift else None
     for m in TOKENS:
         x = randn(m, k, seed=m).to(dtype)
-        arguments = (words, alpha, beta, scale, k, 32, mode)
-        on_gpu = (argument.cuda() if isinstance(argument, Tensor) else argument for argument in arguments)
-        y = ops.binary_linear(x.cuda(), *on_gpu).cpu().double()
-        wanted = reference.binary_linear(x.double() if mode == "float" else x.float(), *arguments).double()
+        weight = BinaryWeight(words, alpha, beta, scale, k, 32)
+        on_gpu = BinaryWeight(*(field.cuda() if isinstance(field, Tensor) else field for field in weight))
+        y = ops.binary_linear(x.cuda(), on_gpu, mode).cpu().double()
+        wanted = reference.binary_linear(x.double() if mode == "float" else x.float(), weight, mode).double()
         noise = float(20 * torch.log10(wanted.norm() / (y - wanted).norm().clamp_min(1e-300)))
         assert noise > {torch.float32: 100, torch.float16: 50, torch.bfloat16: 35}[dtype]
 
@@ -72,7 +73,7 @@ def test_int8_refuses_what_is_not_finite() -> None:
     x, words = randn(3, 64).cuda(), ops.pack_signs(randn(5, 64).cuda())
     x[1, 7] = float("nan")
     with pytest.raises(ValueError, match=r"row 1 of \[3, 64\] holds NaN or infinity"):
-        ops.binary_linear(x, words, torch.ones(5, 1).cuda(), None, "row", 64, 0, "int8")
+        ops.binary_linear(x, BinaryWeight(words, torch.ones(5, 1).cuda(), None, "row", 64, 0), "int8")
 
 
 def test_launches_follow_the_stream_of_torch() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fbitrain.kernels import cuda_linear, reference
 from fbitrain.kernels.cuda_linear_plan import PRODUCT_TENSORS, PROLOGUE_TENSORS, LinearCall, plan_linear
 from fbitrain.kernels.layout import SCALES, scale_shape
+from fbitrain.kernels.weights import BinaryWeight
 from tests.kernels.cuda.conftest import MakeDevice
 from tests.kernels.cuda_on_cpu.host_device import ORDERS, HostDevice
 from tests.kernels.cuda_on_cpu.host_module import CudaError
@@ -61,9 +62,9 @@ def test_float_mode_is_near_fp64(host_device: MakeDevice, scale: str, beta: bool
         k = rounded_to_words(k) if scale == "group" else k
         x, words, alpha, b = inputs(m, n, k, scale, beta, 32)
         x, b = x.to(dtype), None if b is None else b.to(dtype).double()
-        wanted = reference.binary_linear(x.double(), words, alpha.to(dtype).double(), b, scale, k, 32)
+        wanted = reference.binary_linear(x.double(), BinaryWeight(words, alpha.to(dtype).double(), b, scale, k, 32))
         device = devices(host_device, i)[0]  # no float kernel depends on the capability
-        got = cuda_linear.binary_linear(device, x, words, alpha, b, scale, k, 32)
+        got = cuda_linear.binary_linear(device, x, BinaryWeight(words, alpha, b, scale, k, 32))
         assert got.dtype == dtype
         assert signal_to_noise(wanted, got) > DTYPES[dtype], (m, n, k, device.launched)
 
@@ -75,7 +76,7 @@ def test_int8_mode_is_the_reference(host_device: MakeDevice, scale: str, beta: b
     for i, (m, n, k) in enumerate(SHAPES + PREFILL_SHAPES):
         k = rounded_to_words(k) if scale == "group" else k
         x, words, alpha, b = inputs(m, n, k, scale, beta, 32)
-        arguments = (x.to(dtype), words, alpha, b, scale, k, 32, "int8")
+        arguments = (x.to(dtype), BinaryWeight(words, alpha, b, scale, k, 32), "int8")
         wanted = reference.binary_linear(*arguments)
         for device in devices(host_device, i):
             got = cuda_linear.binary_linear(device, *arguments)
@@ -94,7 +95,9 @@ def test_int8_sums_are_exact(host_device: MakeDevice, k: int, scale: str) -> Non
         x[:, 0] = 127
         wanted = x @ reference.unpack_signs(words, k, torch.float32).T
         for device in devices(host_device, i):
-            got = cuda_linear.binary_linear(device, x, words, torch.ones_like(alpha), None, scale, k, 32, "int8")
+            got = cuda_linear.binary_linear(
+                device, x, BinaryWeight(words, torch.ones_like(alpha), None, scale, k, 32), "int8"
+            )
             assert torch.equal(got, wanted), (m, n, device.launched)
 
 
@@ -104,7 +107,9 @@ def test_int8_sums_at_their_extremes(host_device: MakeDevice, m: int) -> None:
     words = torch.tensor([[-1] * 256, [0] * 256], dtype=torch.int32)
     for capability, value in itertools.product(CAPABILITIES, (127.0, -127.0)):
         x = torch.full((m, k), value)
-        got = cuda_linear.binary_linear(host_device(capability), x, words, one, None, "tensor", k, 0, "int8")
+        got = cuda_linear.binary_linear(
+            host_device(capability), x, BinaryWeight(words, one, None, "tensor", k, 0), "int8"
+        )
         assert got.tolist() == [[value * k, -value * k]] * m
 
 
@@ -115,10 +120,10 @@ def test_group_sizes(host_device: MakeDevice, group_size: int, mode: str) -> Non
     for i, (m, dtype) in enumerate(itertools.product((1, 9, 34), DTYPES)):
         k = group_size * 9
         x, words, alpha, _ = inputs(m, 19, k, "group", False, group_size)
-        arguments = (x.to(dtype), words, alpha.to(dtype), None, "group", k, group_size)
-        wide = arguments if mode == "int8" else (arguments[0].double(), words, alpha.to(dtype).double(), *arguments[3:])
+        x, weight = x.to(dtype), BinaryWeight(words, alpha.to(dtype), None, "group", k, group_size)
+        wide = (x, weight) if mode == "int8" else (x.double(), weight._replace(alpha=weight.alpha.double()))
         wanted = reference.binary_linear(*wide, mode)
-        got = cuda_linear.binary_linear(devices(host_device, i)[0], *arguments, mode)
+        got = cuda_linear.binary_linear(devices(host_device, i)[0], x, weight, mode)
         assert signal_to_noise(wanted, got) > DTYPES[dtype]
 
 
@@ -131,10 +136,11 @@ def test_scales_are_rounded_to_the_dtype_of_the_activations(
     x = torch.zeros(40, 32)
     x[:, 0] = 1.5
     scales = torch.full(scale_shape(scale, 1, 32, 32), 1 + 2**-8)
-    arguments = (torch.ones(1, 1, dtype=torch.int32), scales, scales if beta else None, scale, 32, 32, mode)
+    words = torch.ones(1, 1, dtype=torch.int32)
+    weight = BinaryWeight(words, scales, scales if beta else None, scale, 32, 32)
     for m in (1, 40):
         for device in devices(host_device, m):
-            got = cuda_linear.binary_linear(device, x[:m].bfloat16(), *arguments)
+            got = cuda_linear.binary_linear(device, x[:m].bfloat16(), weight, mode)
             assert got.tolist() == [[3.0 if beta else 1.5]] * m, device.launched
 
 
@@ -144,7 +150,7 @@ def test_the_order_of_threads_does_not_matter(host_device: MakeDevice, m: int, o
     """Not even a bit of it: sums are added in a fixed order."""
     for dtype, mode, scale in itertools.product(DTYPES, ("float", "int8"), ("column", "group")):
         x, words, alpha, _ = inputs(m, 37, 608, scale, False, 32)
-        arguments = (x.to(dtype), words, alpha, None, scale, 608, 32, mode)
+        arguments = (x.to(dtype), BinaryWeight(words, alpha, None, scale, 608, 32), mode)
         first, other = host_device(80, 0), host_device(80, order, None)
         wanted = cuda_linear.binary_linear(first, *arguments)
         assert torch.equal(cuda_linear.binary_linear(other, *arguments), wanted), other.launched
@@ -154,15 +160,15 @@ def test_the_order_of_threads_does_not_matter(host_device: MakeDevice, m: int, o
 def test_leading_shapes_and_strides(host_device: MakeDevice, shape: tuple[int, ...]) -> None:
     _, words, alpha, beta = inputs(1, 10, 64, "column", True, 0)
     x = torch.randn(*shape[:-1], 128, generator=torch.Generator().manual_seed(0))[..., ::2]
-    got = cuda_linear.binary_linear(host_device(), x, words, alpha, beta, "column", 64, 0)
-    wanted = reference.binary_linear(x, words, alpha, beta, "column", 64, 0)
+    got = cuda_linear.binary_linear(host_device(), x, BinaryWeight(words, alpha, beta, "column", 64, 0))
+    wanted = reference.binary_linear(x, BinaryWeight(words, alpha, beta, "column", 64, 0))
     assert got.shape == (*shape[:-1], 10)
     assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_no_rows(host_device: MakeDevice) -> None:
     words, alpha = torch.empty(0, 2, dtype=torch.int32), torch.ones(1, 1)
-    y = cuda_linear.binary_linear(host_device(), torch.ones(3, 64), words, alpha, None, "tensor", 64, 0)
+    y = cuda_linear.binary_linear(host_device(), torch.ones(3, 64), BinaryWeight(words, alpha, None, "tensor", 64, 0))
     assert y.shape == (3, 0)
 
 
@@ -171,7 +177,7 @@ def test_no_rows(host_device: MakeDevice) -> None:
 def test_float_mode_passes_nan_and_infinity_on(host_device: MakeDevice, m: int, dtype: torch.dtype) -> None:
     x, words, alpha, _ = inputs(m, 4, 40, "row", False, 0)
     x[0, 3], x[1, 5] = float("nan"), float("inf")
-    y = cuda_linear.binary_linear(host_device(), x.to(dtype), words, alpha, None, "row", 40, 0)
+    y = cuda_linear.binary_linear(host_device(), x.to(dtype), BinaryWeight(words, alpha, None, "row", 40, 0))
     assert y[0].isnan().all()
     assert y[1].isinf().all()
     assert y[2:].isfinite().all()
@@ -185,7 +191,7 @@ def test_float_mode_passes_nan_and_infinity_on(host_device: MakeDevice, m: int, 
 def test_int8_refuses_infinite_activations(host_device: MakeDevice, bad: float, m: int, capability: int) -> None:
     x, words, alpha, _ = inputs(m, 4, 40, "row", False, 0)
     x[2, 39] = bad
-    arguments = (x, words, alpha, None, "row", 40, 0, "int8")
+    arguments = (x, BinaryWeight(words, alpha, None, "row", 40, 0), "int8")
     with pytest.raises(ValueError, match=r"row 2 of \[\d+, 40\]") as wanted:
         reference.binary_linear(*arguments)
     with pytest.raises(ValueError, match="finite") as refusal:
@@ -199,7 +205,7 @@ def test_int8_of_tiny_and_huge_activations(host_device: MakeDevice, largest: flo
     """A token whose scale is no normal number counts as zeros."""
     x, words, alpha, _ = inputs(2, 5, 70, "tensor", False, 0)
     x[0] = torch.linspace(-1, 1, 70) * largest
-    arguments = (x, words, alpha, None, "tensor", 70, 0, "int8")
+    arguments = (x, BinaryWeight(words, alpha, None, "tensor", 70, 0), "int8")
     got, wanted = cuda_linear.binary_linear(host_device(capability), *arguments), reference.binary_linear(*arguments)
     # Denormal results are flushed to 0, as CuPy compiles.
     assert torch.allclose(got[0], wanted[0], rtol=1e-5, atol=1e-37)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fbitrain.kernels import cuda_linear, reference
 from fbitrain.kernels.layout import scale_shape
+from fbitrain.kernels.weights import BinaryWeight, MixtureWeight, PartialWeight
 from tests.kernels.cuda.conftest import MakeDevice
 from tests.kernels.cuda.test_cuda_linear import CAPABILITIES, DTYPES, devices, rounded_to_words, signal_to_noise
 from tests.kernels.cuda_on_cpu.host_device import ORDERS
@@ -30,6 +31,9 @@ class Mixture(NamedTuple):
     gates: Tensor
     alpha_in: Tensor
     alpha_out: Tensor
+
+    def weight(self, k: int) -> MixtureWeight:
+        return MixtureWeight(*self[1:], k)
 
 
 def mixture(m: int, n: int, k: int, experts: int) -> Mixture:
@@ -64,7 +68,7 @@ def test_mixture_linear_is_near_fp64(host_device: MakeDevice, experts: int, dtyp
         call = mixture(m, n, k, experts)
         call = call._replace(x=call.x.to(dtype), alpha_in=call.alpha_in.double())  # scales of any dtype
         for device in devices(host_device, i)[: 2 if mode == "int8" else 1]:
-            got = cuda_linear.mixture_linear(device, *call, k, mode)
+            got = cuda_linear.mixture_linear(device, call.x, call.weight(k), mode)
             assert got.dtype == dtype
             assert signal_to_noise(mixture_formula(call, k, mode), got) > DTYPES[dtype], (m, n, k, device.launched)
 
@@ -76,7 +80,7 @@ def test_mixture_linear_quantizes_to_the_bit(host_device: MakeDevice, capability
     words = reference.pack_signs(2 * torch.eye(k) - 1)
     q, scale = reference.quantize_int8(call.x * mixed(call.gates, call.alpha_in))
     call = call._replace(words=words, alpha_out=torch.ones(3, k), gates=call.gates)
-    got = cuda_linear.mixture_linear(host_device(capability), *call, k, "int8")
+    got = cuda_linear.mixture_linear(host_device(capability), call.x, call.weight(k), "int8")
     wanted = (2 * q.double() - q.double().sum(1, keepdim=True)) * scale.double()
     total = mixed(call.gates, call.alpha_out).double()
     assert torch.equal((got.double() / scale / total).round(), (wanted / scale).round())
@@ -88,14 +92,15 @@ def test_mixture_scales_are_rounded_after_each_operation(host_device: MakeDevice
     z = call.x * mixed(call.gates, call.alpha_in)
     wanted = (z.sign() * 127 * (z.abs() / 127)) * mixed(call.gates, call.alpha_out)
     call = call._replace(words=torch.ones(1, 1, dtype=torch.int32))
-    assert torch.equal(cuda_linear.mixture_linear(host_device(), *call, 1, "int8"), wanted)
+    assert torch.equal(cuda_linear.mixture_linear(host_device(), call.x, call.weight(1), "int8"), wanted)
 
 
 def test_mixture_linear_keeps_leading_shapes(host_device: MakeDevice) -> None:
     call = mixture(6, 7, 40, 2)
-    flat = cuda_linear.mixture_linear(host_device(), *call, 40)
+    flat = cuda_linear.mixture_linear(host_device(), call.x, call.weight(40))
     gates = call.gates.T.contiguous().T.reshape(2, 3, 2)
-    got = cuda_linear.mixture_linear(host_device(), call.x.reshape(2, 3, 40), call.words, gates, *call[3:], 40)
+    weight = call._replace(gates=gates).weight(40)
+    got = cuda_linear.mixture_linear(host_device(), call.x.reshape(2, 3, 40), weight)
     assert torch.equal(got, flat.reshape(2, 3, 7))
 
 
@@ -108,6 +113,9 @@ class Partial(NamedTuple):
     columns: Tensor
     values: Tensor
     value_scale: Tensor | None
+
+    def weight(self, k: int, group_size: int = 0) -> PartialWeight:
+        return PartialWeight(*self[1:], k, group_size)
 
 
 def partial(
@@ -157,7 +165,7 @@ def test_partial_linear_is_near_fp64(
         call = partial(m, n, k, scale, values, column_dtype=torch.int32 if i % 2 else torch.uint16)
         call = call._replace(x=call.x.to(dtype))
         device = devices(host_device, i)[0]
-        got = cuda_linear.partial_linear(device, *call, k, 32, mode)
+        got = cuda_linear.partial_linear(device, call.x, call.weight(k, 32), mode)
         assert got.dtype == dtype
         assert signal_to_noise(partial_formula(call, k, mode), got) > DTYPES[dtype], (m, n, k, device.launched)
 
@@ -170,7 +178,7 @@ def test_partial_linear_sums_integers_exactly(host_device: MakeDevice) -> None:
     x[0, 1] = -126
     values = torch.full_like(call.values, 127)
     call = call._replace(x=x, alpha=torch.zeros(1, 1), values=values, value_scale=torch.ones(1, 1))
-    got = cuda_linear.partial_linear(host_device(), *call, k, 0, "int8")
+    got = cuda_linear.partial_linear(host_device(), call.x, call.weight(k), "int8")
     assert got.item() > 2**31
     assert torch.equal(got, partial_formula(call, k, "float").float())
 
@@ -181,16 +189,18 @@ def test_the_order_of_threads_does_not_matter(host_device: MakeDevice, mode: str
     for dtype, m in itertools.product(DTYPES, (1, 10)):
         call = partial(m, 19, 1120, "row", torch.int8)
         call = call._replace(x=call.x.to(dtype))
-        wanted = cuda_linear.partial_linear(host_device(80, 0), *call, 1120, 0, mode)
-        assert torch.equal(cuda_linear.partial_linear(host_device(80, order, None), *call, 1120, 0, mode), wanted)
+        wanted = cuda_linear.partial_linear(host_device(80, 0), call.x, call.weight(1120), mode)
+        assert torch.equal(
+            cuda_linear.partial_linear(host_device(80, order, None), call.x, call.weight(1120), mode), wanted
+        )
 
 
 def test_partial_linear_without_salient_weights(host_device: MakeDevice) -> None:
     call = partial(3, 4, 70, "row", torch.int8)
     nothing = {"row_starts": torch.zeros(5, dtype=torch.int32), "columns": call.columns[:0], "values": call.values[:0]}
     call = call._replace(**nothing)
-    got = cuda_linear.partial_linear(host_device(), *call, 70, 0)
-    wanted = reference.binary_linear(call.x, call.words, call.alpha, None, "row", 70, 0)
+    got = cuda_linear.partial_linear(host_device(), call.x, call.weight(70))
+    wanted = reference.binary_linear(call.x, BinaryWeight(call.words, call.alpha, None, "row", 70, 0))
     assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -209,10 +219,10 @@ def test_partial_linear_refuses_entries_that_are_no_rows(
 ) -> None:
     """Also in tensors that were good and have been changed since."""
     call = partial(2, 4, 40, "row", torch.int8, column_dtype=torch.int32)
-    cuda_linear.partial_linear(host_device(), *call, 40, 0)
+    cuda_linear.partial_linear(host_device(), call.x, call.weight(40))
     getattr(call, name)[i] = value
     with pytest.raises(ValueError, match=problem):
-        cuda_linear.partial_linear(host_device(), *call, 40, 0)
+        cuda_linear.partial_linear(host_device(), call.x, call.weight(40))
 
 
 def test_salient_entries_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
