@@ -22,7 +22,7 @@ from fbitrain.launch.cli import run
 from fbitrain.model.build import build_student, llama_config
 from fbitrain.model.config import BinarizeConfig, SalientConfig
 from fbitrain.model.hf import ReleasedModel
-from fbitrain.model_card import PAPERS, Storage, Training, heldout_metrics, model_card
+from fbitrain.model_card import Storage, Training, heldout_metrics, model_card
 from fbitrain.pretrained import load_lm, open_model
 from fbitrain.release import release, replacing_release
 from fbitrain.release_tokenizer import PROBES, write_tokenizer
@@ -272,7 +272,7 @@ def test_the_card_describes_every_kind_of_method(config: Config, binarize: Binar
     storage = Storage(100, 150, 50, 800, {"weight_bits": 100, "alpha": 50})
     fine_tuned = replace(config, binarize=binarize, model=replace(config.model, pretrained="some/model"))
     card = model_card(fine_tuned, Training(1, 2), storage, ["packed", "gguf"], "float16", "gpt2")
-    for part in (words, PAPERS[binarize.method], "fine-tuned from some/model", 'register("gpt2")', "llama.cpp"):
+    for part in (words, binarize.traits.paper, "fine-tuned from some/model", 'register("gpt2")', "llama.cpp"):
         assert part in card, part
     assert "1.500 bits each, scales included\n(weight_bits 1.000, alpha 0.500)" in card
 

@@ -12,9 +12,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fbitrain.model.bibench import BiBenchLinear
+from fbitrain.model.bibench import BINARIZERS, BiBenchLinear
 from fbitrain.model.bitnet import BitNetLinear
-from fbitrain.model.config import BIBENCH_METHODS
 from fbitrain.model.latent import LatentLinear
 from fbitrain.model.linear import BinaryLinear
 from fbitrain.model.mixture import MixtureOfScalesLinear, OneBitLinear
@@ -34,7 +33,7 @@ LAYERS: dict[str, Make] = {
         K, N, mask=MASK, salient_dtype="float16", trained=True, bits=3, **latent
     ),
     "onebit": lambda **latent: OneBitLinear(K, N, **latent),
-    **{method: partial(BiBenchLinear, K, N, method=method) for method in BIBENCH_METHODS},
+    **{method: partial(BiBenchLinear, K, N, method=method) for method in BINARIZERS},
     "bitnet": lambda **latent: BitNetLinear(K, N, method="bitnet", **latent),
     "ternary": lambda **latent: BitNetLinear(K, N, method="ternary", **latent),
     "mixture_of_scales": lambda **latent: MixtureOfScalesLinear(K, N, **latent),
