@@ -25,7 +25,7 @@ from fbitrain.errors import UserError
 from fbitrain.launch import finetune as finetune_command
 from fbitrain.launch import pretrain
 from fbitrain.launch.cli import run as run_command
-from fbitrain.model.bibench import BINARIZERS
+from fbitrain.model import method_table
 
 pytestmark = pytest.mark.launch
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ CHERRY = (
     *("binarize.salient.criterion=fisher", "calibration.n_sequences=4", "calibration.seq_len=16"),
 )
 METHODS = {
-    **{m: (f"binarize.method={m}",) for m in ("binary", "onebit", *BINARIZERS, "bitnet", "ternary")},
+    **{name: (f"binarize.method={name}",) for name, method in method_table.METHODS.items() if not method.salient},
     **{"cherry": CHERRY, "cherry_3_bits": (*CHERRY, "binarize.bits=3"), "mos": MOS},
     "partial_fp16": (*PARTIAL, "binarize.salient.dtype=float16"),
     "partial_ptq": (*PARTIAL, "calibration.ptq=true"),
