@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from fbitrain.config_optim import optim_problems
 from fbitrain.data.config import data_problems
 from fbitrain.loading.pretrained_shape import is_binary_run
-from fbitrain.model.config import SALIENT_METHODS, binarize_problems, model_problems
+from fbitrain.model.config import binarize_problems, model_problems
+from fbitrain.model.method_table import METHODS
 from fbitrain.model.phases import has_phases, phase_problems
 from fbitrain.optim.schedules import lr_at
 
@@ -131,9 +132,10 @@ def _calibration_problems(config: Config) -> Iterator[str]:
         yield f"calibration.damping={calibration.damping} must be positive"
     if 0 < config.model.max_seq_len < calibration.seq_len:
         yield f"calibration.seq_len={calibration.seq_len} is longer than model.max_seq_len={config.model.max_seq_len}"
-    if calibration.ptq and not (config.binarize.enabled and config.binarize.method == "partial"):
-        yield "calibration.ptq is GPTQ-PB, which solves for binarize.method=partial only; set calibration.ptq=false"
-    salient = config.binarize.enabled and config.binarize.method in SALIENT_METHODS
+    salient = config.binarize.traits.salient if config.binarize.enabled else ""
+    if calibration.ptq and salient != "frozen":
+        solved = " or ".join(name for name, method in METHODS.items() if method.salient == "frozen")
+        yield f"calibration.ptq is GPTQ-PB, which solves for binarize.method={solved} only; set calibration.ptq=false"
     if salient and is_binary_run(config.model.pretrained):
         yield from _idle_calibration(config)
     if salient and not config.model.pretrained:

@@ -26,7 +26,7 @@ from fbitrain.config_checks import semantic_problems
 from fbitrain.loading.language_model import checked_head, load_language_model, read_hf_config, trial_tokens
 from fbitrain.loading.pretrained_shape import SIZES, run_config, shape_of
 from fbitrain.model.build import BinarizeReport, binarize_, chosen_sources, llama_config
-from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig, settings_read
+from fbitrain.model.config import BinarizeConfig, settings_read
 from fbitrain.model.direct_reads import check_direct_reads
 from fbitrain.model.hf import plain_weights
 from fbitrain.model.partial import PartialBinaryLinear, unpack_mask
@@ -53,7 +53,7 @@ def with_known_sizes(config: Config, world_size: int) -> Config:
 
 def needs_calibration(config: Config) -> bool:
     """Whether work is done before the first step that must not be lost: choosing salient weights, or PTQ."""
-    return bool(config.model.pretrained) and config.binarize.enabled and config.binarize.method in SALIENT_METHODS
+    return bool(config.model.pretrained) and config.binarize.enabled and bool(config.binarize.traits.salient)
 
 
 def fine_tuned_student(

@@ -6,9 +6,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fbitrain.model.latent import LatentLinear
+from fbitrain.model.method_table import SCALE_NAMES
 from fbitrain.student import LossHead
-
-SCALE_PARAMETERS = ("alpha", "beta", "scale_in", "scale_out")  # what binary layers call them
 
 
 def parameter_kinds(model: nn.Module) -> dict[str, str]:
@@ -27,7 +26,7 @@ def is_transposed(model: nn.Module, name: str) -> bool:
 
 
 def _kind(owner: nn.Module, leaf: str) -> str:
-    if leaf in SCALE_PARAMETERS:
+    if leaf in SCALE_NAMES:
         return "scales"
     if leaf == "router":
         return "routers"

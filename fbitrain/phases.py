@@ -13,13 +13,13 @@ from torch import Tensor
 
 from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.latent import LatentLinear
+from fbitrain.model.method_table import SCALE_NAMES
 from fbitrain.model.phases import binary_share, has_phases, scales_begin
-from fbitrain.parameters import SCALE_PARAMETERS
 
 if TYPE_CHECKING:
     from fbitrain.engine import Engine
 
-IDLE = tuple(f".{leaf}" for leaf in (*SCALE_PARAMETERS, "router"))  # what full precision does not train
+IDLE = tuple(f".{leaf}" for leaf in (*SCALE_NAMES, "router"))  # what full precision does not train
 
 
 def enter_step(engine: Engine, binarize: BinarizeConfig, done: int) -> None:

@@ -9,15 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fbitrain.model.method_table import SCALE_NAMES
 from fbitrain.model.mixture import MixtureOfScalesLinear
 from fbitrain.model.partial import PartialBinaryLinear
 from fbitrain.model.signs import count_flips, sign_bits
-from fbitrain.parameters import SCALE_PARAMETERS
 
 if TYPE_CHECKING:
     from fbitrain.engine import Engine, Fragment
 
-LEARNED = tuple(f".{leaf}" for leaf in SCALE_PARAMETERS)
+LEARNED = tuple(f".{leaf}" for leaf in SCALE_NAMES)
 SCALES = tuple(leaf for leaf in LEARNED if leaf != ".beta")  # of signs: one that is negative turns its weights over
 
 

@@ -10,16 +10,16 @@ Letters: N out_features, K in_features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fbitrain.model.binarize import sign, sign_ste, wide, with_slope
-from fbitrain.model.config import BIBENCH_METHODS
+from fbitrain.model.config import BinarizeConfig
+from fbitrain.model.packing import PackedLayer, pack_scaled_signs
 from fbitrain.model.rebuilt import Rebuild, RebuiltLinear
-from fbitrain.model.storage import bibench_scales, sign_storage
 
 RECU_TAU = 0.99  # quantile beyond which weights are clamped; the paper's schedule goes from 0.85 up to it
 FDA_OMEGA = 0.1  # angular frequency of the square wave whose Fourier series stands for the sign
@@ -34,18 +34,19 @@ class BiBenchLinear(RebuiltLinear):
 
     def __init__(self, in_features: int, out_features: int, *, method: str, **latent: Any) -> None:
         if method not in BINARIZERS:
-            raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(BIBENCH_METHODS)}")
+            raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(BINARIZERS)}")
         super().__init__(in_features, out_features, **latent)
         self.method = method
+
+    @staticmethod
+    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> PackedLayer:
+        """See LatentLinear."""
+        effective = BINARIZERS[binarize.method](trained["weight"])
+        return pack_scaled_signs(effective, "tensor" if binarize.method == "bnn" else "row", dtype)
 
     def recipe(self) -> tuple[Rebuild, tuple[Tensor | None, ...]]:
         """ŵ as a function of the weight."""
         return BINARIZERS[self.method], (self.weight,)
-
-    def storage_bits(self) -> dict[str, int]:
-        """Bits of signs and scales."""
-        n = self.out_features
-        return sign_storage(n, self.in_features, bibench_scales(self.method, n))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, method={self.method}"

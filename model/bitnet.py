@@ -8,14 +8,17 @@ Letters: N out_features, K in_features, M tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fbitrain.kernels.ops import pack_signs
 from fbitrain.model.binarize import sign, wide, with_slope
+from fbitrain.model.config import BinarizeConfig
+from fbitrain.model.packing import PackedLayer, pack_scaled_signs
 from fbitrain.model.rebuilt import Rebuild, RebuiltLinear, rebuilt_linear
-from fbitrain.model.storage import bitnet_storage
 
 INT8_MAX = 127
 
@@ -34,6 +37,16 @@ class BitNetLinear(RebuiltLinear):
         super().__init__(in_features, out_features, **latent)
         self.method = method
 
+    @staticmethod
+    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> PackedLayer:
+        """See LatentLinear."""
+        effective = QUANTIZERS[binarize.method](trained["weight"])
+        if binarize.method == "bitnet":
+            return pack_scaled_signs(effective, "tensor", dtype, int8=True)
+        planes = torch.stack([torch.where(effective > 0, 1.0, -1.0), torch.where(effective < 0, -1.0, 1.0)])
+        alpha = effective.abs().max().view(1, 1).to(dtype).float()
+        return PackedLayer("ternary", {}, {"weight_bits": pack_signs(planes), "alpha": alpha})
+
     def product(self, x: Tensor) -> Tensor:
         """x [..., K] -> q(x) ŵᵀ [..., N] in x's dtype."""
         codes, step = quantize_tokens(x)
@@ -42,10 +55,6 @@ class BitNetLinear(RebuiltLinear):
     def recipe(self) -> tuple[Rebuild, tuple[Tensor | None, ...]]:
         """ŵ as a function of the weight."""
         return QUANTIZERS[self.method], (self.weight,)
-
-    def storage_bits(self) -> dict[str, int]:
-        """Bits of signs (bitnet) or two-bit codes (ternary), and of the scale."""
-        return bitnet_storage(self.method, self.out_features, self.in_features)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, method={self.method}"

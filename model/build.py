@@ -15,6 +15,7 @@ from fbitrain.model.methods import Source, make_layer
 from fbitrain.model.packed import PackedBinaryLinear
 from fbitrain.model.refusals import check_fused, check_masks, check_skip, check_sources, fused_modules
 from fbitrain.model.size import skip_entry
+from fbitrain.model.storage import storage_bits
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def binarize_(
     them. Routers are drawn from torch's global generator. Nothing has been swapped when this raises.
 
     Args:
-        masks: by layer name, bool [out_features, in_features], True for salient weights; for method partial and cherry.
+        masks: of methods with salient weights, by layer name: bool [out_features, in_features], True for salient ones.
 
     Raises:
         UserError: a skip name matches nothing; a Linear shares its weight with another module, is quantized, is not a
@@ -106,9 +107,10 @@ def binarize_(
     rules = {name: f"skip=[{skip_entry(name, binarize.skip)}]" for name in sources if name not in chosen}
     stored = 0
     for name, source in chosen.items():
-        layer = make_layer(source, binarize, masks[name] if masks and name in masks else None, init_std)
-        stored += sum(layer.storage_bits().values())
-        model.set_submodule(name, layer)
+        mask = masks[name] if masks and name in masks else None
+        model.set_submodule(name, make_layer(source, binarize, mask, init_std))
+        n_salient = None if mask is None else int(mask.sum())
+        stored += sum(storage_bits(binarize, source.out_features, source.in_features, n_salient).values())
     return _report(chosen, {name: sources[name] for name in rules}, rules, stored)
 
 

@@ -6,19 +6,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fbitrain.model.method_table import METHODS, UNKNOWN, Method
+
 SCALES = ("column", "row", "tensor", "group")
 STES = ("identity", "clip")
-BIBENCH_METHODS = ("bnn", "xnor", "bireal", "recu", "fda")
-SALIENT_METHODS = ("partial", "cherry")  # need a mask of salient weights
-METHODS = (
-    "binary",
-    *SALIENT_METHODS,
-    "mixture_of_scales",
-    "onebit",
-    *BIBENCH_METHODS,
-    "bitnet",
-    "ternary",
-)
 CRITERIA = ("magnitude", "hessian", "fisher")
 SCOPES = ("layer", "group")
 SALIENT_DTYPES = ("int8", "float16")
@@ -49,7 +40,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class SalientConfig:
-    """Which weights of a layer stay in high precision, and how; read for method partial and cherry."""
+    """Which weights of a layer stay in high precision, and how; read for methods with salient weights."""
 
     fraction: float = 0.1  # share of a layer's weights
     # magnitude |w|, hessian (error that binarizing would cause, PB-LLM) or fisher (squared gradient, CherryQ)
@@ -67,9 +58,7 @@ class BinarizeConfig:
     # full precision and binary in a share that rises from 0 to 1, and all later steps are binary.
     from_step: int = 0
     anneal_steps: int = 0
-    # binary (FBI-LLM), partial (PB-LLM), cherry (CherryQ), mixture_of_scales (BinaryMoS), onebit (OneBit);
-    # bnn, xnor, bireal, recu, fda (BiBench's five); bitnet (BitNet), ternary (BitNet b1.58)
-    method: str = "binary"
+    method: str = "binary"  # one of METHODS (model/method_table.py)
     # Pattern of α (and β): column [1,K], row [N,1], tensor [1,1], group [N,K/group_size]. Read for method binary, and
     # partial and cherry, which have row or group and no β; every other method has scales of its own.
     scale: str = "column"
@@ -81,6 +70,11 @@ class BinarizeConfig:
     salient: SalientConfig = field(default_factory=SalientConfig)
     n_experts: int = 4  # scale experts per layer; only for method=mixture_of_scales
     bits: int = 1  # of the weights that are not salient; only for method=cherry, 1 to 4
+
+    @property
+    def traits(self) -> Method:
+        """What the table says of the method; for an unknown name, which `binarize_problems` reports, an empty entry."""
+        return METHODS.get(self.method, UNKNOWN)
 
 
 # From arXiv 2407.07093 and the configurations released with it; `tiny` is ours, for the quickstart.
@@ -116,29 +110,41 @@ def binarize_problems(binarize: BinarizeConfig, model: ModelConfig) -> Iterator[
         value = getattr(binarize, name)
         if value not in choices:
             yield f"binarize.{name}={value!r} is unknown; choose one of {', '.join(choices)}"
-    if binarize.method in ("binary", *SALIENT_METHODS):
+    traits = binarize.traits
+    if traits.has_pattern:
         yield from _scale_problems(binarize)
-    if binarize.method in SALIENT_METHODS:
+    if traits.salient:
         yield from _salient_problems(binarize)
-    if binarize.method == "mixture_of_scales" and not 1 <= binarize.n_experts <= MAX_EXPERTS:
+    if "n_experts" in traits.settings and not 1 <= binarize.n_experts <= MAX_EXPERTS:
         yield f"binarize.n_experts={binarize.n_experts} must be from 1 to {MAX_EXPERTS}"
-    if binarize.method == "cherry" and not 1 <= binarize.bits <= MAX_BITS:
+    if "bits" in traits.settings and not 1 <= binarize.bits <= MAX_BITS:
         yield f"binarize.bits={binarize.bits} must be from 1 to {MAX_BITS}"
-    elif binarize.method != "cherry" and binarize.bits != 1:
-        yield f"binarize.bits={binarize.bits} is for binarize.method=cherry; {binarize.method} has a width of its own"
+    elif "bits" not in traits.settings and binarize.bits != 1:
+        readers = " or ".join(name for name, method in METHODS.items() if "bits" in method.settings)
+        yield (
+            f"binarize.bits={binarize.bits} is for binarize.method={readers}; {binarize.method} has a width of its own"
+        )
     if uses_groups(binarize):
         yield from _group_problems(binarize, model)
 
 
 def uses_groups(binarize: BinarizeConfig) -> bool:
     """Whether group_size is read: for scales per group, or a share of salient weights per group."""
-    scales = binarize.method in ("binary", *SALIENT_METHODS) and binarize.scale == "group"
-    return scales or (binarize.method in SALIENT_METHODS and binarize.salient.scope == "group")
+    traits = binarize.traits
+    return (traits.has_pattern and binarize.scale == "group") or (
+        bool(traits.salient) and binarize.salient.scope == "group"
+    )
 
 
 def has_signs_of_weights(binarize: BinarizeConfig) -> bool:
     """Whether the bits of an ordinary weight are sign(W): not sign(W - mean), three values or more than one bit."""
-    return binarize.method not in ("recu", "bitnet", "ternary") and binarize.bits == 1
+    return binarize.traits.own_signs and binarize.bits == 1
+
+
+def method_settings(binarize: BinarizeConfig) -> dict[str, Any]:
+    """Name -> value of the section's own fields that its method reads, but for skip."""
+    names = [*binarize.traits.settings, *(["group_size"] if uses_groups(binarize) else [])]
+    return {name: getattr(binarize, name) for name in names}
 
 
 def settings_read(binarize: BinarizeConfig) -> dict[str, Any]:
@@ -146,24 +152,16 @@ def settings_read(binarize: BinarizeConfig) -> dict[str, Any]:
 
     Phases of precision are left out: they say how a model came to be binary, and not what it then is.
     """
-    method = binarize.method
-    settings: dict[str, Any] = {"enabled": binarize.enabled, "method": method, "skip": sorted(binarize.skip)}
-    names: list[str] = []
-    if method in ("binary", *SALIENT_METHODS):
-        names += ["scale", "beta"]
-    if method in ("binary", *SALIENT_METHODS, "mixture_of_scales", "onebit"):
-        names.append("ste")
-    names += [name for name, reader in (("n_experts", "mixture_of_scales"), ("bits", "cherry")) if method == reader]
-    if uses_groups(binarize):
-        names.append("group_size")
-    settings |= {name: getattr(binarize, name) for name in names}
-    if method in SALIENT_METHODS:
+    traits = binarize.traits
+    settings: dict[str, Any] = {"enabled": binarize.enabled, "method": binarize.method, "skip": sorted(binarize.skip)}
+    settings |= method_settings(binarize)
+    if traits.salient:
         settings |= {f"salient.{name}": value for name, value in asdict(binarize.salient).items()}
     return settings
 
 
 def _scale_problems(binarize: BinarizeConfig) -> Iterator[str]:
-    if binarize.method in SALIENT_METHODS:
+    if binarize.traits.salient:
         if binarize.scale not in ("row", "group"):
             yield f"binarize.method={binarize.method} has its scales per row or group; set binarize.scale=row"
         if binarize.beta:
@@ -180,8 +178,11 @@ def _salient_problems(binarize: BinarizeConfig) -> Iterator[str]:
         value = getattr(salient, name)
         if value not in choices:
             yield f"binarize.salient.{name}={value!r} is unknown; choose one of {', '.join(choices)}"
-    if binarize.method == "cherry" and salient.dtype == "int8":
-        yield "binarize.method=cherry trains its salient weights, which int8 cannot; set binarize.salient.dtype=float16"
+    if binarize.traits.salient == "trained" and salient.dtype == "int8":
+        yield (
+            f"binarize.method={binarize.method} trains its salient weights, which int8 cannot; "
+            "set binarize.salient.dtype=float16"
+        )
 
 
 def _group_problems(binarize: BinarizeConfig, model: ModelConfig) -> Iterator[str]:

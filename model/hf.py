@@ -28,10 +28,11 @@ from transformers import (
 
 from fbitrain.model import remote_code, remote_layers
 from fbitrain.model.build import chosen_sources
-from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig
+from fbitrain.model.config import BinarizeConfig
+from fbitrain.model.method_table import TRAINED_NAMES
 from fbitrain.model.methods import Source, oriented
 from fbitrain.model.packed import LAYERS
-from fbitrain.model.packing import TRAINED, PackedLayer, pack_layer
+from fbitrain.model.packing import PackedLayer, pack_layer
 from fbitrain.model.remote_code import MODEL_TYPE, PREFIX
 
 REMOTE_CODE = Path(remote_code.__file__), Path(remote_layers.__file__)
@@ -65,7 +66,7 @@ class ReleasedModel:
         rest, biases, trained = {}, {}, {name: {} for name in sources}  # type: ignore[var-annotated]
         for name, tensor in weights.items():
             module, _, leaf = name.rpartition(".")
-            if module in sources and leaf in TRAINED:
+            if module in sources and leaf in TRAINED_NAMES:
                 trained[module][leaf] = tensor
             elif name not in tied or tied[name] not in weights:
                 kind = biases if module in sources else rest
@@ -116,7 +117,7 @@ def plain_weights(
     """
     plain = dict(weights)
     for name, source in chosen_sources(lm, binarize, values_needed=False).items():
-        trained = {leaf: plain.pop(f"{name}.{leaf}") for leaf in TRAINED if f"{name}.{leaf}" in plain}
+        trained = {leaf: plain.pop(f"{name}.{leaf}") for leaf in TRAINED_NAMES if f"{name}.{leaf}" in plain}
         weight_NK = trained["weight"]
         if share > 0:
             binary_NK = pack_layer(binarize, trained, torch.float32).weight(source.in_features, source.out_features)
@@ -143,7 +144,7 @@ def packed_config(
         "own_options": own_options,
         "skip": list(binarize.skip),
     }
-    if binarize.method in SALIENT_METHODS:
+    if binarize.traits.salient:
         how["salient"] = asdict(binarize.salient)
     packed = config_class(**fields, binarize=how, bits_per_weight=bits_per_weight)
     packed.architectures = [model_class.__name__]

@@ -6,10 +6,17 @@ Letters: N out_features, K in_features, λ the binary share.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fbitrain.model.config import BinarizeConfig, method_settings
+
+if TYPE_CHECKING:
+    from fbitrain.model.packing import PackedLayer
 
 FULL, MIXED, BINARY = "full precision", "mixed", "binary"
 
@@ -58,6 +65,19 @@ class LatentLinear(nn.Module, ABC):
                 self.weight.copy_(weight)
             if self.bias is not None and bias is not None:
                 self.bias.copy_(bias)
+
+    @classmethod
+    def make(cls, binarize: BinarizeConfig, mask: Tensor | None, latent: dict[str, Any]) -> LatentLinear:
+        """The layer that `binarize` asks for: its constructor gets what the table of methods says it reads.
+
+        mask: bool [N, K], True for salient weights; None for methods without them. latent: this class's own arguments.
+        """
+        return cls(**method_settings(binarize), **latent)
+
+    @staticmethod
+    @abstractmethod
+    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> PackedLayer:
+        """The release's form of a layer that `make` built, from what its checkpoint holds; see packing.pack_layer."""
 
     def set_binary_share(self, share: float) -> None:
         """Sets λ in [0, 1]: 0 is an ordinary Linear, 1 a low-bit layer."""
@@ -108,10 +128,6 @@ class LatentLinear(nn.Module, ABC):
         A layer has them from its first weight; in a run that begins in full precision, again when that phase ends.
         """
         return {}
-
-    @abstractmethod
-    def storage_bits(self) -> dict[str, int]:
-        """Bits that ŵ takes in a release, by part (model/storage.py); their sum over N·K is the bits per weight."""
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"

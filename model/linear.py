@@ -7,16 +7,18 @@ Letters: N out_features, K in_features.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fbitrain.kernels.ops import pack_signs
 from fbitrain.model.binarize import init_scales, scale_shape, sign
-from fbitrain.model.config import STES
+from fbitrain.model.config import STES, BinarizeConfig
 from fbitrain.model.latent import LatentLinear
+from fbitrain.model.packing import Levels, PackedLayer, sign_options
 from fbitrain.model.scaled_product import scaled_product
-from fbitrain.model.storage import sign_storage
 
 
 class BinaryLinear(LatentLinear):
@@ -56,6 +58,15 @@ class BinaryLinear(LatentLinear):
         self.register_parameter("beta", nn.Parameter(torch.empty_like(self.alpha)) if beta else None)
         self.reset_scales()
 
+    @staticmethod
+    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> PackedLayer:
+        """See LatentLinear."""
+        levels = Levels.of(trained["alpha"], trained.get("beta"), dtype)
+        tensors = {"weight_bits": pack_signs(trained["weight"]), "alpha": levels.alpha}
+        if "beta" in trained:
+            tensors["beta"] = levels.beta
+        return PackedLayer("binary", sign_options(binarize.scale, "beta" in trained, binarize.group_size), tensors)
+
     @torch.no_grad()
     def reset_scales(self) -> None:
         """Sets α and β from the weight as it is now (`init_scales`). The parameters must be whole, not partitioned."""
@@ -77,11 +88,6 @@ class BinaryLinear(LatentLinear):
         alpha = self.alpha.repeat_interleave(self.group_size, dim=1) if self.scale == "group" else self.alpha
         scaled = alpha * sign(self.weight)
         return scaled if self.beta is None else scaled + self.beta
-
-    def storage_bits(self) -> dict[str, int]:
-        """Bits of the signs and of α and β."""
-        n_scales = self.alpha.numel() * (1 if self.beta is None else 2)
-        return sign_storage(self.out_features, self.in_features, n_scales)
 
     def extra_repr(self) -> str:
         group = f", group_size={self.group_size}" if self.scale == "group" else ""

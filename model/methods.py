@@ -1,25 +1,20 @@
-"""Which layer a Linear becomes under each binarize.method.
+"""The Linears of a model, and the layers that they become under binarize.method (model/method_table.py).
 
 Letters: N out_features, K in_features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fbitrain.model.bibench import BiBenchLinear
-from fbitrain.model.bitnet import BitNetLinear
-from fbitrain.model.config import BIBENCH_METHODS, BinarizeConfig
+from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.latent import LatentLinear
-from fbitrain.model.linear import BinaryLinear
-from fbitrain.model.mixture import MixtureOfScalesLinear, OneBitLinear
-from fbitrain.model.partial import PartialBinaryLinear
 
 
 @dataclass(frozen=True)
@@ -78,52 +73,12 @@ def oriented(module: nn.Module, like_weight: Tensor) -> Tensor:
 
 def make_layer(source: Source, binarize: BinarizeConfig, mask: Tensor | None, init_std: float) -> LatentLinear:
     """The layer that `source` becomes, in its training mode; mask bool [N, K] for methods with salient weights."""
-    layer = MAKERS[binarize.method](binarize, mask, source.latent(init_std))
+    layer = layer_class(binarize).make(binarize, mask, source.latent(init_std))
     return layer.train(source.module.training)
 
 
-def _binary(binarize: BinarizeConfig, mask: Tensor | None, latent: dict[str, Any]) -> LatentLinear:
-    size = binarize.group_size
-    return BinaryLinear(scale=binarize.scale, beta=binarize.beta, group_size=size, ste=binarize.ste, **latent)
-
-
-def _partial(binarize: BinarizeConfig, mask: Tensor | None, latent: dict[str, Any]) -> LatentLinear:
-    assert mask is not None
-    return PartialBinaryLinear(
-        mask=mask,
-        salient_dtype=binarize.salient.dtype,
-        trained=binarize.method == "cherry",
-        bits=binarize.bits,
-        scale=binarize.scale,
-        group_size=binarize.group_size,
-        ste=binarize.ste,
-        **latent,
-    )
-
-
-def _mixture(binarize: BinarizeConfig, mask: Tensor | None, latent: dict[str, Any]) -> LatentLinear:
-    return MixtureOfScalesLinear(n_experts=binarize.n_experts, ste=binarize.ste, **latent)
-
-
-def _onebit(binarize: BinarizeConfig, mask: Tensor | None, latent: dict[str, Any]) -> LatentLinear:
-    return OneBitLinear(ste=binarize.ste, **latent)
-
-
-def _bibench(binarize: BinarizeConfig, mask: Tensor | None, latent: dict[str, Any]) -> LatentLinear:
-    return BiBenchLinear(method=binarize.method, **latent)
-
-
-def _bitnet(binarize: BinarizeConfig, mask: Tensor | None, latent: dict[str, Any]) -> LatentLinear:
-    return BitNetLinear(method=binarize.method, **latent)
-
-
-MAKERS: dict[str, Callable[[BinarizeConfig, Tensor | None, dict[str, Any]], LatentLinear]] = {
-    "binary": _binary,
-    "partial": _partial,
-    "cherry": _partial,
-    "mixture_of_scales": _mixture,
-    "onebit": _onebit,
-    **dict.fromkeys(BIBENCH_METHODS, _bibench),
-    "bitnet": _bitnet,
-    "ternary": _bitnet,
-}
+def layer_class(binarize: BinarizeConfig) -> type[LatentLinear]:
+    """The class that the table of methods names, from its own file."""
+    file, _, name = binarize.traits.layer.partition(".")
+    layer: type[LatentLinear] = getattr(import_module(f"fbitrain.model.{file}"), name)
+    return layer

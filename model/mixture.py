@@ -10,18 +10,20 @@ Letters: N out_features, K in_features, M tokens, E experts.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fbitrain.kernels.ops import pack_signs
 from fbitrain.model.binarize import sign, sign_ste, wide
-from fbitrain.model.config import MAX_EXPERTS, STES
+from fbitrain.model.config import MAX_EXPERTS, STES, BinarizeConfig
 from fbitrain.model.latent import LatentLinear
+from fbitrain.model.packing import PackedLayer, rounded
 from fbitrain.model.rebuilt import rebuilt_linear
 from fbitrain.model.scaled_product import scaled_product
-from fbitrain.model.storage import mixture_storage, sign_storage
 
 POWER_ITERATIONS = 32
 
@@ -41,6 +43,12 @@ class OneBitLinear(LatentLinear):
         self.scale_in = nn.Parameter(scales["scale_in"].to(self.weight.dtype))
         self.scale_out = nn.Parameter(scales["scale_out"].to(self.weight.dtype))
 
+    @staticmethod
+    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> PackedLayer:
+        """See LatentLinear."""
+        signs = {"weight_bits": pack_signs(trained["weight"])}
+        return PackedLayer("onebit", {}, signs | rounded(trained, dtype, "scale_in", "scale_out"))
+
     def start_scales(self, weight: Tensor) -> dict[str, Tensor]:
         """The two vectors of scales for a weight."""
         return dict(zip(("scale_in", "scale_out"), rank_one(weight), strict=True))
@@ -55,11 +63,6 @@ class OneBitLinear(LatentLinear):
     def binary_weight(self) -> Tensor:
         """ŵ [N, K] in the weight's dtype, without a graph. The parameters must be whole."""
         return sign(self.weight) * self.scale_in * self.scale_out.T
-
-    def storage_bits(self) -> dict[str, int]:
-        """Bits of the signs and of the two vectors of scales."""
-        n, k = self.out_features, self.in_features
-        return sign_storage(n, k, n + k)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ste={self.ste}"
@@ -94,6 +97,13 @@ class MixtureOfScalesLinear(LatentLinear):
         # Not a buffer, which DeepSpeed would cast to bf16 and which state dicts would have to leave out.
         self._router_stats: Tensor | None = None
 
+    @staticmethod
+    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> PackedLayer:
+        """See LatentLinear."""
+        signs = {"weight_bits": pack_signs(trained["weight"])}
+        tensors = signs | rounded(trained, dtype, "scale_in", "scale_out", "router")
+        return PackedLayer("mixture", {"n_experts": len(trained["router"])}, tensors)
+
     def start_scales(self, weight: Tensor) -> dict[str, Tensor]:
         """The scales of all experts for a weight: the same two vectors for each."""
         names = ("scale_in", "scale_out")
@@ -112,10 +122,6 @@ class MixtureOfScalesLinear(LatentLinear):
     def binary_weight(self) -> Tensor:
         """There is none: raises ValueError."""
         raise ValueError("the effective weight of a mixture of scales depends on the token; use forward")
-
-    def storage_bits(self) -> dict[str, int]:
-        """Bits of the signs, of all experts' scales and of the router."""
-        return mixture_storage(self.out_features, self.in_features, self.n_experts)
 
     def take_router_stats(self) -> Tensor:
         """fp32 [E + 2], counted since the last call: Σ entropy of the gates (nats), tokens, Σ gates of each expert.

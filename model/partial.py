@@ -8,7 +8,7 @@ Letters: N out_features, K in_features, G group size, Kw = ceil(K / 32) words.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from fbitrain.kernels import ops
-from fbitrain.kernels.layout import scale_shape
+from fbitrain.kernels.layout import NARROW_COLUMNS, scale_shape
 from fbitrain.model.binarize import sign_ste, ste_gradient, wide, with_slope
-from fbitrain.model.config import SALIENT_DTYPES
+from fbitrain.model.config import SALIENT_DTYPES, BinarizeConfig, method_settings
+from fbitrain.model.packing import PackedLayer
 from fbitrain.model.rebuilt import Rebuild, RebuiltLinear
 from fbitrain.model.storage import salient_storage
 
@@ -73,10 +74,10 @@ class PartialBinaryLinear(RebuiltLinear):
         _check(scale, salient_dtype, trained, bits)
         if mask.dtype != torch.bool or mask.shape != (out_features, in_features):
             raise ValueError(f"mask must be bool [{out_features}, {in_features}], not {mask.dtype} {list(mask.shape)}")
+        scale_shape(scale, out_features, in_features, group_size)  # refuses groups that do not divide K
         super().__init__(in_features, out_features, **latent)
         self.salient_dtype, self.trained, self.bits, self.ste = salient_dtype, trained, bits, ste
         self.scale, self.group_size = scale, group_size if scale == "group" else 0
-        self.n_scales = out_features * scale_shape(scale, out_features, in_features, group_size)[1]
         self.n_salient = int(mask.sum())
         mask = mask.to(self.weight.device)
         self.register_buffer("salient_bits", pack_mask(mask))
@@ -86,6 +87,41 @@ class PartialBinaryLinear(RebuiltLinear):
             self.load_salient(*quantize_salient(self.weight, mask))
         elif not trained:
             self.salient_values = self.weight.detach()[mask].to(torch.float16)
+
+    @classmethod
+    def make(cls, binarize: BinarizeConfig, mask: Tensor | None, latent: dict[str, Any]) -> PartialBinaryLinear:
+        """See LatentLinear."""
+        assert mask is not None
+        trained = binarize.traits.salient == "trained"
+        salient: dict[str, Any] = {"mask": mask, "salient_dtype": binarize.salient.dtype, "trained": trained}
+        return cls(**salient, **method_settings(binarize), **latent)
+
+    @staticmethod
+    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> PackedLayer:
+        """See LatentLinear."""
+        weight, bits = trained["weight"], binarize.bits
+        n, k = weight.shape
+        mask = unpack_mask(trained["salient_bits"], k)
+        group_size = binarize.group_size if binarize.scale == "group" else k
+        # The levels of b bits, ±1/2, ±3/2, … steps, are the sums of b signs weighted 1/2, 1, 2, … steps.
+        step = ordinary_alpha(weight, mask, group_size) * STEP[bits]
+        spread = step.where(step > 0, 1).repeat_interleave(group_size, dim=1)
+        codes = (weight / spread).floor().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).int() + 2 ** (bits - 1)
+        planes = torch.stack([((codes >> plane) & 1) - 0.5 for plane in range(bits)])
+        tensors = {"weight_bits": ops.pack_signs(planes), "alpha": (step / 2).to(dtype).float()}
+        salient = binarize.salient.dtype
+        if "salient_values" in trained:
+            tensors["salient_values"] = trained["salient_values"]
+            if salient == "int8":
+                tensors["salient_scale"] = trained["salient_scale"].float()
+        else:
+            tensors["salient_values"] = weight[mask].to(torch.float16)
+        n_salient = len(tensors["salient_values"])
+        places = "csr" if "csr" in salient_storage(n, k, n_salient, salient, bits, 0) else "mask"
+        tensors |= {"salient_mask": trained["salient_bits"]} if places == "mask" else _csr(mask)
+        options = {"salient_dtype": salient, "scale": binarize.scale, "bits": bits}
+        options |= {"group_size": binarize.group_size} if binarize.scale == "group" else {}
+        return PackedLayer("partial", options, tensors, {"n_salient": n_salient, "places": places})
 
     @torch.no_grad()
     def load_salient(self, codes: Tensor, scale: Tensor) -> None:
@@ -106,11 +142,6 @@ class PartialBinaryLinear(RebuiltLinear):
         """ŵ as a function of weight, mask, frozen values and their scale."""
         rebuild = partial(partial_weight, bits=self.bits, group_size=self.group_size, ste=self.ste)
         return rebuild, (self.weight, self.salient_bits, self.salient_values, self.salient_scale)
-
-    def storage_bits(self) -> dict[str, int]:
-        """Bits of signs (codes), mask or csr (the smaller), salient values, scales."""
-        shape = (self.out_features, self.in_features)
-        return salient_storage(*shape, self.n_salient, self.salient_dtype, self.bits, self.n_scales)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartialBinaryLinear:
         # DeepSpeed casts whole modules to bf16, which would round what is frozen to 8 bits.
@@ -190,6 +221,13 @@ def _ordinary_weight(weight: Tensor, mask: Tensor, bits: int, group_size: int, s
     values, step, half = weight.detach(), alpha * STEP[bits], 2 ** (bits - 1)
     level = (values / step.where(step > 0, 1)).floor().clamp(-half, half - 1)
     return with_slope((level + 0.5) * step, weight, lambda: ste_gradient(torch.ones_like(values), values, ste))
+
+
+def _csr(mask: Tensor) -> dict[str, Tensor]:
+    rows, columns = mask.nonzero(as_tuple=True)
+    starts = torch.bincount(rows, minlength=len(mask)).cumsum(0)
+    narrow = torch.uint16 if mask.shape[1] <= NARROW_COLUMNS else torch.int32
+    return {"salient_columns": columns.to(narrow), "salient_rows": torch.cat([starts.new_zeros(1), starts]).int()}
 
 
 def _check(scale: str, salient_dtype: str, trained: bool, bits: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig
+from fbitrain.model.config import BinarizeConfig
 
 
 def has_phases(binarize: BinarizeConfig) -> bool:
@@ -61,7 +61,7 @@ def phase_problems(binarize: BinarizeConfig, total_steps: int) -> Iterator[str]:
     phases = " and ".join(given)
     if not binarize.enabled:
         yield f"{phases} need binarize.enabled=true; without binary layers all steps are in full precision"
-    elif binarize.method in SALIENT_METHODS:
+    elif binarize.traits.salient:
         yield (
             f"{phases} cannot be had with binarize.method={binarize.method}, whose salient weights are chosen before "
             "the first step; leave them out"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from fbitrain.base.errors import UserError
-from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig, uses_groups
+from fbitrain.model.config import BinarizeConfig, uses_groups
 from fbitrain.model.methods import Source
 
 
@@ -74,7 +74,7 @@ def check_sources(
 
 def check_masks(sources: Mapping[str, Source], binarize: BinarizeConfig, masks: Mapping[str, Tensor] | None) -> None:
     """Raises UserError unless a method with salient weights has a fitting mask for each of `sources`."""
-    if binarize.method not in SALIENT_METHODS:
+    if not binarize.traits.salient:
         return
     if masks is None:
         raise UserError(

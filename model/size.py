@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fbitrain.kernels.layout import scale_shape
 from fbitrain.model.config import BinarizeConfig, ModelConfig
 from fbitrain.model.storage import storage_bits
 
@@ -42,8 +41,8 @@ def count_parameters(model: ModelConfig, binarize: BinarizeConfig) -> ParameterC
     for name, n, k in linear_shapes(model):
         if binarize.enabled and skip_entry(name, binarize.skip) is None:
             binary += n * k
-            scales += trained_scales(binarize, n, k)
-            routers += binarize.n_experts * k if binarize.method == "mixture_of_scales" else 0
+            scales += binarize.traits.n_scales(binarize, n, k) if binarize.traits.scales else 0
+            routers += binarize.n_experts * k if binarize.traits.routed else 0
             stored_bits += sum(storage_bits(binarize, n, k).values())
         elif name == "lm_head":
             embeddings += n * k
@@ -51,15 +50,6 @@ def count_parameters(model: ModelConfig, binarize: BinarizeConfig) -> ParameterC
             dense += n * k
     norms = (2 * model.n_layers + 1) * model.d_model
     return ParameterCount(binary, scales, embeddings, dense, norms, routers, stored_bits)
-
-
-def trained_scales(binarize: BinarizeConfig, n: int, k: int) -> int:
-    """Scales that a layer [n, k] has as parameters."""
-    if binarize.method == "binary":
-        rows, columns = scale_shape(binarize.scale, n, k, binarize.group_size)
-        return rows * columns * (2 if binarize.beta else 1)
-    experts = {"onebit": 1, "mixture_of_scales": binarize.n_experts}
-    return experts.get(binarize.method, 0) * (n + k)
 
 
 def linear_shapes(model: ModelConfig) -> Iterator[tuple[str, int, int]]:

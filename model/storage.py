@@ -2,36 +2,31 @@
 
 Rows of signs are padded to whole 32-bit words. α, β and the like are fp32. A bias is stored in full precision whatever
 the method and counts as no part of the weight.
-Letters: N out_features, K in_features, G group size, E experts.
+Letters: N out_features, K in_features.
 """
 
 from __future__ import annotations
 
-from fbitrain.kernels.layout import WORD_BITS, n_words, scale_shape
-from fbitrain.model.config import BIBENCH_METHODS, SALIENT_METHODS, BinarizeConfig
+from fbitrain.kernels.layout import WORD_BITS, n_words
+from fbitrain.model.config import BinarizeConfig
 
 SCALE_BITS = 32
 VALUE_BITS = {"int8": 8, "float16": 16}
 MAX_UINT16_COLUMNS = 2**16  # column indices take 16 bits up to this width, 32 beyond
 
 
-def storage_bits(binarize: BinarizeConfig, n: int, k: int) -> dict[str, int]:
-    """Bits by part of a weight [n, k] as `binarize` stores it; nothing is allocated."""
-    method = binarize.method
-    if method == "binary":
-        rows, columns = scale_shape(binarize.scale, n, k, binarize.group_size)
-        return sign_storage(n, k, rows * columns * (2 if binarize.beta else 1))
-    if method in SALIENT_METHODS:
-        rows, columns = scale_shape(binarize.scale, n, k, binarize.group_size)
-        n_salient = salient_count(binarize, n, k)
-        return salient_storage(n, k, n_salient, binarize.salient.dtype, binarize.bits, rows * columns)
-    if method == "mixture_of_scales":
-        return mixture_storage(n, k, binarize.n_experts)
-    if method == "onebit":
-        return sign_storage(n, k, n + k)
-    if method in BIBENCH_METHODS:
-        return sign_storage(n, k, bibench_scales(method, n))
-    return bitnet_storage(method, n, k)
+def storage_bits(binarize: BinarizeConfig, n: int, k: int, n_salient: int | None = None) -> dict[str, int]:
+    """Bits by part of a weight [n, k] as `binarize` stores it; nothing is allocated.
+
+    n_salient: how many of its weights are salient; None for what the configured share makes.
+    """
+    traits = binarize.traits
+    n_scales = traits.n_scales(binarize, n, k)
+    if traits.salient:
+        n_salient = salient_count(binarize, n, k) if n_salient is None else n_salient
+        return salient_storage(n, k, n_salient, binarize.salient.dtype, binarize.bits, n_scales)
+    router = {"router": binarize.n_experts * k * SCALE_BITS} if traits.routed else {}
+    return sign_storage(n, k, n_scales, traits.stored_bits) | router
 
 
 def salient_count(binarize: BinarizeConfig, n: int, k: int) -> int:
@@ -57,18 +52,3 @@ def salient_storage(n: int, k: int, n_salient: int, dtype: str, bits: int, n_sca
     places = {"mask": mask} if mask <= csr else {"csr": csr}
     value_scales = n if dtype == "int8" else 0
     return sign_storage(n, k, n_scales + value_scales, bits) | places | {"salient": n_salient * VALUE_BITS[dtype]}
-
-
-def mixture_storage(n: int, k: int, n_experts: int) -> dict[str, int]:
-    """Signs, a row and a column of scales for each expert, and the router [E, K]."""
-    return sign_storage(n, k, n_experts * (n + k)) | {"router": n_experts * k * SCALE_BITS}
-
-
-def bibench_scales(method: str, n: int) -> int:
-    """How many scales a BiBench method gives `n` rows: one each; bnn has none, for which a release stores one 1.0."""
-    return 1 if method == "bnn" else n
-
-
-def bitnet_storage(method: str, n: int, k: int) -> dict[str, int]:
-    """bitnet: signs and one scale; ternary: two bits a weight and one scale."""
-    return sign_storage(n, k, 1, 2 if method == "ternary" else 1)

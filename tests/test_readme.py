@@ -199,7 +199,9 @@ def test_the_table_of_configurations_is_what_the_doctor_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "docs" / "design.md"], ids=lambda page: page.name
+    "page",
+    [*PAGES, ROOT / "CHANGELOG.md", ROOT / "docs" / "design.md", ROOT / "docs" / "add_a_method.md"],
+    ids=lambda page: page.name,
 )
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):

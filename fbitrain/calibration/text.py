@@ -16,13 +16,12 @@ from fbitrain.data.reading.heldout_text import read_documents
 from fbitrain.data.streaming.stream import border_tokens
 from fbitrain.data.tokenizer import Tokenizer
 from fbitrain.loading.pretrained_shape import is_binary_run
-from fbitrain.model.config import SALIENT_METHODS
 
 
 def needs_text(config: Config) -> bool:
     """Whether the start from model.pretrained depends on a text: salient weights chosen by it, or PTQ with feedback."""
     binarize, calibration = config.binarize, config.calibration
-    if not config.model.pretrained or not binarize.enabled or binarize.method not in SALIENT_METHODS:
+    if not config.model.pretrained or not binarize.enabled or not binarize.traits.salient:
         return False
     looks = binarize.salient.criterion != "magnitude" or (calibration.ptq and calibration.feedback)
     return looks and not is_binary_run(config.model.pretrained)

@@ -81,10 +81,12 @@ def write_gguf(
 
 def block_type(binarize: BinarizeConfig) -> GGMLQuantizationType:
     """The blocks that hold a binary layer's weights exactly; F16 where there are none."""
-    if binarize.enabled and binarize.method == "ternary":
+    traits = binarize.traits
+    if binarize.enabled and traits.levels == 3:
         return GGMLQuantizationType.TQ2_0
-    groups = binarize.method == "binary" and binarize.scale == "group" and binarize.group_size == Q1_0_GROUP
-    return GGMLQuantizationType.Q1_0 if binarize.enabled and groups else GGMLQuantizationType.F16
+    groups = binarize.scale == "group" and binarize.group_size == Q1_0_GROUP
+    one_pattern = binarize.enabled and traits.has_pattern and not traits.salient
+    return GGMLQuantizationType.Q1_0 if one_pattern and groups else GGMLQuantizationType.F16
 
 
 def q1_0_blocks(weight: npt.NDArray[np.float16]) -> npt.NDArray[np.uint8]:

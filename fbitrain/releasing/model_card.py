@@ -11,33 +11,11 @@ from fbitrain.calibration.text import needs_text
 from fbitrain.config import Config
 from fbitrain.config_optim import describe_optimizer
 from fbitrain.loading.pretrained_shape import is_binary_run
-from fbitrain.model.config import SALIENT_METHODS, BinarizeConfig
+from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.hf import ReleasedModel
 from fbitrain.model.phases import binary_share, has_phases, unfinished_phase
 from fbitrain.optim.schedules import batch_spans
 
-# Papers of the methods, by binarize.method.
-PAPERS = {
-    "binary": "FBI-LLM, autoregressive distillation (arXiv 2407.07093)",
-    "partial": "PB-LLM, partial binarization (arXiv 2310.00034)",
-    "cherry": "CherryQ (arXiv 2404.02837)",
-    "mixture_of_scales": "BinaryMoS (arXiv 2406.12311)",
-    "onebit": "OneBit (arXiv 2402.11295)",
-    "bnn": "BNN (arXiv 1602.02830)",
-    "xnor": "XNOR-Net (arXiv 1603.05279)",
-    "bireal": "Bi-Real Net (arXiv 1808.00278)",
-    "recu": "ReCU (arXiv 2103.12369)",
-    "fda": "FDA-BNN (arXiv 2103.00816)",
-    "bitnet": "BitNet (arXiv 2310.11453)",
-    "ternary": "BitNet b1.58 (arXiv 2402.17764)",
-}
-# What a weight becomes, where neither options nor rows have a say in it.
-PATTERNS = {
-    "onebit": "sign(W) between one learned scale per input and one per output",
-    "bnn": "sign(W)",
-    "bitnet": "β·sign(W − mean W), one β per matrix; activations rounded to int8 per token",
-    "ternary": "γ·(−1, 0 or +1), one γ per matrix; activations rounded to int8 per token",
-}
 HELDOUT_KEYS = ("heldout/perplexity", "heldout/bits_per_byte")
 
 
@@ -143,15 +121,15 @@ tags: [{", ".join(tags)}]
 
 
 def _bits(how: BinarizeConfig) -> str:
-    if how.method in SALIENT_METHODS:
+    if how.traits.salient:
         return "partially binary"
-    return "ternary" if how.method == "ternary" else "1-bit"
+    return "ternary" if how.traits.levels == 3 else "1-bit"
 
 
 def _recipe(config: Config, training: Training) -> str:
     model, how, distill = config.model, config.binarize, config.distill
     rows = {
-        "method": PAPERS[how.method] if how.enabled else "",
+        "method": how.traits.paper if how.enabled else "",
         "started from": model.pretrained,
         "layers × width × feed-forward": f"{model.n_layers} × {model.d_model} × {model.d_ff}, {model.n_heads} heads",
         "vocabulary, positions": f"{model.vocab_size}, {model.max_seq_len}",
@@ -191,7 +169,7 @@ def _phases(how: BinarizeConfig, step: int) -> str:
 def _calibration(config: Config) -> str:
     """What this run did to find salient weights and solve its layers; "" where the weights alone said it."""
     looked_at, how = config.calibration, config.binarize
-    if not how.enabled or how.method not in SALIENT_METHODS:
+    if not how.enabled or not how.traits.salient:
         return ""
     if is_binary_run(config.model.pretrained):
         return f"none by this run; it has the salient weights that {config.model.pretrained} was given"
@@ -206,17 +184,16 @@ def _calibration(config: Config) -> str:
 def _pattern(config: Config) -> str:
     how = config.binarize
     group = f" of {how.group_size}" if how.scale == "group" else ""
-    if how.method in SALIENT_METHODS:
+    weight = how.traits.weight.format(**vars(how))
+    if how.traits.salient:
         salient = how.salient
         share = f"{salient.fraction:g} of the weights, by {salient.criterion} per {salient.scope}, in {salient.dtype}"
-        rest = "α·sign(W)" if how.bits == 1 else f"{2**how.bits} levels"
+        rest = weight if how.bits == 1 else f"{2**how.bits} levels"
         return f"{share}; the rest {rest}, one scale per {how.scale}{group}"
-    if how.method == "binary":
-        shift = "α·sign(W) + β" if how.beta else "α·sign(W)"
-        return f"{shift}, learned per {how.scale}{group}; straight-through estimator {how.ste}"
-    if how.method == "mixture_of_scales":
-        return f"sign(W) between {how.n_experts} pairs of input and output scales, mixed for each token by a router"
-    return PATTERNS.get(how.method, "α·sign(W), α the mean of |W| per row")
+    if how.traits.has_pattern:
+        shift = " + β" if how.beta else ""
+        return f"{weight}{shift}, learned per {how.scale}{group}; straight-through estimator {how.ste}"
+    return weight
 
 
 def _figures(training: Training) -> str:
@@ -272,7 +249,7 @@ def _limits(config: Config, training: Training, packed: bool) -> str:
     lines = ["## Limits", "", nature, "Its teacher's and its data's licences may bind its use."]
     if config.data.add_bos:
         lines.append("Training put BOS before each document; a prompt should start with it too.")
-    if binary_share(config.binarize, training.step) and config.binarize.method in ("bitnet", "ternary"):
+    if binary_share(config.binarize, training.step) and config.binarize.traits.int8_activations:
         lines.append("`dense` has the weights but not the rounding of activations to int8 that training had.")
     if packed:
         lines.append("In plain torch `packed` saves memory, not time: it unpacks its bits at every call.")

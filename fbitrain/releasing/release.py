@@ -95,9 +95,9 @@ def _require_possible(source: Path, formats: Sequence[str], binarize: BinarizeCo
         return
     if not binarize.enabled and "packed" in formats:
         raise UserError(f"{source} has no binary weights (binarize.enabled=false) to pack; release it as dense only")
-    if binarize.enabled and binarize.method == "mixture_of_scales" and set(formats) != {"packed"}:
+    if binarize.enabled and binarize.traits.routed and set(formats) != {"packed"}:
         raise UserError(
-            f"{source} mixes its scales anew for every token (binarize.method=mixture_of_scales), so there are no "
+            f"{source} mixes its scales anew for every token (binarize.method={binarize.method}), so there are no "
             "fixed weights to write out; release it as packed only"
         )
 
@@ -113,9 +113,9 @@ def _require_plain(source: Path, formats: Sequence[str], binarize: BinarizeConfi
             f"{source} is {phase}, so there are no bits to write as {' or '.join(one_bit)}; "
             "release it as dense only, or release a later checkpoint"
         )
-    if binarize.method == "mixture_of_scales" and binary_share(binarize, step) > 0:
+    if binarize.traits.routed and binary_share(binarize, step) > 0:
         raise UserError(
-            f"{source} is {phase}, and binarize.method=mixture_of_scales has no fixed weights to mix; "
+            f"{source} is {phase}, and binarize.method={binarize.method} has no fixed weights to mix; "
             "release another checkpoint"
         )
 

@@ -26,7 +26,7 @@ from fbitrain.model.build import build_student, llama_config
 from fbitrain.model.config import BinarizeConfig, SalientConfig
 from fbitrain.model.hf import ReleasedModel
 from fbitrain.releasing import release as release_module
-from fbitrain.releasing.model_card import PAPERS, Storage, Training, heldout_metrics, model_card
+from fbitrain.releasing.model_card import Storage, Training, heldout_metrics, model_card
 from fbitrain.releasing.release import release, replacing_release
 
 LLAMA_TOKENIZER = Path(__file__).parents[2].parent / "shared" / "data" / "tokenizer" / "llama.model"
@@ -274,7 +274,7 @@ def test_the_card_describes_every_kind_of_method(config: Config, binarize: Binar
     storage = Storage(100, 150, 50, 800, {"weight_bits": 100, "alpha": 50})
     fine_tuned = replace(config, binarize=binarize, model=replace(config.model, pretrained="some/model"))
     card = model_card(fine_tuned, Training(1, 2), storage, ["packed", "gguf"], "float16", "gpt2")
-    for part in (words, PAPERS[binarize.method], "fine-tuned from some/model", 'register("gpt2")', "llama.cpp"):
+    for part in (words, binarize.traits.paper, "fine-tuned from some/model", 'register("gpt2")', "llama.cpp"):
         assert part in card, part
     assert "1.500 bits each, scales included\n(weight_bits 1.000, alpha 0.500)" in card
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fbitrain.engine import Fragment
 from fbitrain.kernels.reference import sign
-from fbitrain.model.config import METHODS, SALIENT_METHODS, BinarizeConfig, has_signs_of_weights
+from fbitrain.model.config import BinarizeConfig, has_signs_of_weights
 from fbitrain.model.linear import BinaryLinear
+from fbitrain.model.method_table import METHODS
 from fbitrain.model.methods import Source, make_layer
 from fbitrain.model.partial import PartialBinaryLinear
 from fbitrain.tracking import SignTracker
@@ -58,17 +59,17 @@ def test_salient_weights_have_no_sign_that_counts(monkeypatch: pytest.MonkeyPatc
     assert seen == {"signs/flipped": share, "signs/near_zero": share, "signs_flipped/layer": share}
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"mixture_of_scales"}))
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.routed])
 def test_signs_are_watched_where_they_are_the_weights_own(method: str) -> None:
     binarize = BinarizeConfig(method=method, scale="row", beta=False)
-    if method == "cherry":
+    if METHODS[method].salient == "trained":
         binarize = replace(binarize, salient=replace(binarize.salient, dtype="float16"))
     torch.manual_seed(0)
     linear = nn.Linear(K, N, bias=False)
     nn.init.uniform_(linear.weight, -0.5, 1.0)  # a mean that is not 0
     source = Source.of(linear)
     assert source is not None
-    mask = torch.zeros(N, K, dtype=torch.bool) if method in SALIENT_METHODS else None
+    mask = torch.zeros(N, K, dtype=torch.bool) if METHODS[method].salient else None
     layer = make_layer(source, binarize, mask, 0.0)
     weight = layer.effective_weight().detach()
     same = torch.equal(sign(weight), sign(linear.weight.detach())) and bool((weight != 0).all())

@@ -25,7 +25,7 @@ from fbitrain.checkpoint_files import fixed_tensors, load_weights
 from fbitrain.commands import finetune as finetune_command
 from fbitrain.commands import pretrain
 from fbitrain.config import load_config
-from fbitrain.model.config import BIBENCH_METHODS
+from fbitrain.model import method_table
 
 pytestmark = pytest.mark.launch
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ CHERRY = (
     *("binarize.salient.criterion=fisher", "calibration.n_sequences=4", "calibration.seq_len=16"),
 )
 METHODS = {
-    **{m: (f"binarize.method={m}",) for m in ("binary", "onebit", *BIBENCH_METHODS, "bitnet", "ternary")},
+    **{name: (f"binarize.method={name}",) for name, method in method_table.METHODS.items() if not method.salient},
     **{"cherry": CHERRY, "cherry_3_bits": (*CHERRY, "binarize.bits=3"), "mos": MOS},
     "partial_fp16": (*PARTIAL, "binarize.salient.dtype=float16"),
     "partial_ptq": (*PARTIAL, "calibration.ptq=true"),

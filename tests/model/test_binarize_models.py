@@ -22,14 +22,13 @@ from transformers.pytorch_utils import Conv1D
 from fbitrain.base.errors import UserError
 from fbitrain.model.build import binarize_, chosen_sources, pack_
 from fbitrain.model.config import (
-    METHODS,
-    SALIENT_METHODS,
     BinarizeConfig,
     ModelConfig,
     SalientConfig,
     binarize_problems,
 )
 from fbitrain.model.latent import LatentLinear
+from fbitrain.model.method_table import METHODS
 from fbitrain.model.packed import PackedBinaryLinear
 
 VOCABULARY, D = 61, 24
@@ -62,7 +61,7 @@ def mixtral() -> nn.Module:
 
 
 def config_of(method: str) -> BinarizeConfig:
-    if method not in SALIENT_METHODS:
+    if not METHODS[method].salient:
         return BinarizeConfig(method=method)
     dtype = "float16" if method == "cherry" else "int8"
     return BinarizeConfig(method=method, scale="row", beta=False, salient=SalientConfig(dtype=dtype))

@@ -14,11 +14,13 @@ from transformers import LlamaForCausalLM
 from fbitrain.base.errors import UserError
 from fbitrain.model.binarize import init_scales
 from fbitrain.model.build import binarize_, build_student, llama_config, pack_
-from fbitrain.model.config import METHODS, PRESETS, SALIENT_METHODS, BinarizeConfig, ModelConfig
+from fbitrain.model.config import PRESETS, BinarizeConfig, ModelConfig
 from fbitrain.model.latent import LatentLinear
 from fbitrain.model.linear import BinaryLinear
+from fbitrain.model.method_table import METHODS
 from fbitrain.model.packed import PackedBinaryLinear
 from fbitrain.model.size import ParameterCount, count_parameters
+from fbitrain.model.storage import storage_bits
 
 SMALL = ModelConfig(vocab_size=67, n_layers=2, n_heads=4, n_kv_heads=2, d_model=24, d_ff=40, max_seq_len=32)
 KEEP_HEAD = BinarizeConfig()
@@ -192,11 +194,11 @@ def test_packed_model_gives_the_same_logits(scale: str, beta: bool) -> None:
         assert isinstance(lm.get_submodule(name), PackedBinaryLinear)
 
 
-def count_built(lm: LlamaForCausalLM) -> ParameterCount:
+def count_built(lm: LlamaForCausalLM, binarize: BinarizeConfig) -> ParameterCount:
     by_kind = dict.fromkeys(("binary", "scales", "embeddings", "dense", "norms", "routers", "stored_bits"), 0)
     for module in lm.modules():
         if isinstance(module, LatentLinear):
-            by_kind["stored_bits"] += sum(module.storage_bits().values())
+            by_kind["stored_bits"] += sum(storage_bits(binarize, module.out_features, module.in_features).values())
     for name, parameter in lm.named_parameters():
         owner = lm.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, LatentLinear):
@@ -225,16 +227,16 @@ def count_built(lm: LlamaForCausalLM) -> ParameterCount:
         BinarizeConfig(scale="row", beta=False),
         BinarizeConfig(scale="tensor", skip=["lm_head", "down_proj"]),
         BinarizeConfig(scale="group", beta=False, group_size=4, skip=["lm_head", "model.layers.0.self_attn.k_proj"]),
-        *(BinarizeConfig(method=method, n_experts=3) for method in METHODS if method not in SALIENT_METHODS),
+        *(BinarizeConfig(method=method, n_experts=3) for method, traits in METHODS.items() if not traits.salient),
     ],
 )
 def test_count_parameters_equals_the_built_model(model: ModelConfig, binarize: BinarizeConfig) -> None:
-    assert count_parameters(model, binarize) == count_built(build_student(model, binarize, seed=0)[0])
+    assert count_parameters(model, binarize) == count_built(build_student(model, binarize, seed=0)[0], binarize)
 
 
 def test_count_parameters_with_a_binary_head() -> None:
     binarize = BinarizeConfig(skip=[])
-    assert count_parameters(SMALL, binarize) == count_built(build_student(SMALL, binarize, seed=0)[0])
+    assert count_parameters(SMALL, binarize) == count_built(build_student(SMALL, binarize, seed=0)[0], binarize)
 
 
 def test_presets_have_the_papers_sizes() -> None:

@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Pre
 from fbitrain.kernels.reference import unpack_signs
 from fbitrain.model import remote_code, remote_layers
 from fbitrain.model.build import binarize_, build_student, chosen_sources, llama_config
-from fbitrain.model.config import METHODS, SALIENT_METHODS, BinarizeConfig, ModelConfig, SalientConfig
+from fbitrain.model.config import BinarizeConfig, ModelConfig, SalientConfig
 from fbitrain.model.hf import REMOTE_CODE, BinaryLlamaForCausalLM, ReleasedModel, copy_remote_code, register
+from fbitrain.model.method_table import METHODS
 from fbitrain.model.packed import PackedBinaryLinear
 from fbitrain.model.packing import Levels, pack_layer
 
@@ -221,7 +222,7 @@ def fine_tuned(architecture: str, binarize: BinarizeConfig) -> PreTrainedModel:
         name: torch.rand(source.out_features, source.in_features) < (0.1 if i % 2 else 0.01)
         for i, (name, source) in enumerate(chosen_sources(lm, binarize).items())
     }
-    binarize_(lm, binarize, masks=masks if binarize.method in SALIENT_METHODS else None)
+    binarize_(lm, binarize, masks=masks if binarize.traits.salient else None)
     with torch.no_grad():
         for parameter in lm.parameters():
             parameter += 0.02 * torch.randn(parameter.shape)

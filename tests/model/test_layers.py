@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,40 +11,36 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fbitrain.model.bibench import BiBenchLinear
-from fbitrain.model.bitnet import BitNetLinear
-from fbitrain.model.config import BIBENCH_METHODS
+from fbitrain.model.config import BinarizeConfig, SalientConfig
 from fbitrain.model.latent import LatentLinear
-from fbitrain.model.linear import BinaryLinear
-from fbitrain.model.mixture import MixtureOfScalesLinear, OneBitLinear
-from fbitrain.model.partial import PartialBinaryLinear
+from fbitrain.model.method_table import METHODS
+from fbitrain.model.methods import layer_class
 
 N, K, G = 7, 66, 11
 MASK = torch.rand(N, K, generator=torch.Generator().manual_seed(0)) < 0.1
 
-Make = Callable[..., LatentLinear]
-LAYERS: dict[str, Make] = {
-    "binary": lambda **latent: BinaryLinear(K, N, **latent),
-    "partial int8": lambda **latent: PartialBinaryLinear(K, N, mask=MASK, **latent),
-    "partial fp16 by group": lambda **latent: PartialBinaryLinear(
-        K, N, mask=MASK, salient_dtype="float16", scale="group", group_size=G, **latent
-    ),
-    "cherry": lambda **latent: PartialBinaryLinear(
-        K, N, mask=MASK, salient_dtype="float16", trained=True, bits=3, **latent
-    ),
-    "onebit": lambda **latent: OneBitLinear(K, N, **latent),
-    **{method: partial(BiBenchLinear, K, N, method=method) for method in BIBENCH_METHODS},
-    "bitnet": lambda **latent: BitNetLinear(K, N, method="bitnet", **latent),
-    "ternary": lambda **latent: BitNetLinear(K, N, method="ternary", **latent),
-    "mixture_of_scales": lambda **latent: MixtureOfScalesLinear(K, N, **latent),
+
+def salient(method: str, dtype: str, **settings: Any) -> BinarizeConfig:
+    return BinarizeConfig(method=method, beta=False, salient=SalientConfig(dtype=dtype), **settings)
+
+
+LAYERS: dict[str, BinarizeConfig] = {
+    **{name: BinarizeConfig(method=name) for name, method in METHODS.items() if not method.salient},
+    "partial int8": salient("partial", "int8", scale="row"),
+    "partial fp16 by group": salient("partial", "float16", scale="group", group_size=G),
+    "cherry": salient("cherry", "float16", scale="row", bits=3),
 }
 each_layer = pytest.mark.parametrize("kind", LAYERS)
+
+
+def build(kind: str, **latent: Any) -> LatentLinear:
+    return layer_class(LAYERS[kind]).make(LAYERS[kind], MASK, {"in_features": K, "out_features": N, **latent})
 
 
 def make(kind: str, dtype: torch.dtype = torch.float32) -> LatentLinear:
     torch.manual_seed(1)
     weight, bias = torch.randn(N, K) * 0.05, torch.randn(N)
-    return LAYERS[kind](weight=weight, bias=bias, dtype=dtype)
+    return build(kind, weight=weight, bias=bias, dtype=dtype)
 
 
 def make_input(*leading: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -67,7 +62,7 @@ def sqnr(found: Tensor, wanted: Tensor) -> float:
 @each_layer
 def test_forward_is_the_product_with_the_effective_weight(kind: str) -> None:
     layer, x = make(kind), make_input(2, 3)
-    if kind == "mixture_of_scales":
+    if LAYERS[kind].traits.routed:
         with pytest.raises(ValueError, match="depends on the token"):
             layer.effective_weight()
         return
@@ -76,7 +71,7 @@ def test_forward_is_the_product_with_the_effective_weight(kind: str) -> None:
     assert not effective.requires_grad
     wanted = F.linear(x, effective, layer.bias)
     # Activations of BitNet's layers are rounded to 8 bits: about 40 dB.
-    assert sqnr(layer(x), wanted) > (35 if isinstance(layer, BitNetLinear) else 120)
+    assert sqnr(layer(x), wanted) > (35 if LAYERS[kind].traits.int8_activations else 120)
 
 
 @each_layer
@@ -170,7 +165,7 @@ def test_empty_and_strided_input(kind: str) -> None:
 def test_a_loaded_state_dict_is_the_whole_layer(kind: str) -> None:
     layer, x = make(kind), make_input(4)
     torch.manual_seed(9)
-    other = LAYERS[kind](bias=torch.zeros(N))
+    other = build(kind, bias=torch.zeros(N))
     assert not torch.equal(other(x), layer(x))
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), layer(x))
@@ -179,17 +174,17 @@ def test_a_loaded_state_dict_is_the_whole_layer(kind: str) -> None:
 @each_layer
 def test_without_a_bias(kind: str) -> None:
     torch.manual_seed(1)
-    layer, x = LAYERS[kind](weight=torch.randn(N, K) * 0.05), make_input(4)
+    layer, x = build(kind, weight=torch.randn(N, K) * 0.05), make_input(4)
     assert layer.bias is None
     assert "bias" not in layer.state_dict()
-    if kind != "mixture_of_scales":  # whose router is drawn behind the weight and the bias
+    if not LAYERS[kind].traits.routed:  # whose router is drawn behind the weight and the bias
         torch.testing.assert_close(layer(x) + make(kind).bias, make(kind)(x))
     assert all((gradient != 0).any() for gradient in gradients(layer, x, layer(x)).values())
 
 
 @each_layer
 def test_zero_weights_make_no_nan(kind: str) -> None:
-    layer, x = LAYERS[kind](weight=torch.zeros(N, K)), make_input(3)
+    layer, x = build(kind, weight=torch.zeros(N, K)), make_input(3)
     y = layer(x)
     assert y.isfinite().all()
     assert all(gradient.isfinite().all() for gradient in gradients(layer, x, y).values())
@@ -199,7 +194,7 @@ def test_zero_weights_make_no_nan(kind: str) -> None:
 def test_a_step_downhill_lowers_the_loss(kind: str) -> None:
     """The estimators point somewhere useful: fitting a random linear map, the error falls by a third at least."""
     torch.manual_seed(4)
-    layer, x = LAYERS[kind](weight=torch.randn(N, K) * 0.05), torch.randn(256, K)
+    layer, x = build(kind, weight=torch.randn(N, K) * 0.05), torch.randn(256, K)
     target = F.linear(x, torch.randn(N, K) * (1 if kind == "bnn" else 0.05))  # bnn's weights are ±1
     optimizer = torch.optim.Adam(layer.parameters(), lr=3e-3)
     losses = []

@@ -7,15 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from fbitrain.model import remote_layers
-from fbitrain.model.config import METHODS, SALIENT_METHODS, BinarizeConfig, SalientConfig
+from fbitrain.model.config import BinarizeConfig, SalientConfig
 from fbitrain.model.latent import LatentLinear
+from fbitrain.model.method_table import METHODS
 from fbitrain.model.methods import Source, make_layer
 from fbitrain.model.packed import LAYERS, PackedPartialLinear
 from fbitrain.model.packing import PackedLayer, pack_layer
 from fbitrain.model.remote_code import BinaryModel
+from fbitrain.model.storage import storage_bits
 
 N, K, G = 40, 96, 32
-CASES = [BinarizeConfig(method=method) for method in METHODS if method not in SALIENT_METHODS]
+CASES = [BinarizeConfig(method=method) for method, traits in METHODS.items() if not traits.salient]
 CASES += [
     BinarizeConfig(method="partial", scale=scale, beta=False, group_size=G, salient=SalientConfig(dtype=dtype))
     for scale in ("row", "group")
@@ -63,7 +65,7 @@ def inputs(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("case", "share"),
-    [(case, share) for case in CASES for share in ((0.3, 0.005) if case.method in SALIENT_METHODS else (0.3,))],
+    [(case, share) for case in CASES for share in ((0.3, 0.005) if case.traits.salient else (0.3,))],
     ids=lambda value: name_of(value) if isinstance(value, BinarizeConfig) else "csr" if value == 0.005 else "mask",
 )
 @torch.no_grad()
@@ -72,7 +74,7 @@ def test_packed_layers_compute_what_was_trained(case: BinarizeConfig, share: flo
     wanted = layer(x)
     assert wanted.std() > 0.3
     exact, rounded = (pack(case, layer, dtype) for dtype in (torch.float32, torch.float16))
-    if case.method in SALIENT_METHODS:
+    if case.traits.salient:
         assert exact.own_options["places"] == ("mask" if share == 0.3 else "csr")
     for ours in (True, False):
         torch.testing.assert_close(build(exact, layer.bias, ours)(x), wanted, rtol=1e-5, atol=2e-6)
@@ -86,14 +88,14 @@ def test_the_stored_tensors_take_the_bits_that_are_counted(case: BinarizeConfig)
     for share in (0.3, 0.005):
         layer = trained(case, share)
         stored = sum(tensor.nbytes for tensor in pack(case, layer).tensors.values())
-        assert 8 * stored == sum(layer.storage_bits().values())
+        assert 8 * stored == sum(storage_bits(case, N, K, getattr(layer, "n_salient", None)).values())
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_the_dense_weight_is_the_effective_weight(case: BinarizeConfig) -> None:
     layer = trained(case)
     packed = pack(case, layer, torch.float32)
-    if case.method == "mixture_of_scales":
+    if case.traits.routed:
         with pytest.raises(ValueError, match="depends on the token"):
             packed.weight(K, N)
     else:

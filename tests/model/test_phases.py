@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fbitrain.model.bibench import BiBenchLinear
 from fbitrain.model.binarize import init_scales
 from fbitrain.model.bitnet import BitNetLinear
-from fbitrain.model.config import BIBENCH_METHODS, METHODS, SALIENT_METHODS, BinarizeConfig
+from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.latent import LatentLinear
 from fbitrain.model.linear import BinaryLinear
-from fbitrain.model.mixture import MixtureOfScalesLinear, OneBitLinear, rank_one
+from fbitrain.model.method_table import METHODS
+from fbitrain.model.methods import layer_class
+from fbitrain.model.mixture import rank_one
 from fbitrain.model.phases import binary_share, first_binary_step, phase_problems, scales_begin, unfinished_phase
 
 N, K, G = 7, 66, 11
-LAYERS: dict[str, Callable[..., LatentLinear]] = {
-    "binary": partial(BinaryLinear, K, N),
-    "binary row": partial(BinaryLinear, K, N, scale="row", ste="clip"),
-    "binary group": partial(BinaryLinear, K, N, scale="group", beta=False, group_size=G),
-    "onebit": partial(OneBitLinear, K, N),
-    **{method: partial(BiBenchLinear, K, N, method=method) for method in BIBENCH_METHODS},
-    "bitnet": partial(BitNetLinear, K, N, method="bitnet"),
-    "ternary": partial(BitNetLinear, K, N, method="ternary"),
-    "mixture_of_scales": partial(MixtureOfScalesLinear, K, N),
+LAYERS: dict[str, BinarizeConfig] = {
+    **{name: BinarizeConfig(method=name) for name, method in METHODS.items() if not method.salient},
+    "binary row": BinarizeConfig(scale="row", ste="clip"),
+    "binary group": BinarizeConfig(scale="group", beta=False, group_size=G),
 }
 each_layer = pytest.mark.parametrize("kind", LAYERS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -37,7 +30,8 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def make(kind: str, share: float | None = None, dtype: torch.dtype = torch.float32, bias: bool = True) -> LatentLinear:
     torch.manual_seed(1)
     weight, shift = torch.randn(N, K) * 0.05, torch.randn(N) if bias else None
-    layer = LAYERS[kind](weight=weight, bias=shift, dtype=dtype)
+    latent = {"in_features": K, "out_features": N, "weight": weight, "bias": shift, "dtype": dtype}
+    layer = layer_class(LAYERS[kind]).make(LAYERS[kind], None, latent)
     if share is not None:
         layer.set_binary_share(share)
     return layer
@@ -57,10 +51,6 @@ def twin(layer: LatentLinear) -> nn.Linear:
     linear = nn.Linear(K, N, bias=layer.bias is not None, dtype=layer.weight.dtype)
     linear.load_state_dict({name: t for name, t in layer.state_dict().items() if name in ("weight", "bias")})
     return linear
-
-
-def test_every_method_without_salient_weights_is_here() -> None:
-    assert {kind.split()[0] for kind in LAYERS} == set(METHODS) - set(SALIENT_METHODS)
 
 
 @each_layer

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 
+from fbitrain.model.build import binarize_
 from fbitrain.model.config import BinarizeConfig, SalientConfig
-from fbitrain.model.partial import PartialBinaryLinear
 from fbitrain.model.salience import select_mask
 from fbitrain.model.storage import salient_count, storage_bits
 
@@ -67,5 +70,7 @@ def test_the_count_is_that_of_the_selected_mask(fraction: float, scope: str) -> 
     weight = torch.randn(7, 60, generator=torch.Generator().manual_seed(0))
     mask = select_mask(weight.abs(), fraction, scope, 20)
     assert salient_count(binarize, 7, 60) == int(mask.sum())
-    layer = PartialBinaryLinear(60, 7, mask=mask, weight=weight)
-    assert layer.storage_bits() == storage_bits(binarize, 7, 60)
+    linear = nn.Linear(60, 7, bias=False)
+    linear.weight.data = weight
+    report = binarize_(nn.Sequential(linear), replace(binarize, skip=[]), masks={"0": mask})
+    assert report.stored_bits == sum(storage_bits(binarize, 7, 60).values())
