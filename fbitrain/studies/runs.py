@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fbitrain.base.errors import UserError
 from fbitrain.base.files import read_json_lines, write_json
+from fbitrain.base.settings import typed
 from fbitrain.config import Config, load_config, to_yaml
 from fbitrain.studies.study_file import Setting, Study, Variant, slug
 
@@ -150,9 +153,15 @@ def end(run: Run, seconds: float, *, failed: bool = False) -> None:
 def require_same_settings(study: Study, run: Run) -> Config:
     """The configuration of `run`; raises UserError if it was begun with another."""
     config = config_of(study, run)
-    if _noted(run).get("config", (text := to_yaml(config))) != text:
+    noted = _noted(run).get("config")
+    if noted is not None and _as_config(noted) != config:
         raise UserError(f"{run.folder} has other settings than the study now; remove it, or rename the variant")
     return config
+
+
+def _as_config(text: str) -> Config:
+    """What was noted, with the defaults of fields that the program did not have at that time."""
+    return typed(Config, yaml.safe_load(text), {}, [])[0]
 
 
 def seconds_of(run: Run) -> float:

@@ -117,6 +117,20 @@ def test_a_run_that_diverged_is_above_all_others_and_one_run_is_said_to_be_one(s
     assert {verdict for *_, verdict in verdicts(few, outcomes(few, tmp_path))} == {"holds (one run each)"}
 
 
+def test_a_run_from_before_a_field_was_added_has_its_default(study: Study, tmp_path: Path) -> None:
+    finish(study, tmp_path, [1.0] * 5)
+    noted = runs(study, tmp_path)[0].folder / "study.json"
+    content = json.loads(noted.read_text())
+    with_field, content["config"] = content["config"], content["config"].replace("    ns_steps: 5\n", "")
+    assert content["config"] != with_field
+    noted.write_text(json.dumps(content))
+    assert outcomes(study, tmp_path)
+    content["config"] = content["config"].replace("total_steps: ", "total_steps: 1")
+    noted.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="other settings than the study now"):
+        outcomes(study, tmp_path)
+
+
 def test_a_run_with_other_settings_than_the_study_has_now_is_refused(study: Study, tmp_path: Path) -> None:
     finish(study, tmp_path, [1.0] * 5)
     changed = replace(study, variants=(replace(study.variants[0], overrides=("binarize.method=xnor",)),))
