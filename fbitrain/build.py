@@ -22,7 +22,7 @@ from fbitrain.data.loader import TokenLoader
 from fbitrain.data.reading.heldout_text import load_heldout
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.debug_logs import BatchLog, DocumentLog
-from fbitrain.engine import Engine, device, resolve_precision, shard_teacher
+from fbitrain.engine import Engine, shard_teacher
 from fbitrain.fine_tune import fine_tuned_student
 from fbitrain.inference.evaluate import heldout_windows
 from fbitrain.loading.language_model import vocab_size_of
@@ -32,6 +32,7 @@ from fbitrain.metrics_writer import MetricsWriter
 from fbitrain.model.build import BinarizeReport, build_student
 from fbitrain.model.config import has_signs_of_weights
 from fbitrain.optim.schedules import batch_spans
+from fbitrain.process import device, resolve_precision
 from fbitrain.ranks import agreed, from_rank_0, say
 from fbitrain.student import Student
 from fbitrain.teacher import Teacher, load_teacher
@@ -94,7 +95,7 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
         if remark := agreed(lambda: checkpoint.fill(engine, source, config.optim.on_change)):
             say(remark)
         state = checkpoint.trainer_state(source)
-        engine.fragments_changed(state.step)
+        engine.shards.changed(state.step)
         say(f"resumed from {source}")
     # Only now, with every check behind us: a launch that is refused leaves the folder of a good run as it was.
     agreed(lambda: record_start(config, world_size, state, tokenizer) if rank == 0 else None)

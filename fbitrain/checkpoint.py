@@ -129,7 +129,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    for fragment in engine.fragments():
+    for fragment in engine.shards.fragments():
         for kind, values in {"weight": fragment.weight, **fragment.state}.items():
             # A copy: safetensors refuses views that share one buffer.
             yield f"{kind}|{fragment.name}|{fragment.start}", values.to("cpu", copy=True)
@@ -150,8 +150,8 @@ def _finish(
         fsync_file(folder / FIXED)
     if config.model.pretrained:
         write_text(folder / LM_CONFIG, engine.student.lm.config.to_json_string(use_diff=False))
-    shapes = {name: list(shape) for name, shape in engine.shapes().items()}
-    about = {"world_size": dist.get_world_size(), "shapes": shapes, "state_starts": engine.state_starts}
+    shapes = {name: list(shape) for name, shape in engine.shards.shapes().items()}
+    about = {"world_size": dist.get_world_size(), "shapes": shapes, "state_starts": engine.shards.state_starts}
     write_json(folder / "trainer.json", {**asdict(state), **about})
     write_text(folder / "config.yaml", to_yaml(config))
     write_json(folder / "data_shards.json", shards)
@@ -264,7 +264,7 @@ def abandon_newer(run_dir: Path, step: int) -> None:
 
 
 def fill(engine: Engine, folder: Path, on_change: str) -> str:
-    """Reads this rank's slices of weights and optimizer state; `engine.fragments_changed` then makes them count.
+    """Reads this rank's slices of weights and optimizer state; `engine.shards.changed` then makes them count.
 
     Parameters whose optimizer state is not in the checkpoint, because another optimizer wrote it, are refused, or with
     on_change=restart begin with none; returns a sentence on those, the same on every rank.
@@ -272,7 +272,9 @@ def fill(engine: Engine, folder: Path, on_change: str) -> str:
     Raises UserError if the checkpoint does not hold a parameter of this model.
     """
     reader = ShardReader(folder)
-    fresh = [name for name, kinds in engine.state_kinds().items() if not all(reader.holds(k, name) for k in kinds)]
+    fresh = [
+        name for name, kinds in engine.shards.state_kinds().items() if not all(reader.holds(k, name) for k in kinds)
+    ]
     of_whom = f"{len(fresh)} parameters, {fresh[0]} among them" if fresh else ""
     if fresh and on_change == "refuse":
         raise UserError(
@@ -280,9 +282,9 @@ def fill(engine: Engine, folder: Path, on_change: str) -> str:
             "restore optim.optimizer, or set optim.on_change=restart to begin their state anew"
         )
     saved = json.loads((folder / "trainer.json").read_text())
-    engine.state_starts = saved.get("state_starts", {})
-    engine.begin_state_anew(fresh, saved["step"])
-    for fragment in engine.fragments(everything_local=True):
+    engine.shards.state_starts = saved.get("state_starts", {})
+    engine.shards.begin_state_anew(fresh, saved["step"])
+    for fragment in engine.shards.fragments(everything_local=True):
         reader.read_into(fragment.weight, "weight", fragment.name, fragment.start)
         for kind, values in fragment.state.items() if fragment.name not in fresh else ():
             reader.read_into(values, kind, fragment.name, fragment.start)

@@ -165,7 +165,7 @@ def log(parts: Parts, state: TrainerState, bar: tqdm[Any]) -> None:
     parts.interval.pause()
     scalars["optim/lr"] = lr_at(parts.config, state.step)
     scalars |= {f"lr/{kind}": rate for kind, rate in parts.engine.rates().items()}
-    scalars |= {f"update_ratio/{kind}": ratio for kind, ratio in parts.engine.update_ratios().items()}
+    scalars |= {f"update_ratio/{kind}": ratio for kind, ratio in parts.engine.shards.update_ratios().items()}
     if has_phases(parts.config.binarize):
         scalars["phase/binary_share"] = binary_share(parts.config.binarize, state.step)
     achieved = scalars["speed/tokens_per_s"] * parts.flops_per_token / parts.engine.world_size / 1e12

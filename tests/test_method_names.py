@@ -28,7 +28,7 @@ ALLOWED_NAMES = {
     "packed.py": KINDS,
     "remote_code.py": KINDS,
     "compiled.py": {"binary"},
-    "bench_model.py": {"binary"},
+    "decoding.py": {"binary"},
     "latent.py": {"binary"},
     "config.py": {"binary"},
     "model_card.py": {"ternary"},

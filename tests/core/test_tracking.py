@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fbitrain.engine import Fragment
 from fbitrain.kernels.reference import sign
 from fbitrain.model.config import BinarizeConfig, has_signs_of_weights
 from fbitrain.model.linear import BinaryLinear
 from fbitrain.model.method_table import METHODS
 from fbitrain.model.methods import Source, make_layer
 from fbitrain.model.partial import PartialBinaryLinear
+from fbitrain.shards import Fragment
 from fbitrain.tracking import SignTracker
 
 N, K = 5, 9
@@ -31,7 +31,8 @@ def engine_of(layer: nn.Module, cut: int) -> Any:
         for start, stop in ((0, cut), (cut, N * K)):
             yield Fragment("layer.weight", (N, K), start, stop, flat[start:stop], {})
 
-    return SimpleNamespace(student=SimpleNamespace(lm=nn.ModuleDict({"layer": layer})), fragments=fragments)
+    shards = SimpleNamespace(fragments=fragments)
+    return SimpleNamespace(student=SimpleNamespace(lm=nn.ModuleDict({"layer": layer})), shards=shards)
 
 
 def shares(layer: nn.Module, flip: Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
