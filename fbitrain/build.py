@@ -41,7 +41,7 @@ from fbitrain.utilization import flops_per_token
 
 
 @dataclass(frozen=True)
-class Heldout:
+class HeldoutWindows:
     """Windows of held-out text, int64 [n, seq_len], and what one token of it weighs in bytes."""
 
     windows: Tensor
@@ -56,7 +56,7 @@ class Parts:
     engine: Engine
     teacher: Teacher | None
     tokenizer: Tokenizer
-    heldout: Heldout | None
+    heldout: HeldoutWindows | None
     loader: TokenLoader
     writer: MetricsWriter
     interval: IntervalMeans
@@ -81,22 +81,22 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
     agreed(lambda: prepare_run_dir(config) if rank == 0 else None)
     tokenizer = agreed(lambda: check_vocabularies(config))
     heldout = agreed(lambda: load_windows(config, tokenizer))
-    source = choose_checkpoint(config)
+    resume_from = choose_checkpoint(config)
     # Opened before anything heavy is loaded: a missing or changed shard is found here.
-    loader = agreed(lambda: open_stream(config, tokenizer, rank, world_size, source))
-    look = source is None and needs_text(config)
+    loader = agreed(lambda: open_stream(config, tokenizer, rank, world_size, resume_from))
+    look = resume_from is None and needs_text(config)
     token_ids = agreed(lambda: calibration_ids(config, tokenizer) if look else None)
     teacher = agreed(lambda: build_teacher(config))
-    lm, report = agreed(lambda: build_model(config, source, token_ids))
+    lm, report = agreed(lambda: build_model(config, resume_from, token_ids))
     say(str(report))
     engine = Engine(config, Student(lm, config.distill))
     state = TrainerState()
-    if source:
-        if remark := agreed(lambda: checkpoint.fill(engine, source, config.optim.on_change)):
+    if resume_from:
+        if remark := agreed(lambda: checkpoint.load(engine, resume_from, config.optim.on_change)):
             say(remark)
-        state = checkpoint.trainer_state(source)
+        state = checkpoint.trainer_state(resume_from)
         engine.shards.changed(state.step)
-        say(f"resumed from {source}")
+        say(f"resumed from {resume_from}")
     # Only now, with every check behind us: a launch that is refused leaves the folder of a good run as it was.
     agreed(lambda: record_start(config, world_size, state, tokenizer) if rank == 0 else None)
     at = engine.device
@@ -206,9 +206,11 @@ def check_vocabularies(config: Config) -> Tokenizer:
     return tokenizer
 
 
-def open_stream(config: Config, tokenizer: Tokenizer, rank: int, world_size: int, source: Path | None) -> TokenLoader:
-    """The training stream from its beginning, or from where the checkpoint `source` left it."""
-    states, saved_shards = checkpoint.data_states(source) if source else (None, None)
+def open_stream(
+    config: Config, tokenizer: Tokenizer, rank: int, world_size: int, resume_from: Path | None
+) -> TokenLoader:
+    """The training stream from its beginning, or from where the checkpoint `resume_from` left it."""
+    states, saved_shards = checkpoint.data_states(resume_from) if resume_from else (None, None)
     return TokenLoader(
         config.data,
         tokenizer,
@@ -222,12 +224,12 @@ def open_stream(config: Config, tokenizer: Tokenizer, rank: int, world_size: int
     )
 
 
-def load_windows(config: Config, tokenizer: Tokenizer) -> Heldout | None:
+def load_windows(config: Config, tokenizer: Tokenizer) -> HeldoutWindows | None:
     if not config.eval.every or not config.data.heldout:
         return None
     text = load_heldout(config.data.heldout, tokenizer)
     windows = heldout_windows(text.token_ids, config.data.seq_len, config.eval.max_tokens)
-    return Heldout(windows, text.n_bytes / len(text.token_ids))
+    return HeldoutWindows(windows, text.n_bytes / len(text.token_ids))
 
 
 def choose_checkpoint(config: Config) -> Path | None:
@@ -262,12 +264,12 @@ def build_teacher(config: Config) -> Teacher | None:
 
 
 def build_model(
-    config: Config, source: Path | None, token_ids: Tensor | None
+    config: Config, resume_from: Path | None, token_ids: Tensor | None
 ) -> tuple[PreTrainedModel, BinarizeReport]:
     """The student before ZeRO takes it apart; every rank makes the same one. token_ids: the text to calibrate on."""
     if config.debug.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
         torch.use_deterministic_algorithms(True)
     if config.model.pretrained:
-        return fine_tuned_student(config, source, token_ids, device())
+        return fine_tuned_student(config, resume_from, token_ids, device())
     return build_student(config.model, config.binarize, config.train.seed)

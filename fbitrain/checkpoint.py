@@ -263,7 +263,7 @@ def abandon_newer(run_dir: Path, step: int) -> None:
             print(f"renamed {folder} to {aside.name}: this run goes on from step {step}", flush=True)
 
 
-def fill(engine: Engine, folder: Path, on_change: str) -> str:
+def load(engine: Engine, folder: Path, on_change: str) -> str:
     """Reads this rank's slices of weights and optimizer state; `engine.shards.changed` then makes them count.
 
     Parameters whose optimizer state is not in the checkpoint, because another optimizer wrote it, are refused, or with

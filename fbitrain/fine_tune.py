@@ -25,7 +25,7 @@ from fbitrain.config import Config, ConfigError, load_config
 from fbitrain.config_checks import semantic_problems
 from fbitrain.loading.language_model import checked_head, load_language_model, read_hf_config, trial_tokens
 from fbitrain.loading.pretrained_shape import SIZES, run_config, shape_of
-from fbitrain.model.build import BinarizeReport, binarize_, chosen_sources, llama_config
+from fbitrain.model.build import BinarizeReport, binarize_, chosen_linears, llama_config
 from fbitrain.model.config import BinarizeConfig, settings_read
 from fbitrain.model.direct_reads import check_direct_reads
 from fbitrain.model.hf import plain_weights
@@ -126,7 +126,7 @@ def _binarized(lm: PreTrainedModel, config: Config, token_ids: Tensor | None) ->
 def _check_direct_reads(lm: PreTrainedModel, binarize: BinarizeConfig) -> None:
     """Some architectures take another path in training than in evaluation; both are tried, the last is evaluation."""
     token_ids = trial_tokens(lm.device)
-    sources = chosen_sources(lm, binarize)
+    sources = chosen_linears(lm, binarize)
     for training in (True, False):
         lm.train(training)
         check_direct_reads(sources, lambda: lm(input_ids=token_ids, use_cache=False))

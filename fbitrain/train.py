@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fbitrain import checkpoint
 from fbitrain.base.errors import UserError
 from fbitrain.base.files import write_json
-from fbitrain.build import Heldout, Parts, build, finished, write_finished
+from fbitrain.build import HeldoutWindows, Parts, build, finished, write_finished
 from fbitrain.checkpoint import TrainerState
 from fbitrain.config import Config
 from fbitrain.engine import Engine, init_distributed
@@ -108,7 +108,7 @@ def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[s
         if parts.batch_log:
             parts.batch_log.add(state.step + 1, batch)
         batch = batch.to(engine.device, non_blocking=True)
-        hints = () if teacher is None else teacher.hints(batch[:, :-1], with_states=config.distill.hidden_weight > 0)
+        hints = () if teacher is None else teacher.targets(batch[:, :-1], with_states=config.distill.hidden_weight > 0)
         loss, metrics = engine(batch, *hints)
         engine.backward(loss)
         parts.interval.add_micro_batch(loss, metrics)
@@ -235,7 +235,7 @@ def evaluate(parts: Parts, state: TrainerState) -> None:
     parts.interval.run()
 
 
-def heldout_nll(parts: Parts, heldout: Heldout) -> tuple[float, int]:
+def heldout_nll(parts: Parts, heldout: HeldoutWindows) -> tuple[float, int]:
     """Summed negative log-likelihood (nats) and predicted tokens over all ranks' shares of the windows."""
     engine, size = parts.engine, parts.config.train.micro_batch_size
     mine = heldout.windows[parts.rank :: engine.world_size]

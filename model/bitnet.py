@@ -18,12 +18,12 @@ from fbitrain.kernels.ops import pack_signs
 from fbitrain.model.binarize import sign, wide, with_slope
 from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.packing import PackedLayer, pack_scaled_signs
-from fbitrain.model.rebuilt import Rebuild, RebuiltLinear, rebuilt_linear
+from fbitrain.model.recomputed import Recipe, RecomputedLinear, recomputed_linear
 
 INT8_MAX = 127
 
 
-class BitNetLinear(RebuiltLinear):
+class BitNetLinear(RecomputedLinear):
     """y = q(x) ŵᵀ + bias; q rounds each token to int8, ŵ has two values ("bitnet") or three ("ternary").
 
     Both roundings pass their gradient unchanged. One scale serves the whole matrix.
@@ -50,9 +50,9 @@ class BitNetLinear(RebuiltLinear):
     def product(self, x: Tensor) -> Tensor:
         """x [..., K] -> q(x) ŵᵀ [..., N] in x's dtype."""
         codes, step = quantize_tokens(x)
-        return rebuilt_linear(codes, QUANTIZERS[self.method], self.weight) * step.to(x.dtype)
+        return recomputed_linear(codes, QUANTIZERS[self.method], self.weight) * step.to(x.dtype)
 
-    def recipe(self) -> tuple[Rebuild, tuple[Tensor | None, ...]]:
+    def recipe(self) -> tuple[Recipe, tuple[Tensor | None, ...]]:
         """ŵ as a function of the weight."""
         return QUANTIZERS[self.method], (self.weight,)
 

@@ -20,7 +20,7 @@ from fbitrain.kernels.layout import NARROW_COLUMNS, scale_shape
 from fbitrain.model.binarize import sign_ste, ste_gradient, wide, with_slope
 from fbitrain.model.config import SALIENT_DTYPES, BinarizeConfig, method_settings
 from fbitrain.model.packing import PackedLayer
-from fbitrain.model.rebuilt import Rebuild, RebuiltLinear
+from fbitrain.model.recomputed import Recipe, RecomputedLinear
 from fbitrain.model.storage import salient_storage
 
 INT8_MAX = 127  # symmetric: -128 is not used
@@ -30,7 +30,7 @@ INT8_MAX = 127  # symmetric: -128 is not used
 STEP = {1: 2.0, 2: 1.2479, 3: 0.7344, 4: 0.4201}
 
 
-class PartialBinaryLinear(RebuiltLinear):
+class PartialBinaryLinear(RecomputedLinear):
     """y = x ŵᵀ + bias; ŵ is the salient weight where `mask` is True, elsewhere α·sign(weight).
 
     α is the mean |weight| over the ordinary weights of the row, or of the row's group. It follows the latent weights in
@@ -138,7 +138,7 @@ class PartialBinaryLinear(RebuiltLinear):
         """bool [N, K], True for salient weights."""
         return unpack_mask(self.salient_bits, self.in_features)
 
-    def recipe(self) -> tuple[Rebuild, tuple[Tensor | None, ...]]:
+    def recipe(self) -> tuple[Recipe, tuple[Tensor | None, ...]]:
         """ŵ as a function of weight, mask, frozen values and their scale."""
         rebuild = partial(partial_weight, bits=self.bits, group_size=self.group_size, ste=self.ste)
         return rebuild, (self.weight, self.salient_bits, self.salient_values, self.salient_scale)

@@ -1,7 +1,7 @@
 """The layers of packed models in plain torch: weights are unpacked from their bits, a few rows at a time.
 
-Copied into packed releases beside remote_code.py, so nothing of fbitrain is imported here. fbitrain.model.packed has
-the same layers on fbitrain's kernels.
+Copied into packed releases beside remote_code.py, so nothing of fbitrain is imported here. fbitrain.model.packed_layers
+has the same layers on fbitrain's kernels.
 
 Bit 1 means +1; element k of a row is bit k % 32 of little-endian int32 word k // 32.
 N out_features, K in_features, Kw = ceil(K/32) words, G group size, E experts, P sign planes.

@@ -62,7 +62,7 @@ TORCH_FREE = (
     "kernels/cuda_plan.py",
     "kernels/cuda_linear_plan.py",
     "kernels/cuda_source.py",
-    "kernels/paper.py",
+    "kernels/cuda_estimate.py",
 )
 
 

@@ -29,7 +29,7 @@ class Listener(Protocol):
 
 
 @dataclass(frozen=True)
-class Shelf:
+class SharedFiles:
     """What readers share: the cache that remote shards come from, and the list of documents to leave out."""
 
     cache: ShardCache
@@ -71,17 +71,19 @@ class SourceReader:
     `last_line` and `shard_name` say where that document came from.
     """
 
-    def __init__(self, plan: SourcePlan, lane: LanePlan, shelf: Shelf, listener: Listener, state: SourceState) -> None:
+    def __init__(
+        self, plan: SourcePlan, lane: LanePlan, files: SharedFiles, listener: Listener, state: SourceState
+    ) -> None:
         self.plan, self.state = plan, state
         self.last_line = 0
-        self._lane, self._shelf, self._listener = lane, shelf, listener
+        self._lane, self._shelf, self._listener = lane, files, listener
         self._epoch_order: tuple[int, list[int]] = (-1, [])
         self._open: OpenShard | None = None
         self._blocks: Iterator[Block | BadRecord] = iter(())
         self._block: Block | None = None
         self._order: list[int] = []
         self._left_out: frozenset[int] = frozenset()
-        self._selective = bool(lane.heldout_fraction or shelf.duplicates)
+        self._selective = bool(lane.heldout_fraction or files.duplicates)
 
     @property
     def shard_name(self) -> str:

@@ -31,7 +31,7 @@ from fbitrain.calibration.calibrate import fisher_diagonals, quantize_, select_m
 from fbitrain.calibration.text import cut_sequences, read_calibration
 from fbitrain.config import CalibrationConfig
 from fbitrain.data.tokenizer import load_tokenizer
-from fbitrain.model.build import binarize_, chosen_sources
+from fbitrain.model.build import binarize_, chosen_linears
 from fbitrain.model.config import BinarizeConfig, SalientConfig
 from fbitrain.model.gptq_pb import gptq_partial
 from fbitrain.model.partial import PartialBinaryLinear
@@ -83,7 +83,7 @@ def sequences(n: int = 5, seq_len: int = 16) -> Tensor:
 
 
 def linears_of(lm: PreTrainedModel, binarize: BinarizeConfig) -> dict[str, nn.Module]:
-    return {name: source.module for name, source in chosen_sources(lm, binarize).items()}
+    return {name: source.module for name, source in chosen_linears(lm, binarize).items()}
 
 
 def hessians_by_hooks(lm: PreTrainedModel, linears: Mapping[str, nn.Module], ids: Tensor) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from fbitrain.base.errors import UserError
 from fbitrain.benches import decoding
 from fbitrain.benches.decoding import write_random_packed
 from fbitrain.commands import generate as command
-from fbitrain.data.reading.heldout_text import Heldout
+from fbitrain.data.reading.heldout_text import HeldoutText
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.inference import generate
 from fbitrain.inference.evaluate import perplexity
@@ -177,7 +177,7 @@ def test_a_packed_folder_generates_the_same_tokens_either_way(packed: Path) -> N
 
 @needs_kernels
 def test_perplexity_is_the_same_either_way(packed: Path) -> None:
-    text = Heldout(token_ids=torch.randint(3, 200, (200,)), n_bytes=500, n_documents=1)
+    text = HeldoutText(token_ids=torch.randint(3, 200, (200,)), n_bytes=500, n_documents=1)
     with open_model(packed) as compiled, open_model(packed, transformers_only=True) as transformers:
         expected = perplexity(transformers.lm, text, 48)
         assert perplexity(compiled.lm, text, 48, batch_size=3).ppl == pytest.approx(expected.ppl, rel=1e-5)

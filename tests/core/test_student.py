@@ -98,7 +98,7 @@ def test_the_hidden_states_distance_is_the_sum_over_layers_of_mean_squares(kd_we
     mine, theirs = llama(), llama().eval().requires_grad_(False)
     distill = DistillConfig(kd_weight=kd_weight, ce_weight=0.3, hidden_weight=10.0)
     ids = batch(3)
-    hints = teacher_of(theirs).hints(ids[:, :-1], with_states=True)
+    hints = teacher_of(theirs).targets(ids[:, :-1], with_states=True)
     student = Student(mine, distill)
     loss, metrics = student(ids, *hints)
     without, _ = student(ids, *hints[:2])
@@ -123,7 +123,7 @@ def test_the_loss_does_not_depend_on_how_sequences_are_batched() -> None:
     student, teacher = Student(llama(), DistillConfig(ce_weight=0.5, hidden_weight=10.0)), teacher_of(llama().eval())
 
     def loss_of(ids: Tensor) -> Tensor:
-        loss: Tensor = student(ids, *teacher.hints(ids[:, :-1], with_states=True))[0]
+        loss: Tensor = student(ids, *teacher.targets(ids[:, :-1], with_states=True))[0]
         return loss.detach()
 
     ids = batch(4)

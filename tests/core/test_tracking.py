@@ -15,7 +15,7 @@ from fbitrain.kernels.reference import sign
 from fbitrain.model.config import BinarizeConfig, has_signs_of_weights
 from fbitrain.model.linear import BinaryLinear
 from fbitrain.model.method_table import METHODS
-from fbitrain.model.methods import Source, make_layer
+from fbitrain.model.methods import FullLinear, make_layer
 from fbitrain.model.partial import PartialBinaryLinear
 from fbitrain.shards import Fragment
 from fbitrain.tracking import SignTracker
@@ -68,7 +68,7 @@ def test_signs_are_watched_where_they_are_the_weights_own(method: str) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(K, N, bias=False)
     nn.init.uniform_(linear.weight, -0.5, 1.0)  # a mean that is not 0
-    source = Source.of(linear)
+    source = FullLinear.of(linear)
     assert source is not None
     mask = torch.zeros(N, K, dtype=torch.bool) if METHODS[method].salient else None
     layer = make_layer(source, binarize, mask, 0.0)

@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Pre
 
 from fbitrain.kernels.reference import unpack_signs
 from fbitrain.model import remote_code, remote_layers
-from fbitrain.model.build import binarize_, build_student, chosen_sources, llama_config
+from fbitrain.model.build import binarize_, build_student, chosen_linears, llama_config
 from fbitrain.model.config import BinarizeConfig, ModelConfig, SalientConfig
 from fbitrain.model.hf import REMOTE_CODE, BinaryLlamaForCausalLM, ReleasedModel, copy_remote_code, register
 from fbitrain.model.method_table import METHODS
-from fbitrain.model.packed import PackedBinaryLinear
+from fbitrain.model.packed_layers import PackedBinaryLinear
 from fbitrain.model.packing import Levels, pack_layer
 
 SHAPE = ModelConfig(vocab_size=61, n_layers=2, n_heads=4, n_kv_heads=2, d_model=48, d_ff=80, max_seq_len=64)
@@ -220,7 +220,7 @@ def fine_tuned(architecture: str, binarize: BinarizeConfig) -> PreTrainedModel:
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     masks = {  # one in ten in every second layer, which is stored as a mask, one in a hundred in the others
         name: torch.rand(source.out_features, source.in_features) < (0.1 if i % 2 else 0.01)
-        for i, (name, source) in enumerate(chosen_sources(lm, binarize).items())
+        for i, (name, source) in enumerate(chosen_linears(lm, binarize).items())
     }
     binarize_(lm, binarize, masks=masks if binarize.traits.salient else None)
     with torch.no_grad():

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from fbitrain.model.latent import LatentLinear
 
-Rebuild = Callable[..., Tensor]
+Recipe = Callable[..., Tensor]
 
 
-def rebuilt_linear(x: Tensor, rebuild: Rebuild, *tensors: Tensor | None) -> Tensor:
+def recomputed_linear(x: Tensor, rebuild: Recipe, *tensors: Tensor | None) -> Tensor:
     """x ŵᵀ for x [..., K] and ŵ [N, K] = rebuild(*tensors), in x's dtype.
 
     `rebuild` must be a pure function of its arguments; the gradients of those that need one are what autograd gives.
@@ -29,17 +29,17 @@ def rebuilt_linear(x: Tensor, rebuild: Rebuild, *tensors: Tensor | None) -> Tens
     return y
 
 
-class RebuiltLinear(LatentLinear):
+class RecomputedLinear(LatentLinear):
     """A LatentLinear whose ŵ is a pure function of its tensors."""
 
     @abstractmethod
-    def recipe(self) -> tuple[Rebuild, tuple[Tensor | None, ...]]:
+    def recipe(self) -> tuple[Recipe, tuple[Tensor | None, ...]]:
         """(rebuild, tensors) with ŵ = rebuild(*tensors) in the weight's dtype."""
 
     def product(self, x: Tensor) -> Tensor:
         """x [..., K] -> x ŵᵀ [..., N] in x's dtype."""
         rebuild, tensors = self.recipe()
-        return rebuilt_linear(x, rebuild, *tensors)
+        return recomputed_linear(x, rebuild, *tensors)
 
     @torch.no_grad()
     def binary_weight(self) -> Tensor:
@@ -48,9 +48,9 @@ class RebuiltLinear(LatentLinear):
         return rebuild(*tensors)
 
 
-class _Rebuilt(torch.autograd.Function):
+class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rebuild: Rebuild, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rebuild: Recipe, *tensors: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, *tensors)
         ctx.rebuild = rebuild
         return F.linear(x, rebuild(*tensors).to(x.dtype))
@@ -78,4 +78,4 @@ class _Rebuilt(torch.autograd.Function):
 
 
 # torch.compile cannot follow a backward pass that runs autograd itself: it goes round this product, not through it.
-_run = torch.compiler.disable(_Rebuilt.apply)  # type: ignore[no-untyped-call]
+_run = torch.compiler.disable(_Recomputed.apply)  # type: ignore[no-untyped-call]

@@ -10,8 +10,8 @@ from fbitrain.model import remote_layers
 from fbitrain.model.config import BinarizeConfig, SalientConfig
 from fbitrain.model.latent import LatentLinear
 from fbitrain.model.method_table import METHODS
-from fbitrain.model.methods import Source, make_layer
-from fbitrain.model.packed import LAYERS, PackedPartialLinear
+from fbitrain.model.methods import FullLinear, make_layer
+from fbitrain.model.packed_layers import LAYERS, PackedPartialLinear
 from fbitrain.model.packing import PackedLayer, pack_layer
 from fbitrain.model.remote_code import BinaryModel
 from fbitrain.model.storage import storage_bits
@@ -41,7 +41,7 @@ def trained(case: BinarizeConfig, share: float = 0.3) -> LatentLinear:
     mask = torch.rand(N, K, generator=generator) < share
     mask[0], mask[1] = True, False
     torch.manual_seed(1)
-    layer = make_layer(Source.of(nn.Linear(K, N)), case, mask, 0.0).eval()
+    layer = make_layer(FullLinear.of(nn.Linear(K, N)), case, mask, 0.0).eval()
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
