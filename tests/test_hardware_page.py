@@ -21,7 +21,8 @@ NAMES = ("binary_130m", "binary_1.3b", "binary_7b")
 
 def rows(n_columns: int) -> list[list[str]]:
     """The rows of the tables of `n_columns` that begin with a configuration."""
-    found = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in re.findall(r"^\| `.*\|$", PAGE, re.M)]
+    lines = re.findall(r"^\| `.*\|$", PAGE, re.MULTILINE)
+    found = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
     return [row for row in found if len(row) == n_columns]
 
 
