@@ -1,4 +1,4 @@
-"""Text read as it lies, not as a stream: held-out text, which is joined and tokenized once, and calibration text."""
+"""Held-out text, joined and tokenized once, and calibration text: read in the order of the files, not as a stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the stream is timed against: the same work done with libraries made for it, each if it is installed."""
+"""The peers of the stream's benchmark: other libraries doing the same work, each if it is installed."""
 
 from __future__ import annotations
 

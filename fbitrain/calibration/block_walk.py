@@ -1,6 +1,6 @@
-"""A language model walked one decoder block at a time: each block's inputs are kept, so that each runs by itself.
+"""Runs a language model one decoder block at a time: the inputs of a block are kept, so that the block runs by itself.
 
-Any causal LM of transformers will do whose blocks hand on hidden states and nothing else. Letters: T tokens, D width.
+Supports any causal LM of transformers whose blocks hand on hidden states and nothing else. Letters: T tokens, D width.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a pretrained model's own text says about its weights: masks of salient ones, and binarization without training.
+"""Calibration: masks of salient weights, and GPTQ-PB, from what a pretrained model computes on some text.
 
-Everything goes through the model one decoder block at a time, so that only one block's statistics exist at once, and
-gives the same result for the same model and text. Letters: N out_features, K in_features, T tokens.
+Both walk the model one decoder block at a time, so that only one block's statistics exist at once. The same model and
+text give the same result. Letters: N out_features, K in_features, T tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The text that fine-tuning looks at before its first step, tokenized: whether there need be any, and what it is."""
+"""Calibration text: whether a configuration needs any, and its token ids."""
 
 from __future__ import annotations
 

@@ -86,7 +86,10 @@ def _describe_pretrained(report: Report, config: Config) -> int:
 
 
 def _count_pretrained(pretrained: str) -> int:
-    """Of a checkpoint of ours what it trains, of a folder all. Raises UserError for a run that has no checkpoint."""
+    """The trained parameters of a checkpoint of ours, or all parameters of a model's folder.
+
+    Raises UserError for a run that has no checkpoint.
+    """
     checkpoint = own_checkpoint(pretrained)
     return trained_parameters(checkpoint) if checkpoint else read_teacher_size(Path(pretrained)).n_parameters
 
