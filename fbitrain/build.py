@@ -11,12 +11,11 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fbitrain import checkpoint, environment
+from fbitrain import checkpoint_folders, environment, resume
 from fbitrain.base.errors import UserError
 from fbitrain.base.files import lock_folder, write_json, write_text
 from fbitrain.calibration.text import calibration_ids, needs_text
-from fbitrain.checkpoint import TrainerState
-from fbitrain.checkpoint_files import damage
+from fbitrain.checkpoint_files import TrainerState, damage, data_states, trainer_state
 from fbitrain.config import Config, to_yaml
 from fbitrain.data.loader import TokenLoader
 from fbitrain.data.reading.heldout_text import load_heldout
@@ -92,9 +91,9 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
     engine = Engine(config, Student(lm, config.distill))
     state = TrainerState()
     if resume_from:
-        if remark := agreed(lambda: checkpoint.load(engine, resume_from, config.optim.on_change)):
+        if remark := agreed(lambda: resume.restore(engine, resume_from, config.optim.on_change)):
             say(remark)
-        state = checkpoint.trainer_state(resume_from)
+        state = trainer_state(resume_from)
         engine.shards.changed(state.step)
         say(f"resumed from {resume_from}")
     # Only now, with every check behind us: a launch that is refused leaves the folder of a good run as it was.
@@ -130,14 +129,14 @@ def finished(config: Config) -> str:
     """
 
     def look() -> str:
-        latest = checkpoint.find_latest(config.run_dir) if config.train.resume == "auto" else None
+        latest = checkpoint_folders.find_latest(config.run_dir) if config.train.resume == "auto" else None
         # By its name first: to look for damage is to read the whole checkpoint, and `choose` will do that again.
-        if latest is None or checkpoint.step_of(latest) < config.train.total_steps or damage(latest):
+        if latest is None or checkpoint_folders.step_of(latest) < config.train.total_steps or damage(latest):
             return ""
         if not config.train.total_steps and not (config.run_dir / "FINISHED.json").is_file():
             return ""  # saved, as its first act, and perhaps killed before it was evaluated
-        state = checkpoint.trainer_state(latest)
-        checkpoint.require_same_config(latest, config)
+        state = trainer_state(latest)
+        resume.require_same_config(latest, config)
         write_finished(config, state)  # again, in case the run was killed between its last checkpoint and its marker
         return f"nothing to do: {config.run_dir} is trained to step {state.step}, see {latest}"
 
@@ -159,7 +158,7 @@ def prepare_run_dir(config: Config) -> None:
             raise UserError(
                 f"{run_dir} is being trained by another process; wait for it or end it, or choose another run.name"
             )
-        for leftover in checkpoint.discard_unfinished(run_dir):
+        for leftover in checkpoint_folders.discard_unfinished(run_dir):
             say(f"removed {leftover}, left by an interrupted save")
     except OSError as error:
         raise UserError(
@@ -172,7 +171,7 @@ def record_start(config: Config, world_size: int, state: TrainerState, tokenizer
     """Saves configuration, environment and tokenizer; sets aside checkpoints that this run leaves behind. Rank 0."""
     run_dir = config.run_dir
     try:
-        checkpoint.abandon_newer(run_dir, state.step)
+        checkpoint_folders.abandon_newer(run_dir, state.step)
         write_text(run_dir / "config.yaml", to_yaml(config))
         write_json(run_dir / "environment.json", environment.describe(world_size))
         keep_tokenizer(tokenizer, run_dir)
@@ -210,7 +209,7 @@ def open_stream(
     config: Config, tokenizer: Tokenizer, rank: int, world_size: int, resume_from: Path | None
 ) -> TokenLoader:
     """The training stream from its beginning, or from where the checkpoint `resume_from` left it."""
-    states, saved_shards = checkpoint.data_states(resume_from) if resume_from else (None, None)
+    states, saved_shards = data_states(resume_from) if resume_from else (None, None)
     return TokenLoader(
         config.data,
         tokenizer,
@@ -234,9 +233,9 @@ def load_windows(config: Config, tokenizer: Tokenizer) -> HeldoutWindows | None:
 
 def choose_checkpoint(config: Config) -> Path | None:
     """Rank 0 looks, because reading a whole checkpoint to verify it is enough work for one."""
-    folder = from_rank_0(lambda: checkpoint.choose(config))
+    folder = from_rank_0(lambda: checkpoint_folders.choose(config))
     if folder:
-        remark = agreed(lambda: checkpoint.require_same_config(folder, config))
+        remark = agreed(lambda: resume.require_same_config(folder, config))
         if remark:
             say(remark)
     return folder

@@ -96,7 +96,7 @@ def shard_teacher(config: Config) -> Callable[[nn.Module], Callable[..., Any]]:
 
 
 class Engine:
-    """A DeepSpeed engine around a Student: train.py drives it, checkpoint.py reads and fills its shards."""
+    """A DeepSpeed engine around a Student: train.py drives it, checkpoint.py saves, resume.py restores its shards."""
 
     def __init__(self, config: Config, student: Student) -> None:
         self.config = config

@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from fbitrain.base.errors import UserError
 from fbitrain.calibration.block_walk import weight_NK
 from fbitrain.calibration.calibrate import quantize_, select_masks
-from fbitrain.checkpoint import find_latest, trainer_state
-from fbitrain.checkpoint_files import LM_CONFIG, fixed_tensors, load_weights
+from fbitrain.checkpoint_files import LM_CONFIG, fixed_tensors, load_weights, trainer_state
+from fbitrain.checkpoint_folders import find_latest
 from fbitrain.config import Config, ConfigError, load_config
 from fbitrain.config_checks import semantic_problems
 from fbitrain.loading.language_model import checked_head, load_language_model, read_hf_config, trial_tokens

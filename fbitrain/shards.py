@@ -59,7 +59,7 @@ class Shards:
     def fragments(self, *, everything_local: bool = False) -> Iterator[Fragment]:
         """This rank's share of every parameter; over all ranks each element comes exactly once.
 
-        Stage 0 keeps all on every rank: rank 0 speaks for it unless `everything_local` (to fill a checkpoint in).
+        Stage 0 keeps all on every rank: rank 0 speaks for it unless `everything_local` (to restore a checkpoint).
         """
         states = self._states()
         rank = dist.get_rank()

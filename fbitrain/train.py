@@ -21,7 +21,8 @@ from fbitrain import checkpoint
 from fbitrain.base.errors import UserError
 from fbitrain.base.files import write_json
 from fbitrain.build import HeldoutWindows, Parts, build, finished, write_finished
-from fbitrain.checkpoint import TrainerState
+from fbitrain.checkpoint_files import TrainerState
+from fbitrain.checkpoint_folders import find_latest
 from fbitrain.config import Config
 from fbitrain.engine import Engine, init_distributed
 from fbitrain.fine_tune import needs_calibration, with_known_sizes
@@ -134,7 +135,7 @@ def agree_to_go_on(parts: Parts, state: TrainerState, stop: StopSignal, finite: 
         dist.all_gather_object(failures, failure)
         raise StreamError(next(message for message in failures if message))
     if broken:
-        latest = checkpoint.find_latest(parts.config.run_dir)
+        latest = find_latest(parts.config.run_dir)
         raise on_all_ranks(
             UserError(
                 f"the loss of step {state.step + 1} is not finite; stopped before the update. "
@@ -273,7 +274,7 @@ def save_start(parts: Parts, state: TrainerState) -> None:
     config = parts.config
     if config.train.total_steps and not needs_calibration(config):
         return
-    if from_rank_0(lambda: checkpoint.find_latest(config.run_dir)) is None:
+    if from_rank_0(lambda: find_latest(config.run_dir)) is None:
         save(parts, state, parts.loader.state())
 
 

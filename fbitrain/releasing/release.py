@@ -28,8 +28,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, Pretrain
 
 from fbitrain.base.errors import UserError
 from fbitrain.base.files import fsync_folder, fsync_tree
-from fbitrain.checkpoint import find_latest
 from fbitrain.checkpoint_files import load_weights
+from fbitrain.checkpoint_folders import find_latest
 from fbitrain.config import Config, load_config
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.fine_tune import lm_config_of

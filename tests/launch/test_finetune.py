@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fbitrain import checkpoint
+from fbitrain import resume
 from fbitrain.base.command import run
 from fbitrain.base.errors import UserError
 from fbitrain.checkpoint_files import fixed_tensors, load_weights
@@ -126,7 +126,7 @@ def test_another_mode_or_selection_is_refused(partial: Any, config: Path, key: s
     dtype = ("binarize.salient.dtype=float16",) if key == "method=cherry" else ()
     other = load_config(config, [*PARTIAL, *SHORT, f"binarize.{key}", *dtype], world_size=2)
     with pytest.raises(UserError, match=f"belongs to another configuration: .*{key.partition('=')[0]} .* there"):
-        checkpoint.require_same_config(partial.run_dir / "checkpoints" / "step_00000004", other)
+        resume.require_same_config(partial.run_dir / "checkpoints" / "step_00000004", other)
 
 
 @pytest.mark.slow
