@@ -76,7 +76,7 @@ class SourceReader:
     ) -> None:
         self.plan, self.state = plan, state
         self.last_line = 0
-        self._lane, self._shelf, self._listener = lane, files, listener
+        self._lane, self._shared, self._listener = lane, files, listener
         self._epoch_order: tuple[int, list[int]] = (-1, [])
         self._open: OpenShard | None = None
         self._blocks: Iterator[Block | BadRecord] = iter(())
@@ -174,7 +174,7 @@ class SourceReader:
     def _open_unit(self) -> None:
         unit, state = self._unit(), self.state
         try:
-            self._open = self._shelf.cache.open(unit.shard)
+            self._open = self._shared.cache.open(unit.shard)
             self._blocks = self._block_source(unit, self._open.path).blocks(Position(state.line, state.offset))
             size = os.path.getsize(self._open.path)
         except OSError as error:
@@ -185,10 +185,10 @@ class SourceReader:
                 raise self.changed(f"it had {state.size} bytes when it was opened and has {size}")
             state.size = size
         self._require_unchanged()
-        duplicates = self._shelf.duplicates
+        duplicates = self._shared.duplicates
         self._left_out = frozenset(duplicates.lines(self.plan.name, unit.shard.name)) if duplicates else frozenset()
         if state.unit + 1 < len(self.plan.units):
-            self._shelf.cache.prefetch(self._unit(1).shard)
+            self._shared.cache.prefetch(self._unit(1).shard)
 
     def _block_source(self, unit: Unit, path: str) -> BlockSource:
         if self.plan.tokenized:
