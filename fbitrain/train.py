@@ -109,8 +109,9 @@ def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[s
         if parts.batch_log:
             parts.batch_log.add(state.step + 1, batch)
         batch = batch.to(engine.device, non_blocking=True)
-        hints = () if teacher is None else teacher.targets(batch[:, :-1], with_states=config.distill.hidden_weight > 0)
-        loss, metrics = engine(batch, *hints)
+        with_states = config.distill.hidden_weight > 0
+        targets = teacher.targets(batch[:, :-1], with_states=with_states) if teacher else ()
+        loss, metrics = engine(batch, *targets)
         engine.backward(loss)
         parts.interval.add_micro_batch(loss, metrics)
         finite &= torch.isfinite(loss.detach())
