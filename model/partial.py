@@ -140,8 +140,8 @@ class PartialBinaryLinear(RecomputedLinear):
 
     def recipe(self) -> tuple[Recipe, tuple[Tensor | None, ...]]:
         """ŵ as a function of weight, mask, frozen values and their scale."""
-        rebuild = partial(partial_weight, bits=self.bits, group_size=self.group_size, ste=self.ste)
-        return rebuild, (self.weight, self.salient_bits, self.salient_values, self.salient_scale)
+        recipe = partial(partial_weight, bits=self.bits, group_size=self.group_size, ste=self.ste)
+        return recipe, (self.weight, self.salient_bits, self.salient_values, self.salient_scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartialBinaryLinear:
         # DeepSpeed casts whole modules to bf16, which would round what is frozen to 8 bits.
