@@ -126,10 +126,10 @@ def _binarized(lm: PreTrainedModel, config: Config, token_ids: Tensor | None) ->
 def _check_direct_reads(lm: PreTrainedModel, binarize: BinarizeConfig) -> None:
     """Some architectures take another path in training than in evaluation; both are tried, the last is evaluation."""
     token_ids = trial_tokens(lm.device)
-    sources = chosen_linears(lm, binarize)
+    linears = chosen_linears(lm, binarize)
     for training in (True, False):
         lm.train(training)
-        check_direct_reads(sources, lambda: lm(input_ids=token_ids, use_cache=False))
+        check_direct_reads(linears, lambda: lm(input_ids=token_ids, use_cache=False))
 
 
 def _from_checkpoint(

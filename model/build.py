@@ -13,7 +13,7 @@ from fbitrain.model.config import BinarizeConfig, ModelConfig
 from fbitrain.model.linear import BinaryLinear
 from fbitrain.model.methods import FullLinear, make_layer
 from fbitrain.model.packed_layers import PackedBinaryLinear
-from fbitrain.model.refusals import check_fused, check_masks, check_skip, check_sources, fused_modules
+from fbitrain.model.refusals import check_fused, check_linears, check_masks, check_skip, fused_modules
 from fbitrain.model.size import skip_entry
 from fbitrain.model.storage import storage_bits
 
@@ -120,7 +120,7 @@ def chosen_linears(model: nn.Module, binarize: BinarizeConfig, *, values_needed:
     check_skip(binarize.skip, [*linears, *fused])
     check_fused({name: part for name, part in fused.items() if skip_entry(name, binarize.skip) is None})
     chosen = {name: linear for name, linear in linears.items() if skip_entry(name, binarize.skip) is None}
-    check_sources(model, chosen, binarize, values_needed=values_needed)
+    check_linears(model, chosen, binarize, values_needed=values_needed)
     return chosen
 
 

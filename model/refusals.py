@@ -51,7 +51,7 @@ def check_fused(fused: Mapping[str, str]) -> None:
         )
 
 
-def check_sources(
+def check_linears(
     model: nn.Module, linears: Mapping[str, FullLinear], binarize: BinarizeConfig, *, values_needed: bool
 ) -> None:
     """Raises UserError if one of `linears`, by qualified name, cannot become a layer of binarize.method."""

@@ -68,10 +68,10 @@ def test_signs_are_watched_where_they_are_the_weights_own(method: str) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(K, N, bias=False)
     nn.init.uniform_(linear.weight, -0.5, 1.0)  # a mean that is not 0
-    source = FullLinear.of(linear)
-    assert source is not None
+    full = FullLinear.of(linear)
+    assert full is not None
     mask = torch.zeros(N, K, dtype=torch.bool) if METHODS[method].salient else None
-    layer = make_layer(source, binarize, mask, 0.0)
+    layer = make_layer(full, binarize, mask, 0.0)
     weight = layer.effective_weight().detach()
     same = torch.equal(sign(weight), sign(linear.weight.detach())) and bool((weight != 0).all())
     assert same == has_signs_of_weights(binarize)

@@ -70,8 +70,8 @@ def config_of(method: str) -> BinarizeConfig:
 def masks_of(model: nn.Module, binarize: BinarizeConfig) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return {
-        name: torch.rand(source.out_features, source.in_features, generator=generator) < 0.1
-        for name, source in chosen_linears(model, binarize).items()
+        name: torch.rand(linear.out_features, linear.in_features, generator=generator) < 0.1
+        for name, linear in chosen_linears(model, binarize).items()
     }
 
 

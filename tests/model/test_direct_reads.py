@@ -32,8 +32,8 @@ class Block(nn.Module):
 
 
 def check(block: Block) -> None:
-    sources = chosen_linears(block, BinarizeConfig(skip=[]))
-    check_direct_reads(sources, lambda: block(torch.ones(1, 4, 4)))
+    linears = chosen_linears(block, BinarizeConfig(skip=[]))
+    check_direct_reads(linears, lambda: block(torch.ones(1, 4, 4)))
 
 
 @pytest.mark.parametrize("how", ["matmul", "transposed", "in a list"])

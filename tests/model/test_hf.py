@@ -219,8 +219,8 @@ def fine_tuned(architecture: str, binarize: BinarizeConfig) -> PreTrainedModel:
     config = AutoConfig.for_model(architecture, **sizes, **ARCHITECTURES[architecture])
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     masks = {  # one in ten in every second layer, which is stored as a mask, one in a hundred in the others
-        name: torch.rand(source.out_features, source.in_features) < (0.1 if i % 2 else 0.01)
-        for i, (name, source) in enumerate(chosen_linears(lm, binarize).items())
+        name: torch.rand(linear.out_features, linear.in_features) < (0.1 if i % 2 else 0.01)
+        for i, (name, linear) in enumerate(chosen_linears(lm, binarize).items())
     }
     binarize_(lm, binarize, masks=masks if binarize.traits.salient else None)
     with torch.no_grad():
