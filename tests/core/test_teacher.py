@@ -21,7 +21,7 @@ from tests.core.tiny_teacher import FF, D, V, load, tiny_llama, token_ids
 
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
-def source(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LlamaForCausalLM, Path]:
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LlamaForCausalLM, Path]:
     model = tiny_llama(tied=request.param)
     model.save_pretrained(tmp_path / "teacher")
     return model, tmp_path / "teacher"
@@ -33,8 +33,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "teacher"
 
 
-def test_a_folder_gives_the_models_own_logits(source: tuple[LlamaForCausalLM, Path]) -> None:
-    model, path = source
+def test_a_folder_gives_the_models_own_logits(saved: tuple[LlamaForCausalLM, Path]) -> None:
+    model, path = saved
     teacher = load(path)
     ids = token_ids()
     with torch.no_grad():
@@ -71,9 +71,9 @@ def test_bf16_rounds_the_weights_but_not_the_rotary_frequencies(folder: Path) ->
     assert set(frequencies.values()) == {torch.float32}
 
 
-def test_sharding_takes_the_body_and_leaves_a_whole_head(source: tuple[LlamaForCausalLM, Path]) -> None:
+def test_sharding_takes_the_body_and_leaves_a_whole_head(saved: tuple[LlamaForCausalLM, Path]) -> None:
     """A stand-in for ZeRO-3: empties the body's parameters, and fills them only while it is called."""
-    _, path = source
+    _, path = saved
 
     def shard(body: nn.Module) -> Any:
         whole = copy.deepcopy(body)

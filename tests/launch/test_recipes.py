@@ -50,14 +50,14 @@ def test_a_cooldown_starts_from_any_checkpoint_in_a_run_of_its_own(launch: Any) 
     stable = ("optim.schedule=wsd", "train.total_steps=1000", "optim.min_lr=0", "checkpoint.every=1")
     trunk = launch("trunk", *stable, env={"FAULT": "kill_at_step_4"}, script=FAULTS, expect=None)
     assert max(trunk.losses) == 3
-    source = trunk.run_dir / "checkpoints" / "step_00000002"
+    resume_from = trunk.run_dir / "checkpoints" / "step_00000002"
     cooled = launch(
-        "cooled", "optim.schedule=wsd", "optim.min_lr=0", f"train.resume={source}", "train.total_steps=6",
+        "cooled", "optim.schedule=wsd", "optim.min_lr=0", f"train.resume={resume_from}", "train.total_steps=6",
         "optim.cooldown_steps=4",
     )  # fmt: skip
     rates = {line["step"]: line["optim/lr"] for line in cooled.metrics if "train/loss" in line}
     assert rates == pytest.approx({3: 5e-3 * 0.75, 4: 5e-3 * 0.5, 5: 5e-3 * 0.25, 6: 0})
-    assert f"resumed from {source}" in cooled.output
+    assert f"resumed from {resume_from}" in cooled.output
     assert (cooled.run_dir / "FINISHED.json").is_file()
     assert (trunk.run_dir / "checkpoints" / "step_00000003").is_dir()
 
