@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fbitrain.model.binarize import sign, sign_ste, wide, with_slope
 from fbitrain.model.config import BinarizeConfig
-from fbitrain.model.packing import PackedLayer, pack_scaled_signs
+from fbitrain.model.packing import StoredLayer, pack_scaled_signs
 from fbitrain.model.recomputed import Recipe, RecomputedLinear
 
 RECU_TAU = 0.99  # quantile beyond which weights are clamped; the paper's schedule goes from 0.85 up to it
@@ -39,7 +39,7 @@ class BiBenchLinear(RecomputedLinear):
         self.method = method
 
     @staticmethod
-    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> PackedLayer:
+    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> StoredLayer:
         """See LatentLinear."""
         effective = BINARIZERS[binarize.method](trained["weight"])
         return pack_scaled_signs(effective, "tensor" if binarize.method == "bnn" else "row", dtype)

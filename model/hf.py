@@ -32,7 +32,7 @@ from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.method_table import TRAINED_NAMES
 from fbitrain.model.methods import FullLinear, oriented
 from fbitrain.model.packed_layers import LAYERS
-from fbitrain.model.packing import PackedLayer, pack_layer
+from fbitrain.model.packing import StoredLayer, pack_layer
 from fbitrain.model.remote_code import MODEL_TYPE, PREFIX
 
 REMOTE_CODE = Path(remote_code.__file__), Path(remote_layers.__file__)
@@ -51,7 +51,7 @@ class ReleasedModel:
     binarize: BinarizeConfig
     dtype: torch.dtype
     linears: Mapping[str, FullLinear]
-    layers: Mapping[str, PackedLayer]
+    layers: Mapping[str, StoredLayer]
     biases: Mapping[str, Tensor]
     rest: Mapping[str, Tensor]
 

@@ -19,7 +19,7 @@ from fbitrain.kernels import ops
 from fbitrain.kernels.layout import NARROW_COLUMNS, scale_shape
 from fbitrain.model.binarize import sign_ste, ste_gradient, wide, with_slope
 from fbitrain.model.config import SALIENT_DTYPES, BinarizeConfig, method_settings
-from fbitrain.model.packing import PackedLayer
+from fbitrain.model.packing import StoredLayer
 from fbitrain.model.recomputed import Recipe, RecomputedLinear
 from fbitrain.model.storage import salient_storage
 
@@ -97,7 +97,7 @@ class PartialBinaryLinear(RecomputedLinear):
         return cls(**salient, **method_settings(binarize), **latent)
 
     @staticmethod
-    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> PackedLayer:
+    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> StoredLayer:
         """See LatentLinear."""
         weight, bits = trained["weight"], binarize.bits
         n, k = weight.shape
@@ -121,7 +121,7 @@ class PartialBinaryLinear(RecomputedLinear):
         tensors |= {"salient_mask": trained["salient_bits"]} if places == "mask" else _csr(mask)
         options = {"salient_dtype": salient, "scale": binarize.scale, "bits": bits}
         options |= {"group_size": binarize.group_size} if binarize.scale == "group" else {}
-        return PackedLayer("partial", options, tensors, {"n_salient": n_salient, "places": places})
+        return StoredLayer("partial", options, tensors, {"n_salient": n_salient, "places": places})
 
     @torch.no_grad()
     def load_salient(self, codes: Tensor, scale: Tensor) -> None:

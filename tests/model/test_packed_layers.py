@@ -12,7 +12,7 @@ from fbitrain.model.latent import LatentLinear
 from fbitrain.model.method_table import METHODS
 from fbitrain.model.methods import FullLinear, make_layer
 from fbitrain.model.packed_layers import LAYERS, PackedPartialLinear
-from fbitrain.model.packing import PackedLayer, pack_layer
+from fbitrain.model.packing import StoredLayer, pack_layer
 from fbitrain.model.remote_code import BinaryModel
 from fbitrain.model.storage import storage_bits
 
@@ -48,11 +48,11 @@ def trained(case: BinarizeConfig, share: float = 0.3) -> LatentLinear:
     return layer
 
 
-def pack(case: BinarizeConfig, layer: LatentLinear, dtype: torch.dtype = torch.float16) -> PackedLayer:
+def pack(case: BinarizeConfig, layer: LatentLinear, dtype: torch.dtype = torch.float16) -> StoredLayer:
     return pack_layer(case, {name: t for name, t in layer.state_dict().items() if name != "bias"}, dtype)
 
 
-def build(packed: PackedLayer, bias: Tensor, ours: bool = True) -> remote_layers.PackedWeight:
+def build(packed: StoredLayer, bias: Tensor, ours: bool = True) -> remote_layers.PackedWeight:
     layer_class = (LAYERS if ours else BinaryModel.layers)[packed.kind]
     layer = layer_class(K, N, bias=True, **packed.options, **packed.own_options)
     layer.load_state_dict({**packed.tensors, "bias": bias})
