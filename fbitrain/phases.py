@@ -13,13 +13,12 @@ from torch import Tensor
 
 from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.latent import LatentLinear
-from fbitrain.model.method_table import SCALE_NAMES
 from fbitrain.model.phases import binary_share, has_phases, scales_begin
 
 if TYPE_CHECKING:
     from fbitrain.engine import Engine
 
-IDLE = tuple(f".{leaf}" for leaf in (*SCALE_NAMES, "router"))  # what full precision does not train
+IDLE = ("scales", "routers")  # kinds of parameters that full precision does not train
 
 
 def enter_step(engine: Engine, binarize: BinarizeConfig, done: int) -> None:
@@ -58,7 +57,7 @@ def start_scales(engine: Engine, done: int) -> None:
             values[f"{name.removesuffix('weight')}{leaf}"] = scales
     if values:
         # Until now scales and routers had no gradient. Their moments are zero, and AdamW's count begins with them.
-        idle = [name for name in engine.shards.shapes() if name.endswith(IDLE)]
+        idle = [name for name in engine.shards.shapes() if engine.shards.kind(name) in IDLE]
         engine.shards.begin_state_anew(idle, done)
         engine.shards.overwrite(values, done)
 

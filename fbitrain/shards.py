@@ -77,13 +77,13 @@ class Shards:
                     {name: placement.view(state[name], share) for name in (*ADAM_STATE, *MUON_STATE) if name in state},
                 )
 
-    def kind(self, parameter: nn.Parameter) -> str:
-        """The parameter's kind, one of config_optim.KINDS."""
-        return self._kinds[PREFIX + self.name(parameter)]
+    def kind(self, name: str) -> str:
+        """The kind of the parameter `name`, one of config_optim.KINDS."""
+        return self._kinds[PREFIX + name]
 
     def begin_state_anew(self, names: Iterable[str], step: int) -> None:
         """Notes that the optimizer has no state of these parameters before `step`: whole kinds, never parts of one."""
-        self.state_starts |= {self._kinds[PREFIX + name]: step for name in names}
+        self.state_starts |= {self.kind(name): step for name in names}
 
     def state_kinds(self) -> dict[str, tuple[str, ...]]:
         """Name of every parameter that is trained -> what the optimizer keeps of it; the same on every rank."""
@@ -119,7 +119,7 @@ class Shards:
             sums[0, kinds.index(group["kind"])] += update_squares(group, states[id(flat)], flat)
         for placement in self.placements():  # not whole buffers: DeepSpeed leaves their padding uninitialised
             if share := placement.share_of(dist.get_rank()):
-                kind = kinds.index(self.kind(placement.parameter))
+                kind = kinds.index(self.kind(self.name(placement.parameter)))
                 sums[1, kind] += placement.view(placement.flat, share).square().sum()
         if self.stage > 0:  # stage 0 has everything on every rank
             dist.all_reduce(sums)
