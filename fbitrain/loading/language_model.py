@@ -20,7 +20,7 @@ from fbitrain.loading.pretrained_shape import HUB_ID
 TEACHER = "teacher"
 SUPPORTED = "a causal language model of transformers whose logits are the product of its last hidden state and its head"
 # What transformers raises on files it cannot make sense of.
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
 
 
 def load_language_model(
@@ -38,7 +38,7 @@ def load_language_model(
         model, info = AutoModelForCausalLM.from_pretrained(
             where or path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise _not_loadable(path, error, role) from error
     _require_all_weights(path, info, role)
     return model
@@ -49,13 +49,19 @@ def load_gguf(path: Path, dtype: torch.dtype, *, role: str = TEACHER) -> PreTrai
     _gguf_vocab_size(path, role)  # a damaged header is told apart here
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
         _require_all_weights(path, info, role)
         del loaded.config.quantization_config
-        model = AutoModelForCausalLM.from_config(without_dropout(loaded.config), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            without_dropout(loaded.config), dtype=torch.float32, trust_remote_code=False
+        )
         model.load_state_dict(loaded.state_dict())
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise _not_loadable(path, error, role) from error
     for parameter in model.parameters():  # model.to(dtype) would round the rotary embedding's buffers too
         parameter.data = parameter.data.to(dtype)
@@ -92,7 +98,7 @@ def read_hf_config(path: str | Path, role: str = TEACHER) -> dict[str, Any]:
     """
     try:
         values, _ = PretrainedConfig.get_config_dict(locate(path, role) or path)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise _not_loadable(path, error, role) from error
     return dict(values)
 
