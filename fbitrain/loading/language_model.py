@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fbitrain.base.errors import UserError
 from fbitrain.data.tokenizing.gguf_tokenizer import read_metadata
-from fbitrain.loading.pretrained_shape import HUB_ID
+from fbitrain.loading.pretrained_shape import HUB_ID, POSITIONS
 
 TEACHER = "teacher"
 SUPPORTED = "a causal language model of transformers whose logits are the product of its last hidden state and its head"
@@ -91,6 +91,21 @@ def vocab_size_of(path: str | Path, role: str = TEACHER) -> int:
     return size
 
 
+def positions_of(path: str | Path, role: str = TEACHER) -> int | None:
+    """How long a sequence the model at `path` can read, as far as its files and its architecture's defaults say.
+
+    None for architectures without positions, such as Mamba. Raises UserError if there is no such model.
+    """
+    where = locate(path, role)
+    values = _gguf_sizes(where, role) if where is not None and where.is_file() else read_hf_config(path, role)
+    values = {**values, **(values.get("text_config") or {})}
+    if known := [values[name] for name in POSITIONS if isinstance(values.get(name), int) and values[name] > 0]:
+        return int(known[0])
+    model_type = values.get("model_type")
+    default = getattr(CONFIG_MAPPING[model_type](), POSITIONS[0], None) if model_type in CONFIG_MAPPING else None
+    return default if isinstance(default, int) and default > 0 else None
+
+
 def read_hf_config(path: str | Path, role: str = TEACHER) -> dict[str, Any]:
     """The bare values of the config.json in a folder or on the hub: no code that comes with a model is run for them.
 
@@ -159,12 +174,18 @@ def _require_all_weights(path: str | Path, info: dict[str, Any], role: str) -> N
 
 
 def _gguf_vocab_size(path: Path, role: str) -> int:
+    sizes = _gguf_sizes(path, role)
+    return int(sizes.get("vocab_size") or len(sizes.get("tokenizer.ggml.tokens", ())))
+
+
+def _gguf_sizes(path: Path, role: str) -> dict[str, Any]:
+    """What a GGUF file's header says, the architecture's own entries without its name in front."""
     try:
         metadata = read_metadata(str(path), "")
     except UserError:
         raise UserError(f"{role} {path} is damaged, or not a GGUF file; fetch it again") from None
-    size = metadata.get(f"{metadata.get('general.architecture')}.vocab_size")
-    return int(size) if size else len(metadata.get("tokenizer.ggml.tokens", ()))
+    prefix = f"{metadata.get('general.architecture')}."
+    return {key.removeprefix(prefix): value for key, value in metadata.items()}
 
 
 def _not_loadable(path: str | Path, error: Exception, role: str) -> UserError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from transformers import LlamaForCausalLM
 
 from fbitrain import teacher as teacher_module
 from fbitrain.base.errors import UserError
-from fbitrain.loading.language_model import vocab_size_of
+from fbitrain.build import check_vocabularies
+from fbitrain.config import load_config
+from fbitrain.loading.language_model import positions_of, vocab_size_of
 from fbitrain.teacher import load_teacher
 from tests.core.tiny_teacher import FF, D, V, load, tiny_llama, token_ids
 
@@ -175,3 +179,47 @@ def test_unsuitable_folders_are_one_sentence(folder: Path, tmp_path: Path) -> No
     (folder / "model.safetensors").write_bytes(b"not a safetensors file at all")
     with pytest.raises(UserError, match="cannot be loaded"):
         load(folder)
+
+
+def test_positions_are_read_from_any_architectures_config(tmp_path: Path) -> None:
+    from tests.core.tiny_teacher import write_gguf
+
+    for i, (values, positions) in enumerate(
+        (
+            ({"model_type": "llama", "max_position_embeddings": 96}, 96),
+            ({"model_type": "llama"}, 2048),  # the architecture's default
+            ({"model_type": "gpt2", "n_positions": 32}, 32),
+            ({"model_type": "gpt2"}, 1024),
+            ({"model_type": "gemma3", "text_config": {"max_position_embeddings": 40}}, 40),
+            ({"model_type": "mamba"}, None),
+            ({"model_type": "own", "max_position_embeddings": 7}, 7),
+        )
+    ):
+        assert positions_of(write_config(tmp_path / str(i), **values)) == positions, values
+    write_gguf(tmp_path / "model.gguf", tiny_llama(tied=True))
+    assert positions_of(tmp_path / "model.gguf") == 64
+
+
+@pytest.mark.parametrize("key", ["distill.teacher", "model.pretrained"])
+def test_sequences_beyond_a_models_positions_are_refused(tmp_path: Path, workspace: Any, key: str) -> None:
+    """Before anything is loaded; GPT-2 and OPT would end in an IndexError, a Llama be trained out of its range."""
+    text = workspace.config.read_text()
+    if key == "model.pretrained":
+        text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith(("model:", "distill:")))
+    (tmp_path / "run.yaml").write_text(text)
+    shutil.copytree(workspace.teacher, tmp_path / "model")
+    values = json.loads((tmp_path / "model" / "config.json").read_text())
+    for positions, said in ((16, "data.seq_len=24 is (more|longer) than"), (24, "")):
+        (tmp_path / "model" / "config.json").write_text(json.dumps({**values, "max_position_embeddings": positions}))
+        try:
+            check_vocabularies(load_config(tmp_path / "run.yaml", [f"{key}={tmp_path}/model"]))
+            message = ""
+        except UserError as error:
+            message = str(error)
+        assert re.search(said, message) if said else not message
+    values = {name: value for name, value in values.items() if name != "max_position_embeddings"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(values))
+    longer = ["data.seq_len=4096", "train.global_batch_tokens=4096", "eval.max_tokens=4096", "model.max_seq_len=8192"]
+    longer = longer if key == "distill.teacher" else longer[:-1]
+    with pytest.raises(UserError, match=r"data.seq_len=4096 is more than the 2048 positions of .*model"):
+        check_vocabularies(load_config(tmp_path / "run.yaml", [f"{key}={tmp_path}/model", *longer]))
