@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fbitrain.base.errors import UserError
-from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
+from fbitrain.data.tokenizer import Tokenizer, check_special, load_tokenizer
 from fbitrain.loading.gguf_export import export_gguf
 from fbitrain.loading.language_model import LOAD_ERRORS, first_line
 from fbitrain.model.compiled import PackedLlama, level_for, why_not_compiled
@@ -54,7 +54,17 @@ def open_model(
     with model_folder(path) as folder:
         tokenizer = load_tokenizer(path if path.is_file() else folder)
         lm, runs_on = _load(folder, DTYPES[dtype], device, activations, transformers_only)
+        _check_specials(lm, folder)
         yield Pretrained(lm, tokenizer, folder, runs_on)
+
+
+def _check_specials(lm: PreTrainedModel | PackedLlama, folder: Path) -> None:
+    """Raises UserError for a BOS or EOS token, as generation takes them, that the model has no embedding for."""
+    file = folder / "generation_config.json"
+    for kind in ("bos", "eos"):
+        ids = getattr(lm.generation_config, f"{kind}_token_id")
+        for token_id in ids if isinstance(ids, list) else [ids]:
+            check_special(token_id, kind, file if file.is_file() else folder / "config.json", lm.config.vocab_size)
 
 
 def _load(
