@@ -41,6 +41,7 @@ def load_language_model(
     except LOAD_ERRORS as error:
         raise _not_loadable(path, error, role) from error
     _require_all_weights(path, info, role)
+    _require_finite(path, model, role)
     return model
 
 
@@ -65,6 +66,7 @@ def load_gguf(path: Path, dtype: torch.dtype, *, role: str = TEACHER) -> PreTrai
         raise _not_loadable(path, error, role) from error
     for parameter in model.parameters():  # model.to(dtype) would round the rotary embedding's buffers too
         parameter.data = parameter.data.to(dtype)
+    _require_finite(path, model, role)
     return model
 
 
@@ -171,6 +173,15 @@ def first_line(error: Exception) -> str:
 def _require_all_weights(path: str | Path, info: dict[str, Any], role: str) -> None:
     if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
         raise UserError(f"{role} {path} lacks {len(missing)} of its tensors, among them {missing[0]}; get it anew")
+
+
+@torch.no_grad()
+def _require_finite(path: str | Path, model: PreTrainedModel, role: str) -> None:
+    for name, parameter in model.named_parameters():
+        # The extremes of a tensor with a NaN are NaN; unlike isfinite they take no memory of the tensor's size.
+        if parameter.numel() and not torch.stack(torch.aminmax(parameter)).isfinite().all():
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise UserError(f"{role} {path} has a weight in {name} that is not finite in {dtype}; get it anew")
 
 
 def _gguf_vocab_size(path: Path, role: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -19,8 +20,9 @@ from fbitrain import teacher as teacher_module
 from fbitrain.base.errors import UserError
 from fbitrain.build import check_vocabularies
 from fbitrain.config import load_config
-from fbitrain.loading.language_model import positions_of, vocab_size_of
+from fbitrain.loading.language_model import load_language_model, positions_of, vocab_size_of
 from fbitrain.teacher import load_teacher
+from fbitrain.train import suspects
 from tests.core.tiny_teacher import FF, D, V, load, tiny_llama, token_ids
 
 
@@ -223,3 +225,35 @@ def test_sequences_beyond_a_models_positions_are_refused(tmp_path: Path, workspa
     longer = longer if key == "distill.teacher" else longer[:-1]
     with pytest.raises(UserError, match=r"data.seq_len=4096 is more than the 2048 positions of .*model"):
         check_vocabularies(load_config(tmp_path / "run.yaml", [f"{key}={tmp_path}/model", *longer]))
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_weights_that_are_not_finite_are_refused_by_name(folder: Path, name: str, value: float) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights[name].view(-1)[-1] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"teacher .* has a weight in {name} that is not finite in float32; get it"):
+        load(folder)
+    with pytest.raises(UserError, match=rf"^model.pretrained .* {name} that is not finite"):
+        load_language_model(folder, torch.float32, role="model.pretrained")
+
+
+def test_what_overflows_in_the_runs_precision_is_refused(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][0, 0] = torch.finfo(torch.float32).max
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    load(folder)
+    with pytest.raises(UserError, match=r"lm_head.weight that is not finite in bfloat16"):
+        load_teacher(folder, dtype=torch.bfloat16, device="cpu")
+
+
+def test_at_the_first_step_the_learning_rate_is_no_suspect(workspace: Any) -> None:
+    config = load_config(workspace.config)
+    first = suspects(config, 1)
+    assert f"the teacher {workspace.teacher}" in first
+    assert "model.init_std" in first
+    assert "optim.lr" not in first
+    assert suspects(config, 2) == "lower optim.lr or check the data"
+    alone = load_config(workspace.config, ["distill.kd_weight=0", "distill.ce_weight=1"])
+    assert "teacher" not in suspects(alone, 1)
