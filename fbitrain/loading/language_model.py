@@ -5,6 +5,8 @@ Teachers and the models that fine-tuning starts from are loaded here alike. `rol
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from fbitrain.loading.pretrained_shape import HUB_ID, POSITIONS
 
 TEACHER = "teacher"
 SUPPORTED = "a causal language model of transformers whose logits are the product of its last hidden state and its head"
+SOFT_CAP = re.compile(r"logits?_soft_?cap")
+LARGE_LOGITS = 1e4  # far beyond any cap, and finite in float16
 # What transformers raises on files it cannot make sense of.
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
 
@@ -111,18 +115,22 @@ def positions_of(path: str | Path, role: str = TEACHER) -> int | None:
 def read_hf_config(path: str | Path, role: str = TEACHER) -> dict[str, Any]:
     """The bare values of the config.json in a folder or on the hub: no code that comes with a model is run for them.
 
-    Raises UserError if there is no such model.
+    Raises UserError if there is no such model, or if it caps its logits.
     """
     try:
         values, _ = PretrainedConfig.get_config_dict(locate(path, role) or path)
     except LOAD_ERRORS as error:
         raise _not_loadable(path, error, role) from error
+    if name := soft_cap(values):
+        raise UserError(f"{role} {path} caps its logits ({name} in its config.json); it must be {SUPPORTED}")
     return dict(values)
 
 
 @torch.no_grad()
 def checked_head(model: PreTrainedModel, path: str | Path, role: str = TEACHER) -> Tensor:
     """The head's weight [V, D], after trying on two tokens that logits are nothing but hidden state · headᵀ.
+
+    A cap on logits is looked for in the configuration too, and by making the two tokens' logits large.
 
     Raises UserError for a model without a head, with a bias in it, or with other logits.
     """
@@ -132,13 +140,55 @@ def checked_head(model: PreTrainedModel, path: str | Path, role: str = TEACHER) 
     if getattr(head, "bias", None) is not None:  # whatever its values: it would be neither trained nor released
         raise UserError(f"{role} {path} is a {kind}, whose output head has a bias; it must be {SUPPORTED}")
     head_VD: Tensor = head.weight.detach()
-    token_ids = trial_tokens(head_VD.device)
-    logits = model(input_ids=token_ids, use_cache=False).logits.float()
-    product = (model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state @ head_VD.t()).float()
-    # A bias, a scale or soft-capping changes logits by far more than bf16 rounding does.
-    if product.shape != logits.shape or (product - logits).abs().max() > 1e-2 * logits.abs().max():
-        raise UserError(f"{role} {path} is a {kind}, which scales, caps or shifts its logits; it must be {SUPPORTED}")
+    _require_plain_logits(model, path, role)
     return head_VD
+
+
+def _require_plain_logits(model: PreTrainedModel, path: str | Path, role: str) -> None:
+    head = model.get_output_embeddings()
+    token_ids = trial_tokens(head.weight.device)
+    hidden = model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
+    product = (hidden @ head.weight.t()).float()
+    plain = not soft_cap(model.config.to_dict())
+    for factor in (1.0, LARGE_LOGITS / max(float(product.abs().max()), 1e-6)):
+        logits, multiplied = _logits_times(model, token_ids, factor)
+        wanted = product * factor if multiplied else product
+        # A bias, a scale or soft-capping changes logits by far more than bf16 rounding does.
+        fits = wanted.shape == logits.shape and (wanted - logits).abs().max() <= 1e-2 * wanted.abs().max()
+        plain = plain and bool(fits)
+    if not plain:
+        raise UserError(
+            f"{role} {path} is a {type(model).__name__}, which scales, caps or shifts its logits; "
+            f"it must be {SUPPORTED}"
+        )
+
+
+def _logits_times(model: PreTrainedModel, token_ids: Tensor, factor: float) -> tuple[Tensor, bool]:
+    """The model's logits in fp32 where its head gives `factor` times as much, and whether its head was called at all:
+    some architectures multiply with the head's weight themselves."""
+    called = False
+
+    def multiply(module: object, inputs: object, output: Tensor) -> Tensor:
+        nonlocal called
+        called = True
+        return output * factor
+
+    hook = model.get_output_embeddings().register_forward_hook(multiply)
+    try:
+        return model(input_ids=token_ids, use_cache=False).logits.float(), called
+    finally:
+        hook.remove()
+
+
+def soft_cap(values: Mapping[str, Any]) -> str:
+    """The setting of a config.json that caps a model's logits, as Gemma 2's final_logit_softcapping; "" if none does.
+
+    A cap inside of attention is none of the head's.
+    """
+    for name, value in {**values, **(values.get("text_config") or {})}.items():
+        if SOFT_CAP.search(name) and not name.startswith("att") and value:
+            return str(name)
+    return ""
 
 
 def trial_tokens(device: torch.device) -> Tensor:

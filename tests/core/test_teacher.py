@@ -20,6 +20,7 @@ from fbitrain import teacher as teacher_module
 from fbitrain.base.errors import UserError
 from fbitrain.build import check_vocabularies
 from fbitrain.config import load_config
+from fbitrain.loading import language_model
 from fbitrain.loading.language_model import load_language_model, positions_of, vocab_size_of
 from fbitrain.teacher import load_teacher
 from fbitrain.train import suspects
@@ -124,6 +125,25 @@ def test_models_whose_logits_are_more_than_a_product_are_refused(tmp_path: Path)
         model.save_pretrained(tmp_path / name)
         with pytest.raises(UserError, match=f"{said}; it must be a causal language model"):
             load(tmp_path / name)
+
+
+def test_a_cap_that_two_tokens_do_not_reach_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"vocab_size": V, "hidden_size": D, "intermediate_size": FF, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    for name, cap in (("capped", 1e3), ("plain", None)):  # attention is capped in both
+        Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, final_logit_softcapping=cap)).save_pretrained(tmp_path / name)
+    load(tmp_path / "plain")
+    assert vocab_size_of(tmp_path / "plain") == V
+    with pytest.raises(UserError, match=r"caps its logits \(final_logit_softcapping in its config.json\)"):
+        vocab_size_of(tmp_path / "capped")
+    with pytest.raises(UserError, match="which scales, caps or shifts its logits"):
+        load(tmp_path / "capped")
+    monkeypatch.setattr(language_model, "soft_cap", lambda _: "")  # a cap under a name that nobody knows
+    with pytest.raises(UserError, match="which scales, caps or shifts its logits"):
+        load(tmp_path / "capped")
 
 
 def write_config(folder: Path, **values: object) -> Path:
@@ -243,7 +263,7 @@ def test_what_overflows_in_the_runs_precision_is_refused(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"][0, 0] = torch.finfo(torch.float32).max
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    load(folder)
+    load_language_model(folder, torch.float32)
     with pytest.raises(UserError, match=r"lm_head.weight that is not finite in bfloat16"):
         load_teacher(folder, dtype=torch.bfloat16, device="cpu")
 
