@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from fbitrain.debug_logs import BatchLog, DocumentLog
 from fbitrain.engine import Engine, shard_teacher
 from fbitrain.fine_tune import fine_tuned_student
 from fbitrain.inference.evaluate import heldout_windows
-from fbitrain.loading.language_model import vocab_size_of
+from fbitrain.loading.language_model import positions_of, vocab_size_of
+from fbitrain.loading.pretrained_shape import run_config
 from fbitrain.loading.tokenizer_folder import keep_tokenizer
 from fbitrain.metrics import IntervalMeans
 from fbitrain.metrics_writer import MetricsWriter
@@ -184,9 +186,9 @@ def record_start(config: Config, world_size: int, state: TrainerState, tokenizer
 
 
 def check_vocabularies(config: Config) -> Tokenizer:
-    """The tokenizer; student, teacher and tokenizer must count the same tokens."""
+    """The tokenizer; student, teacher and tokenizer must count the same tokens, and have a position for each."""
     tokenizer = load_tokenizer(config.data.tokenizer)
-    problems = []
+    problems = list(_too_long(config))
     if config.distill.uses_teacher:
         teacher_vocab = vocab_size_of(config.distill.teacher)
         if teacher_vocab != config.model.vocab_size:
@@ -203,6 +205,23 @@ def check_vocabularies(config: Config) -> Tokenizer:
     if problems:
         raise UserError("config error: " + "; ".join(problems))
     return tokenizer
+
+
+def _too_long(config: Config) -> Iterator[str]:
+    """One sentence for each model that is loaded and has fewer positions than a sequence has tokens."""
+    lengths = {"data.seq_len": config.data.seq_len}
+    if config.distill.uses_teacher:
+        yield from _beyond(lengths, f"the teacher {config.distill.teacher}", positions_of(config.distill.teacher))
+    pretrained = config.model.pretrained
+    if pretrained and run_config(Path(pretrained).expanduser()) is None:
+        lengths["calibration.seq_len"] = config.calibration.seq_len
+        yield from _beyond(lengths, f"model.pretrained={pretrained}", positions_of(pretrained, "model.pretrained"))
+
+
+def _beyond(lengths: Mapping[str, int], model: str, positions: int | None) -> Iterator[str]:
+    for key, length in lengths.items():
+        if positions is not None and length > positions:
+            yield f"{key}={length} is more than the {positions} positions of {model}; set {key}={positions} or less"
 
 
 def open_stream(

@@ -160,7 +160,10 @@ def _binarize(lm: PreTrainedModel, config: Config, masks: Mapping[str, Tensor] |
 def _bare_model(folder: Path) -> PreTrainedModel:
     """A model of a checkpoint's architecture, with any weights."""
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        lm_config_of(folder, load_config(folder / "config.yaml")), dtype=torch.float32, attn_implementation="sdpa"
+        lm_config_of(folder, load_config(folder / "config.yaml")),
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        trust_remote_code=False,
     )
     return model
 

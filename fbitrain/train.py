@@ -141,7 +141,7 @@ def agree_to_go_on(parts: Parts, state: TrainerState, stop: StopSignal, finite: 
             UserError(
                 f"the loss of step {state.step + 1} is not finite; stopped before the update. "
                 + (f"The last good checkpoint is {latest}; " if latest else "No checkpoint was written yet; ")
-                + "lower optim.lr or check the data, then start again"
+                + f"{suspects(parts.config, state.step + 1)}, then start again"
             )
         )
 
@@ -151,10 +151,19 @@ def require_finite_gradients(parts: Parts, state: TrainerState) -> None:
     if not parts.interval.gradients_finite():
         raise on_all_ranks(
             UserError(
-                f"a gradient norm up to step {state.step} is not finite; nothing was saved, older checkpoints stay. "
-                "Lower optim.lr or check the data, then start again"
+                f"a gradient norm up to step {state.step} is not finite; nothing was saved, older checkpoints stay; "
+                f"{suspects(parts.config, state.step)}, then start again"
             )
         )
+
+
+def suspects(config: Config, step: int) -> str:
+    """What to do about a number that is not finite at 1-based `step`; at the first one no learning rate is to blame."""
+    if step > 1:
+        return "lower optim.lr or check the data"
+    start = f"model.pretrained={config.model.pretrained}" if config.model.pretrained else "model.init_std"
+    teacher = f"the teacher {config.distill.teacher}, " if config.distill.uses_teacher else ""
+    return f"nothing was trained before it: check {teacher}what the student starts from ({start}) and the data"
 
 
 # -- what happens between steps ---------------------------------------------------------------------------------------

@@ -72,7 +72,9 @@ def build_student(model: ModelConfig, binarize: BinarizeConfig, seed: int) -> tu
         torch.manual_seed(seed)
         # from_config, not the class itself: it keeps the initial weights right where ZeRO-3 partitions while building.
         config = llama_config(model)
-        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        lm = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+        )
         report = binarize_(lm, binarize, init_std=model.init_std)
     _set_rotary_frequencies(lm, model)
     return lm, report

@@ -155,7 +155,7 @@ def packed_config(
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The causal language model of `config` on the meta device: its modules without values."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model
 
 

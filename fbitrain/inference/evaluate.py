@@ -204,7 +204,14 @@ def run_tasks(
         raise UserError(
             f"lm-eval has no task {', '.join(unknown)}; `lm-eval ls tasks` lists them, --include-path adds some"
         )
-    lm = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=batch_size)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"the tokenizer in {folder} is none that transformers reads by itself, which lm-eval needs; "
+            "give the model's folder a tokenizer.json without code of its own"
+        ) from error
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
         results = simple_evaluate(lm, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=True)
     except OSError as error:  # which a missing file and a hub out of reach both are

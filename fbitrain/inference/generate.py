@@ -46,6 +46,11 @@ def stream_text(
     prompt_ids = ([bos] if bos is not None else []) + tokenizer.encode(prompt)
     if not prompt_ids:
         raise UserError("the prompt is empty and the model has no BOS token to start from; give some text")
+    if max(prompt_ids) >= model.config.vocab_size:
+        raise UserError(
+            f"the prompt holds token {max(prompt_ids)}, but the model's vocabulary has {model.config.vocab_size}: "
+            "the tokenizer is not the model's"
+        )
     ids = list(prompt_ids)
     shown = len(tokenizer.decode(ids))
     for token in stream_tokens(model, prompt_ids, sampling):

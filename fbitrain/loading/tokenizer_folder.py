@@ -83,7 +83,7 @@ def _copy(tokenizer: Tokenizer, folder: Path) -> list[Path]:
 
 
 def _reads_alike(folder: Path, trained: Tokenizer) -> bool:
-    readers = AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    readers = AutoTokenizer.from_pretrained(folder, trust_remote_code=False), load_tokenizer(folder)
     for text in PROBES:
         ids = trained.encode(text)
         if readers[0].encode(text, add_special_tokens=False) != ids or readers[1].encode(text) != ids:

@@ -234,6 +234,30 @@ def test_a_folder_without_a_model_is_one_sentence(
     assert words.get(where, str(folder)) in error
 
 
+@pytest.mark.parametrize(("kind", "value"), [("bos", 128000), ("eos", [1, 128000])])
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_a_special_the_model_has_no_embedding_for_is_one_sentence(
+    workspace: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, kind: str, value: Any
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(workspace.teacher, folder)
+    if name == "config.json":
+        (folder / "generation_config.json").unlink()
+    values = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**values, f"{kind}_token_id": value}))
+    assert run(command.main, command.parser(), [str(folder), "--prompt", "the"]) == 1
+    error = capsys.readouterr().err
+    assert f"{folder / name} names 128000 as the {kind.upper()} token" in error
+    assert error.endswith("\n")
+    assert "Traceback" not in error
+
+
+def test_a_prompt_of_another_vocabulary_is_one_sentence(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    model.config.vocab_size = 20
+    with pytest.raises(UserError, match="but the model's vocabulary has 20: the tokenizer is not the model's"):
+        list(stream_text(model, tokenizer, "the weight", Sampling()))
+
+
 def test_ctrl_c_is_no_error_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(_: object) -> int:
         raise KeyboardInterrupt
