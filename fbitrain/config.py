@@ -221,7 +221,9 @@ def _resolved(config: Config) -> Config:
     if tokenizer == "teacher" and teacher:
         tokenizer = teacher
     return with_home(
-        replace(config, distill=replace(config.distill, teacher=teacher), data=replace(config.data, tokenizer=tokenizer))
+        replace(
+            config, distill=replace(config.distill, teacher=teacher), data=replace(config.data, tokenizer=tokenizer)
+        )
     )
 
 

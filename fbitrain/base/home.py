@@ -15,11 +15,10 @@ T = TypeVar("T")
 
 def with_home(settings: T) -> T:
     """`settings`, a tree of dataclasses, with `~` and `~user` expanded in each field marked with PATH."""
-    assert is_dataclass(settings) and not isinstance(settings, type)
-    values = {
-        field.name: _expanded(getattr(settings, field.name), "path" in field.metadata) for field in fields(settings)
-    }
-    return replace(settings, **values)
+    tree: Any = settings
+    values = {field.name: _expanded(getattr(tree, field.name), "path" in field.metadata) for field in fields(tree)}
+    expanded: T = replace(tree, **values)
+    return expanded
 
 
 def _expanded(value: Any, is_path: bool) -> Any:
