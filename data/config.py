@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from fbitrain.base.home import PATH
+
 KINDS = ("text", "token_ids")
 
 
@@ -16,10 +18,12 @@ class SourceConfig:
     name: str = ""
     paths: list[str] = field(default_factory=list)  # files, folders, globs or URLs (https, s3, hf) of .jsonl, .parquet
     weight: float = 1.0  # share of the token stream, relative to the other sources' weights
-    url_lists: list[str] = field(default_factory=list)  # files or URLs with one shard's URL per line, e.g. urls.txt
+    # Files or URLs with one shard's URL per line, e.g. urls.txt.
+    url_lists: list[str] = field(default_factory=list, metadata=PATH)
     include: list[str] = field(default_factory=list)  # of the listed URLs only these, e.g. "*/arxiv/*"; empty: all
     skip: list[str] = field(default_factory=list)  # shards to leave out, by name or pattern, e.g. "train_07?.jsonl"
-    checksums: list[str] = field(default_factory=list)  # files or URLs in sha256sum's format, checked after a download
+    # Files or URLs in sha256sum's format, checked after a download.
+    checksums: list[str] = field(default_factory=list, metadata=PATH)
     kind: str = "text"  # or "token_ids": records are ready-made sequences of ids, as Amber's
     text_key: str = "text"  # the record's field (parquet: column) that holds the document
     ids_key: str = "token_ids"  # the record's field that holds the ids
@@ -39,19 +43,21 @@ class DataConfig:
 
     sources: list[SourceConfig] = field(default_factory=list)
     phases: list[PhaseConfig] = field(default_factory=list)  # a curriculum; empty: the sources' weights throughout
-    pretokenized: str = ""  # folder of `fbitrain data pretokenize`: its tokens instead of the sources' text
+    # Folder of `fbitrain data pretokenize`: its tokens instead of the sources' text.
+    pretokenized: str = field(default="", metadata=PATH)
     heldout: list[str] = field(default_factory=list)  # shards never trained on; perplexity is measured here
     heldout_fraction: float = 0.0  # of documents, by a hash of their text, that the stream leaves out (data.holdout)
-    duplicates: str = ""  # file of `fbitrain data duplicates`: the documents it lists are left out
-    tokenizer: str = (
-        "teacher"  # "teacher", a folder with tokenizer.json, a tokenizer.json, a SentencePiece .model, or a .gguf
-    )
+    # File of `fbitrain data duplicates`: the documents it lists are left out.
+    duplicates: str = field(default="", metadata=PATH)
+    # "teacher", a folder with tokenizer.json, a tokenizer.json, a SentencePiece .model, or a .gguf.
+    tokenizer: str = field(default="teacher", metadata=PATH)
     seq_len: int = 2048  # tokens the model sees per sequence; a packed sequence holds seq_len + 1
     seed: int = 0  # orders shards and documents; the same seed gives the same stream
     shuffle_block: int = 1000  # documents shuffled among each other (2 MiB of them at most); 1: as they lie
     n_lanes: int = 16  # independent sub-streams dealt over ranks; world_size may change between 1 and this
     n_workers: int = 1  # tokenizer processes per rank; 0 tokenizes in the training process
-    cache_dir: str = ".cache/shards"  # where remote shards are kept; may be shared by all processes of a node
+    # Where remote shards are kept; may be shared by all processes of a node.
+    cache_dir: str = field(default=".cache/shards", metadata=PATH)
     cache_gb: float = 100.0  # the most that the cache may hold; the shards least recently used make room
     add_bos: bool = True  # BOS before each document
     add_eos: bool = True  # EOS after each document

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fbitrain.base.errors import UserError
+from fbitrain.base.home import with_home
 from fbitrain.base.settings import ConfigError, read_values, typed
 from fbitrain.data.config import DataConfig, data_problems
 
@@ -40,9 +42,10 @@ def read_data_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[D
     problems += [problem for problem in data_problems(config.data) if not any(name in problem for name in unread)]
     if problems:
         raise ConfigError(str(path), problems)
-    if config.data.tokenizer != "teacher":
-        return config.data, config.data.tokenizer
-    return config.data, next(filter(None, (_text(values, *item) for item in OTHER_FIELDS.items())), "")
+    data = with_home(config.data)
+    if data.tokenizer != "teacher":
+        return data, data.tokenizer
+    return data, os.path.expanduser(next(filter(None, (_text(values, *item) for item in OTHER_FIELDS.items())), ""))
 
 
 def require_tokenizer(path: str | Path, overrides: Sequence[str]) -> tuple[DataConfig, str]:

@@ -42,8 +42,13 @@ PROBE = (
     "\U0001f469\u200d\U0001f52c \u00e9 e\u0301 \u0645\u0631 <s></s><|im_end|><|endoftext|>"
 )
 
+PANIC = "PanicException"  # pyo3's, whose module cannot be imported
 LONG_CHARS = 2 * PIECE_CHARS  # longer texts are encoded in pieces, where the kind of tokenizer is known well enough
 PROBE_PIECE_CHARS = 64
+
+
+class UnencodableText(UserError):
+    """The library gives up on a text, as a regular expression does that backtracks too often: it is a bad record."""
 
 
 class Tokenizer(ABC):
@@ -51,6 +56,7 @@ class Tokenizer(ABC):
 
     Ids are those of the library the tokenizer is made for. Half a surrogate pair, which no such library takes, is
     encoded as U+FFFD. (A token that its maker flagged as ordinary added text, not as special, is still matched as one.)
+    Raises UnencodableText for a text that the library cannot encode.
 
     Attributes: path; vocab_size (largest id + 1); bos_id and eos_id (None where the files name none); fingerprint (a
     hash of vocabulary, BOS, EOS and the ids of a probe text: equal for one tokenizer kept in different file formats).
@@ -131,7 +137,12 @@ class HFTokenizer(Tokenizer):
 
     def _encode_whole(self, text: str) -> list[int]:
         # Only the batch form can leave out the character offsets, which nobody reads here.
-        encoded: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        try:
+            encoded: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except BaseException as error:  # a panic in Rust is no Exception
+            if type(error).__name__ != PANIC:
+                raise
+            raise _unencodable(self.path, text, error) from None
         return encoded
 
     def _find_seams(self) -> Seams | None:
@@ -164,7 +175,10 @@ class SentencePieceTokenizer(Tokenizer):
         self._identify({self.model.id_to_piece(i): i for i in range(self.model.get_piece_size())})
 
     def _encode_whole(self, text: str) -> list[int]:
-        ids: list[int] = self.model.encode(text)
+        try:
+            ids: list[int] = self.model.encode(text)
+        except RuntimeError as error:
+            raise _unencodable(self.path, text, error) from None
         return ids
 
     def _find_seams(self) -> Seams | None:
@@ -173,6 +187,13 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self.model.decode(list(ids))
         return text
+
+
+def _unencodable(path: str, text: str, error: BaseException) -> UnencodableText:
+    reason = " ".join(str(error).split())
+    return UnencodableText(
+        f"the tokenizer {path} gives up on a text of {len(text):,} characters ({reason}); leave it out"
+    )
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -208,9 +229,9 @@ def _load_json(local: Path, file: Path) -> HFTokenizer:
         backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"tokenizer {file} cannot be read ({error})") from None
-    except Exception as error:
+    except BaseException as error:
         # The library raises bare Exception, so its class tells nothing; anything that is more than that is ours.
-        if type(error) is not Exception:
+        if type(error) is not Exception and type(error).__name__ != PANIC:
             raise
         raise UserError(f"tokenizer {file} is not a tokenizer.json ({error}); fetch it again") from None
     return HFTokenizer(str(local), backend, *_specials(file.parent, backend))

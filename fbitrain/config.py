@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from fbitrain.base.errors import UserError
+from fbitrain.base.home import PATH, with_home
 from fbitrain.base.settings import ConfigError as ConfigError
 from fbitrain.base.settings import read_values, typed
 from fbitrain.config_checks import semantic_problems
@@ -29,7 +30,7 @@ class RunConfig:
     """Where a run lives: the folder `dir/name`."""
 
     name: str = "default"
-    dir: str = "runs"
+    dir: str = field(default="runs", metadata=PATH)
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class DistillConfig:
 
     # A Hugging Face folder or hub id, or a .gguf file; needed unless kd_weight and hidden_weight are 0. Where it is
     # empty, fine-tuning distils the pretrained model itself.
-    teacher: str = ""
+    teacher: str = field(default="", metadata=PATH)
     kd_weight: float = 1.0
     ce_weight: float = 0.0
     hidden_weight: float = 0.0  # needs a teacher of the student's depth and width; BinaryMoS has 10
@@ -89,9 +90,8 @@ class TrainConfig:
     micro_batch_size: int = 8  # sequences per rank per forward
     global_batch_tokens: int = 2**19  # tokens per step over all ranks; grad_accum_steps is derived from it
     batch_changes: list[BatchChange] = field(default_factory=list)  # a batch that grows, in the order of their steps
-    resume: str = (
-        "auto"  # auto: from the run's newest complete checkpoint if there is one; never; or a checkpoint folder
-    )
+    # auto: from the run's newest complete checkpoint if there is one; never; or a checkpoint folder.
+    resume: str = field(default="auto", metadata=PATH)
     seed: int = 0  # initial weights and sampling
     activation_checkpointing: bool = False  # recompute each block in backward instead of keeping its activations
     compile: bool = False  # torch.compile the student
@@ -196,7 +196,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
 
 
 def _resolved(config: Config) -> Config:
-    """`config` with what it leaves to others filled in: the teacher, and in place of "teacher" the tokenizer's place.
+    """`config` with what it leaves to others filled in: the teacher, in place of "teacher" the tokenizer's place, and
+    in its paths `~`.
 
     Fine-tuning distils the model that it starts from and has its tokenizer, unless others are named.
     """
@@ -206,8 +207,10 @@ def _resolved(config: Config) -> Config:
         tokenizer = own_tokenizer if tokenizer == "teacher" else tokenizer
     if tokenizer == "teacher" and teacher:
         tokenizer = teacher
-    return replace(
-        config, distill=replace(config.distill, teacher=teacher), data=replace(config.data, tokenizer=tokenizer)
+    return with_home(
+        replace(
+            config, distill=replace(config.distill, teacher=teacher), data=replace(config.data, tokenizer=tokenizer)
+        )
     )
 
 

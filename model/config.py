@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fbitrain.base.home import PATH
 from fbitrain.model.method_table import METHODS, UNKNOWN, Method
 
 SCALES = ("column", "row", "tensor", "group")
@@ -24,7 +25,7 @@ class ModelConfig:
     preset: str = ""  # one of PRESETS; explicit fields win over it
     # Fine-tuning starts from this model, and the sizes below are its own: a Hugging Face folder or hub id, a .gguf
     # file, or a run or checkpoint of ours. Empty: a Llama of the sizes below is trained from scratch.
-    pretrained: str = ""
+    pretrained: str = field(default="", metadata=PATH)
     vocab_size: int = 32000  # must equal the teacher's and the tokenizer's
     n_layers: int = 12
     n_heads: int = 12

@@ -30,7 +30,7 @@ from fbitrain.data.reading.documents import BadRecord, Document, Entry
 from fbitrain.data.reading.records import RecordFormat, decode, read_entries
 from fbitrain.data.sources.cache import ShardCache
 from fbitrain.data.sources.shards import Shard
-from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
+from fbitrain.data.tokenizer import Tokenizer, UnencodableText, load_tokenizer
 from fbitrain.data.tools.progress import Slot
 
 NO_IDS: Ids = np.empty(0, np.uint16)
@@ -74,13 +74,10 @@ def tokenize_part(job: Job) -> None:
             if isinstance(entry, BadRecord):
                 writer.lost = entry.line, entry.reason
                 break
-            item = _decoded(entry, job)
+            item, ids = _decoded(entry, job)
             if isinstance(item, BadRecord):
                 writer.bad[str(item.line)] = item.reason
                 _require_few(writer.bad, item, job.max_bad_records)
-                ids: Ids = NO_IDS
-            else:
-                ids = _ids(item, job)
             writer.add(_row(entry, item, len(ids)), ids)
             job.progress.add(entry.size)
         _require_unchanged(opened.path, job.shard)
@@ -141,18 +138,22 @@ def _row(entry: Entry, item: Document | BadRecord, n_tokens: int) -> tuple[int, 
     return (*place, item.n_bytes, item.content_hash, item.n_replaced, BORDERED if item.bordered else 0)
 
 
-def _decoded(entry: Entry, job: Job) -> Document | BadRecord:
-    """What is in `entry`. Ready-made ids that no token of this vocabulary has are a bad record, as in the stream."""
+def _decoded(entry: Entry, job: Job) -> tuple[Document | BadRecord, Ids]:
+    """What is in `entry`, and its token ids.
+
+    Ready-made ids that no token of this vocabulary has, and a text on which the tokenizer gives up, are a bad record,
+    as in the stream.
+    """
     item = decode(entry, job.format, job.shard.path)
-    if isinstance(item, Document) and (flaw := item.flaw(_tokenizer(job.tokenizer_path).vocab_size)):
-        return BadRecord(job.shard.path, entry.at.line, flaw)
-    return item
-
-
-def _ids(document: Document, job: Job) -> Ids:
-    if document.token_ids is not None:
-        return document.token_ids
-    return _tokenizer(job.tokenizer_path).encode_array(document.text)
+    if isinstance(item, BadRecord):
+        return item, NO_IDS
+    tokenizer = _tokenizer(job.tokenizer_path)
+    if not (flaw := item.flaw(tokenizer.vocab_size)):
+        try:
+            return item, tokenizer.encode_array(item.text) if item.token_ids is None else item.token_ids
+        except UnencodableText as error:
+            flaw = str(error)
+    return BadRecord(job.shard.path, entry.at.line, flaw), NO_IDS
 
 
 # A process does many jobs, all with the same two.

@@ -106,12 +106,21 @@ def _find_local(pattern: str, suffixes: tuple[str, ...]) -> Sizes:
     if os.path.isdir(path):
         return dict(_below(path, suffixes))
     found: Sizes = {}
-    for match in _matches(path):
+    for match in _matches(_absolute_pattern(pattern)):
         if os.path.isdir(match):
             found.update(_below(match, suffixes))
         elif match.endswith(suffixes):
             found[match] = os.path.getsize(match)
     return found
+
+
+def _absolute_pattern(pattern: str) -> str:
+    """The pattern from the root on: of the home and working folders that go before it, no character is a wildcard."""
+    expanded = os.path.expanduser(pattern)
+    if expanded != pattern:
+        first, slash, rest = pattern.partition("/")
+        expanded = glob.escape(os.path.expanduser(first)) + slash + rest
+    return os.path.normpath(os.path.join(glob.escape(os.getcwd()), expanded))
 
 
 def _matches(pattern: str) -> Iterator[str]:

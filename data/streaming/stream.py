@@ -17,7 +17,7 @@ from fbitrain.base.errors import UserError
 from fbitrain.data.reading.documents import BadRecord, Document
 from fbitrain.data.streaming.plan import LanePlan
 from fbitrain.data.streaming.source_reader import SharedFiles, SourceReader, SourceState
-from fbitrain.data.tokenizer import Tokenizer
+from fbitrain.data.tokenizer import Tokenizer, UnencodableText
 
 NO_TOKENS = np.empty(0, dtype=np.int32)
 
@@ -131,10 +131,14 @@ class Lane:
                 self._notes.append(f"lane {self.plan.lane}: source {reader.plan.name!r} has no document for it")
                 self._mixture = self._mixed()
                 continue
-            if flaw := document.flaw(self.tokenizer.vocab_size):
+            tokens, flaw = NO_TOKENS, document.flaw(self.tokenizer.vocab_size)
+            try:
+                tokens = tokens if flaw else self._wrapped(document)
+            except UnencodableText as error:
+                flaw = str(error)
+            if flaw:
                 self.report(reader.bad_record(flaw), reader.state.epoch == 0)
                 continue
-            tokens = self._wrapped(document)
             reader.count(document, len(tokens))
             if len(tokens):
                 self._tokens, self._start, self._carrier = tokens, 0, reader.plan.name

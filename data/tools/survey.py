@@ -23,7 +23,7 @@ from fbitrain.data.reading.records import RecordFormat
 from fbitrain.data.sources.cache import ShardCache
 from fbitrain.data.sources.shards import Shard
 from fbitrain.data.streaming.plan import record_format
-from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
+from fbitrain.data.tokenizer import Tokenizer, UnencodableText, load_tokenizer
 from fbitrain.data.tools.corpus import open_cache, read_documents, text_shards
 from fbitrain.data.tools.excerpt import decoded, excerpt
 from fbitrain.data.tools.parallel import in_processes
@@ -207,9 +207,14 @@ def read_shard(job: ReadJob) -> ReadShard:
                 counts.foreign += bool((document.token_ids >= tokenizer.vocab_size).any())
         counts.size = _size(opened.path)
     for document in sample.documents():
+        try:
+            n_tokens = len(tokenizer.encode_array(document.text))
+        except UnencodableText:
+            counts.bad_records += 1
+            continue
         counts.sampled_documents += 1
         counts.sampled_bytes += document.n_bytes
-        counts.sampled_tokens += len(tokenizer.encode_array(document.text))
+        counts.sampled_tokens += n_tokens
     job.progress.finish()
     return ReadShard(counts, np.array(lengths, np.int64), first)
 

@@ -418,3 +418,38 @@ def test_unknown_keys_do_not_hide_impossible_values(minimal: Path) -> None:
     assert "optim.min_lr=7" in said
     assert "train.total_steps='abc' is not of type int" in said
     assert "optim.warmup_steps" not in said, "what follows from the default of an unread field is no news"
+
+
+HOME_PATHS = [
+    "run.dir",
+    "model.pretrained",
+    "distill.teacher",
+    "data.tokenizer",
+    "data.pretokenized",
+    "data.duplicates",
+    "data.cache_dir",
+    "data.sources.0.url_lists.0",
+    "data.sources.0.checksums.0",
+    "train.resume",
+]
+
+
+@pytest.mark.parametrize("key", HOME_PATHS)
+def test_a_tilde_is_the_home_folder_in_every_path(
+    minimal: Path, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.json").write_text("{}")  # a model, where model.pretrained is meant
+    more = ["data.sources.0.url_lists=[u]", "data.sources.0.checksums=[s]"]
+    config = load_config(minimal, [*more, f"{key}=~/x"])
+    found: object = config
+    for name in key.split("."):
+        found = found[int(name)] if isinstance(found, list) else getattr(found, name)
+    assert found == str(tmp_path / "x")
+    assert config.eval.prompts == ["def main("]
+
+
+def test_a_tilde_that_is_no_path_stays(minimal: Path) -> None:
+    config = load_config(minimal, ["eval.prompts=['~/x']", "data.sources.0.include=['~*']", "run.name='~'"])
+    assert (config.eval.prompts, config.data.sources[0].include, config.run.name) == (["~/x"], ["~*"], "~")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from fbitrain.data.config import DataConfig
 from tests.data.corpora import corpus
 
+UNENCODABLE = "z" * 30 + "!b"
 WriteShard = Callable[[Path, Sequence[str]], Path]
 
 
@@ -29,6 +31,18 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "</s>"}}')
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def panicking_tokenizer(byte_tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same tokenizer with a regular expression that gives up on UNENCODABLE: a panic, which is no Exception."""
+    folder = tmp_path_factory.mktemp("panicking_tokenizer")
+    tokenizer = tokenizers.Tokenizer.from_file(f"{byte_tokenizer}/tokenizer.json")
+    split = pre_tokenizers.Split(tokenizers.Regex("(?:z|z)+b|."), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, tokenizer.pre_tokenizer])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    shutil.copy(f"{byte_tokenizer}/tokenizer_config.json", folder)
     return str(folder)
 
 

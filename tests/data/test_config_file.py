@@ -93,3 +93,10 @@ def test_what_cannot_be_read_is_said(file: Path, content: str, message: str) -> 
 def test_a_missing_file_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.yaml: there is no such file"):
         read_data_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("override", ["data.tokenizer=~/x", "distill.teacher=~/x"])
+def test_a_tilde_is_the_home_folder(file: Path, override: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    data, tokenizer = read_data_config(file, [override, "data.duplicates=~/list.npz"])
+    assert (data.duplicates, tokenizer) == ("/home/me/list.npz", "/home/me/x")

@@ -102,3 +102,16 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(corpus: Path, monkeypatc
     monkeypatch.setattr(os, "scandir", without_b)
     with pytest.raises(UserError, match=r"/b cannot be read \(Permission denied\); mend or remove it"):
         names(corpus)
+
+
+@pytest.mark.parametrize("pattern", ["train/*.jsonl", "tra?n", "./**/*.jsonl", "../exp [lr=1e-3]/train", "~/train/*"])
+def test_no_character_of_the_working_or_home_folder_is_a_wildcard(
+    tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("exp [lr=1e-3]", "exp l"):  # what the first one's name stands for as a pattern
+        (tmp_path / folder / "train").mkdir(parents=True)
+        (tmp_path / folder / "train" / "a.jsonl").write_text("{}\n")
+    here = tmp_path / "exp [lr=1e-3]"
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(here))
+    assert [shard.path for shard in find_files([pattern], "text")] == [str(here / "train" / "a.jsonl")]

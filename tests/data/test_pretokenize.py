@@ -24,6 +24,7 @@ from fbitrain.commands.verbs import call
 from fbitrain.data.pretokenized import token_jobs, token_writer
 from fbitrain.data.pretokenized.token_shards import TokenIndex
 from fbitrain.data.tools.progress import ProgressBar
+from tests.data.conftest import UNENCODABLE
 
 MODULE = "fbitrain.data.commands.pretokenize"
 WORDS = ["the", "cat", "sat", "on", "mats", "\u00e9t\u00e9", "\u6f22\u5b57", "\n", "  "]
@@ -303,6 +304,22 @@ def test_ids_beyond_the_vocabulary_are_bad_records(
     assert (report.n_documents, report.n_tokens, report.n_records) == (1, 2, 2)
     sentence = refusal(corpus, capsys, *ready_made, "data.max_bad_records=0", out="none")
     assert "0.jsonl, line 2: token id 258 is not in the vocabulary; repair" in sentence
+
+
+def test_a_text_on_which_the_tokenizer_gives_up_is_a_bad_record(
+    corpus: Path, panicking_tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(corpus, panicking_tokenizer, ["few"])
+    texts = "".join(json.dumps({"text": text}) + "\n" for text in ("one", UNENCODABLE, "two"))
+    (corpus / "few" / "0.jsonl").write_text(texts)
+    (corpus / "few" / "1.jsonl").unlink()
+    assert run(corpus) == 0
+    (report,) = TokenIndex(corpus / "out").sources["few"]
+    assert (report.n_documents, report.n_tokens, report.n_records) == (2, 6, 3)
+    sentence = refusal(corpus, capsys, "data.max_bad_records=0", out="none")
+    assert f"0.jsonl, line 2: the tokenizer {panicking_tokenizer} gives up on a text of 32 characters" in sentence
+    capsys.readouterr()
+    assert call(["data", "inspect", str(corpus / "config.yaml")]) == 0
 
 
 def test_a_corpus_of_bad_records_ends_early(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from fbitrain.data.streaming.plan import LanePlan, Unit, cut, deal, find_sources
 from fbitrain.data.streaming.source_reader import SharedFiles, SourceState
 from fbitrain.data.streaming.stream import Lane
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
+from tests.data.conftest import UNENCODABLE
 
 BOS, EOS = 256, 257
 
@@ -263,6 +264,25 @@ def test_bad_records_count_once_and_up_to_the_limit(tmp_path: Path, tokenizer: T
         UserError, match=rf"max_bad_records=1 bad records, the last one in {path}, line [23].*raise data"
     ):
         next(lanes(config(tmp_path, ["a"], max_bad_records=1), tokenizer)[0])
+
+
+def test_a_text_on_which_the_tokenizer_gives_up_is_a_bad_record(
+    tmp_path: Path, panicking_tokenizer: str, write_shard: Any
+) -> None:
+    path = write_shard(tmp_path / "a" / "a.jsonl", ["one", UNENCODABLE, "two"])
+    tokenizer = load_tokenizer(panicking_tokenizer)
+    lane = lanes(config(tmp_path, ["a"]), tokenizer)[0]
+    before = [next(lane).tolist() for _ in range(3)]
+    assert lane.bad_records == 1
+    assert source_states(lane)["a"].epoch > 1
+    notes, _ = lane.take_notes()
+    assert any(
+        f"{path}, line 2: the tokenizer {panicking_tokenizer} gives up on a text of 32" in note for note in notes
+    )
+    again = lanes(config(tmp_path, ["a"]), tokenizer)[0]
+    assert next(again).tolist() == before[0]
+    resumed = open_lane(again.plan, tokenizer, json.loads(json.dumps(again.state())))
+    assert [next(resumed).tolist() for _ in range(2)] == before[1:]
 
 
 def test_held_out_shards_cannot_be_trained_on(tmp_path: Path, write_shard: Any) -> None:
