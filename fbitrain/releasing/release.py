@@ -28,7 +28,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, Pretrain
 
 from fbitrain.base.errors import UserError
 from fbitrain.base.files import fsync_folder, fsync_tree
-from fbitrain.checkpoint_files import load_weights
+from fbitrain.checkpoint_files import load_weights, trainer_state
 from fbitrain.checkpoint_folders import find_latest
 from fbitrain.config import Config, load_config
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -75,8 +75,7 @@ def release(run: Path, out: Path, formats: Sequence[str] = DEFAULT_FORMATS, dtyp
 
 def phase_of(checkpoint: Path) -> str:
     """What the model of a checkpoint is, as long as it is not binary yet (`unfinished_phase`); else empty."""
-    step = json.loads((checkpoint / "trainer.json").read_text())["step"]
-    return unfinished_phase(load_config(checkpoint / "config.yaml").binarize, step)
+    return unfinished_phase(load_config(checkpoint / "config.yaml").binarize, trainer_state(checkpoint).step)
 
 
 def _released_model(
