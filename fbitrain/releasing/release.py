@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PretrainedConfig
 
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import fsync_folder, fsync_tree
+from fbitrain.base.files import fsync_folder, fsync_tree, require_writable
 from fbitrain.checkpoint_files import load_weights, trainer_state
 from fbitrain.checkpoint_folders import find_latest
 from fbitrain.config import Config, load_config
@@ -57,6 +57,7 @@ def release(run: Path, out: Path, formats: Sequence[str] = DEFAULT_FORMATS, dtyp
     for given, known, what in ((formats, FORMATS, "format"), ([dtype], DTYPES, "dtype")):
         if unknown := [name for name in given if name not in known] or not given:
             raise UserError(f"release {what} {unknown} is unknown; choose from {', '.join(known)}")
+    require_replaceable(out)
     checkpoint = find_checkpoint(run)
     trainer = json.loads((checkpoint / "trainer.json").read_text())
     config = load_config(checkpoint / "config.yaml", world_size=trainer["world_size"])
@@ -193,6 +194,13 @@ def _refuse_non_finite(tensors: Mapping[str, Tensor], dtype: str) -> None:
             )
 
 
+def require_replaceable(out: Path) -> None:
+    """Raises UserError if something is at `out` that is not a release, or if no folder can be made there."""
+    if out.exists() and not is_release(out):
+        raise UserError(f"{out} exists and is not a release, so it is not replaced; choose another folder")
+    require_writable(out.with_name(f".{out.absolute().name}.unfinished") / CARD, "--out", makes_folders=True)
+
+
 @contextmanager
 def replacing_release(out: Path) -> Iterator[Path]:
     """Yields an empty folder beside `out` that takes its name at the end; on an error it is removed, `out` untouched.
@@ -204,8 +212,7 @@ def replacing_release(out: Path) -> Iterator[Path]:
     unfinished, old = (out.with_name(f".{out.name}.{state}") for state in ("unfinished", "old"))
     if old.exists() and not out.exists():  # a crash between the two renames below
         old.rename(out)
-    if out.exists() and not is_release(out):
-        raise UserError(f"{out} exists and is not a release, so it is not replaced; choose another folder")
+    require_replaceable(out)
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)

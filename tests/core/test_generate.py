@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,11 +97,33 @@ def test_sampling_follows_the_softmax_of_what_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}]
+    "settings",
+    [
+        *({"max_new_tokens": 0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": math.nan}),
+        *({"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf}),
+        *({"seed": 123456789012345678901}, {"seed": -1}),
+    ],
 )
 def test_impossible_sampling_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"{next(iter(settings))}="):
         Sampling(**settings)
+
+
+def test_the_extremes_of_sampling_sample(model: PreTrainedModel) -> None:
+    greedy = list(stream_tokens(model, PROMPT, Sampling(max_new_tokens=5)))
+    for temperature in (1e-40, 1e-320, 1e-6):
+        cold = Sampling(max_new_tokens=5, temperature=temperature, seed=2**64 - 1)
+        assert list(stream_tokens(model, PROMPT, cold)) == greedy
+    hot = Sampling(max_new_tokens=5, temperature=1e300, top_k=10**30)
+    assert len(list(stream_tokens(model, PROMPT, hot))) <= 5
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_one_sentence(value: float, temperature: float) -> None:
+    logits = torch.tensor([0.0, value, 1.0])
+    with pytest.raises(UserError, match="logits are not finite"):
+        choose(logits, Sampling(temperature=temperature), torch.Generator())
 
 
 def test_pieces_are_whole_characters_and_add_up(
