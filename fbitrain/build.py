@@ -213,7 +213,7 @@ def _too_long(config: Config) -> Iterator[str]:
     if config.distill.uses_teacher:
         yield from _beyond(lengths, f"the teacher {config.distill.teacher}", positions_of(config.distill.teacher))
     pretrained = config.model.pretrained
-    if pretrained and run_config(Path(pretrained).expanduser()) is None:
+    if pretrained and run_config(Path(pretrained)) is None:
         lengths["calibration.seq_len"] = config.calibration.seq_len
         yield from _beyond(lengths, f"model.pretrained={pretrained}", positions_of(pretrained, "model.pretrained"))
 

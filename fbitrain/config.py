@@ -182,17 +182,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     impossible or contradictory values for `world_size` ranks.
     """
     problems: list[str] = []
-    values = read_values(path, overrides, problems)
-    if "optim" in values:
-        values["optim"] = with_old_keys(values["optim"])
-    sizes = {f"model.{name}": size for name, size in _preset_values(values, problems).items()}
-    config, unread = typed(Config, values, sizes, problems)
-    config = _resolved(config)
+    config, unread = config_from(read_values(path, overrides, problems), problems)
     # A field that could not be read has its default here: what follows from that is no news to the user.
     problems.extend(p for p in semantic_problems(config, world_size) if not any(name in p for name in unread))
     if problems:
         raise ConfigError(str(path), problems)
     return config
+
+
+def config_from(values: Any, problems: list[str]) -> tuple[Config, list[str]]:
+    """The resolved configuration of a file's plain `values`, of this version or an earlier one, and the names of fields
+    that could not be read. What is wrong goes to `problems`; whether the values make sense together is not asked.
+    """
+    if "optim" in values:
+        values["optim"] = with_old_keys(values["optim"])
+    sizes = {f"model.{name}": size for name, size in _preset_values(values, problems).items()}
+    config, unread = typed(Config, values, sizes, problems)
+    return _resolved(config), unread
 
 
 def _resolved(config: Config) -> Config:

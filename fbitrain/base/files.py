@@ -31,6 +31,22 @@ def replacing(path: Path) -> Iterator[Path]:
     fsync_folder(path.parent)
 
 
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `path`, which takes its name when all in it is on disk; on an error, removed."""
+    building = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        building.mkdir(parents=True)
+        yield building
+        fsync_tree(building)
+        if path.exists():
+            shutil.rmtree(path)
+        building.replace(path)
+        fsync_folder(path.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
 def require_writable(path: Path, option: str, *, makes_folders: bool = False) -> None:
     """Raises UserError if the file `path`, which `option` names, cannot be written; asked before the work it is for.
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -12,7 +10,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import fsync_tree, sha256_of, write_json
+from fbitrain.base.files import replacing_folder, sha256_of, write_json
 from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.loading.language_model import first_line, load_gguf, locate
 from fbitrain.loading.tokenizer_folder import write_tokenizer
@@ -33,19 +31,13 @@ def export_gguf(gguf_path: str | Path, out_dir: str | Path) -> bool:
     if is_export_of(out_dir, sha256):
         return False
     require_replaceable(out_dir)
-    building = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
     try:
-        building.mkdir(parents=True)
-        _write_export(gguf_path, sha256, building)
-        if out_dir.exists():
-            shutil.rmtree(out_dir)
-        building.replace(out_dir)
+        with replacing_folder(out_dir) as folder:
+            _write_export(gguf_path, sha256, folder)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{out_dir} cannot be written: {first_line(error)}; make room or choose another folder"
         ) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return True
 
 
@@ -78,7 +70,6 @@ def _write_export(gguf_path: Path, sha256: str, folder: Path) -> None:
         for file in folder.iterdir():
             file.chmod(0o644)  # safetensors writes files that only their owner can read
         write_json(folder / EXPORT_MARKER, {"source": gguf_path.name, "sha256": sha256, "sizes": _sizes(folder)})
-        fsync_tree(folder)
         progress.update()
 
 

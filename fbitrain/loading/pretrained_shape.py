@@ -17,6 +17,7 @@ from fbitrain.base.errors import UserError
 from fbitrain.data.tokenizing.gguf_tokenizer import read_metadata
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+KEPT_TOKENIZER = "tokenizer"  # the folder in a run that keeps its tokenizer's files
 PACKED_MODEL_TYPE = "fbitrain_"  # what the model_type of packed folders starts with
 # ModelConfig's field -> what architectures call it in their config.json. In GGUF the names follow the architecture's.
 _NAMES = {
@@ -102,10 +103,14 @@ def origins(where: str) -> tuple[str, str]:
     if found is None:
         return where, "teacher"
     saved = _read(found)
-    run_dir = found.parent if (found.parent / "checkpoints").is_dir() else found.parents[2]
-    kept = run_dir / "tokenizer"
-    tokenizer = str(kept) if kept.is_dir() else saved.get("data", {}).get("tokenizer", "teacher")
+    run_dir = found.parent if (found.parent / "checkpoints").is_dir() else found.absolute().parents[2]
+    tokenizer = kept_tokenizer(run_dir) or saved.get("data", {}).get("tokenizer", "teacher")
     return saved.get("distill", {}).get("teacher", ""), tokenizer
+
+
+def kept_tokenizer(run_dir: Path) -> str:
+    """The folder with the tokenizer's files in a run; empty if it has none, as runs of earlier versions."""
+    return str(run_dir / KEPT_TOKENIZER) if (run_dir / KEPT_TOKENIZER).is_dir() else ""
 
 
 def _gguf_shape(path: Path) -> dict[str, int]:

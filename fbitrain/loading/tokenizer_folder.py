@@ -12,10 +12,10 @@ from tokenizers import decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import fsync_folder, fsync_tree, write_json
+from fbitrain.base.files import replacing_folder, write_json
 from fbitrain.data.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from fbitrain.loading.pretrained_shape import KEPT_TOKENIZER
 
-KEPT = "tokenizer"  # the folder's name in a run
 NEEDED = ("tokenizer.json", "tokenizer_config.json")
 FILES = (*NEEDED, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
 # What converters get wrong: leading and repeated spaces, newlines, digits, contractions, scripts, joined emoji.
@@ -23,26 +23,20 @@ PROBES = ("def f(x):\n\treturn x['a']  # it's 1234,5\n\n", "  two  spaces", " ",
 
 
 def keep_tokenizer(tokenizer: Tokenizer, run_dir: Path) -> None:
-    """Copies the tokenizer's files into a run, which then needs no other folder to be released (`kept_tokenizer`).
+    """Copies the tokenizer's files into a run, which then needs no other folder to be released.
 
-    Raises OSError if they cannot be written.
+    pretrained_shape.kept_tokenizer finds them. Raises OSError if they cannot be written.
     """
-    kept = run_dir / KEPT
+    kept = run_dir / KEPT_TOKENIZER
     if _holds(kept, tokenizer):
         return
-    building = run_dir / f".{KEPT}.tmp"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        (building / "tokenizer.model").write_bytes(tokenizer.model.serialized_model_proto())
-    else:
-        _copy(tokenizer, building)
-        if not _holds(building, tokenizer):  # a single file, or BOS or EOS stands in a file of the model's
-            _write_fast(tokenizer, building)
-    fsync_tree(building)
-    shutil.rmtree(kept, ignore_errors=True)
-    building.replace(kept)
-    fsync_folder(run_dir)
+    with replacing_folder(kept) as folder:
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            (folder / "tokenizer.model").write_bytes(tokenizer.model.serialized_model_proto())
+            return
+        _copy(tokenizer, folder)
+        if not _holds(folder, tokenizer):  # a single file, or BOS or EOS stands in a file of the model's
+            _write_fast(tokenizer, folder)
 
 
 def _holds(folder: Path, tokenizer: Tokenizer) -> bool:
@@ -50,11 +44,6 @@ def _holds(folder: Path, tokenizer: Tokenizer) -> bool:
         return load_tokenizer(folder).fingerprint == tokenizer.fingerprint
     except UserError:  # nothing is there, or it is damaged
         return False
-
-
-def kept_tokenizer(run_dir: Path) -> str:
-    """The folder with the tokenizer's files in a run; empty if it has none, as runs of earlier versions."""
-    return str(run_dir / KEPT) if (run_dir / KEPT).is_dir() else ""
 
 
 def write_tokenizer(trained: Tokenizer, folder: Path) -> None:

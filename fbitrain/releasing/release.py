@@ -34,7 +34,8 @@ from fbitrain.config import Config, load_config
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.fine_tune import lm_config_of
 from fbitrain.loading.model_folder import DTYPES
-from fbitrain.loading.tokenizer_folder import kept_tokenizer, write_tokenizer
+from fbitrain.loading.pretrained_shape import kept_tokenizer
+from fbitrain.loading.tokenizer_folder import write_tokenizer
 from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.hf import ReleasedModel, copy_remote_code, empty_model, plain_weights
 from fbitrain.model.phases import binary_share, unfinished_phase

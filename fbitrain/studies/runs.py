@@ -19,8 +19,7 @@ import yaml
 
 from fbitrain.base.errors import UserError
 from fbitrain.base.files import read_json_lines, write_json
-from fbitrain.base.settings import typed
-from fbitrain.config import Config, load_config, to_yaml
+from fbitrain.config import Config, config_from, load_config, to_yaml
 from fbitrain.studies.study_file import Setting, Study, Variant, slug
 
 BITS_PER_BYTE = "heldout/bits_per_byte"
@@ -154,14 +153,10 @@ def require_same_settings(study: Study, run: Run) -> Config:
     """The configuration of `run`; raises UserError if it was begun with another."""
     config = config_of(study, run)
     noted = _noted(run).get("config")
-    if noted is not None and _as_config(noted) != config:
+    # Fields that the program did not have when the run was begun have their defaults.
+    if noted is not None and config_from(yaml.safe_load(noted), [])[0] != config:
         raise UserError(f"{run.folder} has other settings than the study now; remove it, or rename the variant")
     return config
-
-
-def _as_config(text: str) -> Config:
-    """What was noted, with the defaults of fields that the program did not have at that time."""
-    return typed(Config, yaml.safe_load(text), {}, [])[0]
 
 
 def seconds_of(run: Run) -> float:

@@ -35,7 +35,7 @@ from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.fine_tune import fine_tuned_student, with_known_sizes
 from fbitrain.loading.language_model import load_language_model
 from fbitrain.loading.model_folder import load_lm
-from fbitrain.loading.pretrained_shape import read_shape
+from fbitrain.loading.pretrained_shape import origins, read_shape
 from fbitrain.model.config import BinarizeConfig, ModelConfig, SalientConfig
 from fbitrain.model.mixture import MixtureOfScalesLinear
 from fbitrain.planning.preflight_data import look_at_data
@@ -330,3 +330,15 @@ def test_a_loaded_model_has_no_dropout(tmp_path: Path) -> None:
     loaded = load_language_model(saved(gpt2, tmp_path / "gpt2"), torch.float32).train()
     ids = batch(2)
     assert torch.equal(loaded(ids).logits, loaded(ids).logits)
+
+
+def test_a_checkpoint_that_is_named_from_within_its_run_has_the_runs_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000004"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "run" / "tokenizer").mkdir()
+    (checkpoint / "COMPLETE.json").write_text("{}")
+    (checkpoint / "config.yaml").write_text("distill: {teacher: t}\ndata: {tokenizer: gone}\n")
+    monkeypatch.chdir(checkpoint.parent)
+    assert origins("step_00000004") == ("t", str(tmp_path / "run" / "tokenizer"))

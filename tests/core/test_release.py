@@ -21,7 +21,8 @@ from fbitrain.commands.verbs import call
 from fbitrain.config import CalibrationConfig, Config, load_config, to_yaml
 from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.loading.model_folder import load_lm, open_model
-from fbitrain.loading.tokenizer_folder import PROBES, keep_tokenizer, kept_tokenizer, write_tokenizer
+from fbitrain.loading.pretrained_shape import kept_tokenizer
+from fbitrain.loading.tokenizer_folder import PROBES, keep_tokenizer, write_tokenizer
 from fbitrain.model.build import build_student, llama_config
 from fbitrain.model.config import BinarizeConfig, SalientConfig
 from fbitrain.model.hf import ReleasedModel

@@ -131,6 +131,18 @@ def test_a_run_from_before_a_field_was_added_has_its_default(study: Study, tmp_p
         outcomes(study, tmp_path)
 
 
+def test_a_run_noted_before_its_tokenizer_was_looked_up_is_the_same_run(study: Study, tmp_path: Path) -> None:
+    base = Path(study.base)
+    base.write_text(base.read_text().replace(", tokenizer: tok", "").replace("{kd_weight", "{teacher: t, kd_weight"))
+    finish(study, tmp_path, [1.0] * 5)
+    noted = runs(study, tmp_path)[0].folder / "study.json"
+    content = json.loads(noted.read_text())
+    assert "  tokenizer: t\n" in content["config"]
+    content["config"] = content["config"].replace("  tokenizer: t\n", "  tokenizer: teacher\n")
+    noted.write_text(json.dumps(content))
+    assert outcomes(study, tmp_path)
+
+
 def test_a_run_with_other_settings_than_the_study_has_now_is_refused(study: Study, tmp_path: Path) -> None:
     finish(study, tmp_path, [1.0] * 5)
     changed = replace(study, variants=(replace(study.variants[0], overrides=("binarize.method=xnor",)),))
