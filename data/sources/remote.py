@@ -69,15 +69,21 @@ def fetch(
     return Fetched(download.n_done, download.version, retries)
 
 
-def fetch_text(url: str, policy: FetchPolicy = DEFAULT_POLICY) -> str:
-    """A small remote UTF-8 file, such as a list of URLs. Raises UserError."""
+def fetch_small(url: str, max_bytes: int, policy: FetchPolicy = DEFAULT_POLICY) -> bytes:
+    """A small remote file, such as a list of URLs. Raises UserError, also for one that is larger than `max_bytes`."""
+
+    def reserve(n_bytes: int) -> None:
+        if n_bytes > max_bytes:
+            raise too_large(url, max_bytes)
+
     memory = io.BytesIO()
-    download = _Download(url, memory, -1, "", policy.timeouts, lambda n_bytes: None)
-    _retry(download.attempt, f"{url} cannot be read", policy)
-    try:
-        return memory.getvalue().decode()
-    except UnicodeDecodeError:
-        raise UserError(f"{url} is not UTF-8 text; correct data.sources") from None
+    _retry(_Download(url, memory, -1, "", policy.timeouts, reserve).attempt, f"{url} cannot be read", policy)
+    return memory.getvalue()
+
+
+def too_large(path: str, max_bytes: int) -> UserError:
+    """What to say of a list that does not end, or is none."""
+    return UserError(f"{path} has more than {max_bytes:,} bytes, which no list has; correct data.sources")
 
 
 def list_remote(pattern: str, *, is_glob: bool, policy: FetchPolicy = DEFAULT_POLICY) -> dict[str, int]:
