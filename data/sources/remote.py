@@ -15,6 +15,8 @@ from typing import TypeVar
 from fbitrain.base.errors import UserError
 from fbitrain.data.sources.transport import RemoteError, Stream, Timeouts, list_files, open_stream
 
+LEAST_BYTES_PER_S = 1024
+
 logger = logging.getLogger(__name__)
 # Ranks that seed their generators alike must not all come back at the same moment.
 _jitter = random.SystemRandom()
@@ -152,8 +154,7 @@ class _Download:
             stream = open_stream(self.url, start, self.version, self.timeouts)
             try:
                 self._begin(stream, start)
-                while chunk := stream.read():
-                    self._write(chunk)
+                self._read(stream)
                 stream.confirm()
             finally:
                 stream.close()
@@ -162,6 +163,22 @@ class _Download:
             if error.anew:
                 self._start_anew()
             raise
+
+    def _read(self, stream: Stream) -> None:
+        """Reads to the end. A server that sends next to nothing for `stall_s` seconds counts as silent too."""
+        n_bytes, waited_s = 0, 0.0  # of the span that is being watched
+        while True:
+            asked = time.monotonic()
+            chunk = stream.read()
+            waited_s += time.monotonic() - asked
+            if not chunk:
+                return
+            self._write(chunk)
+            n_bytes += len(chunk)
+            if waited_s >= self.timeouts.stall_s:
+                if n_bytes < LEAST_BYTES_PER_S * waited_s:
+                    raise RemoteError(f"the server has gone all but silent ({n_bytes} bytes in {waited_s:.0f} s)")
+                n_bytes, waited_s = 0, 0.0
 
     def _begin(self, stream: Stream, start: int) -> None:
         if not start or stream.start != start:

@@ -180,6 +180,27 @@ def test_text(server: http.FaultyServer) -> None:
         fetch_small(server.put("urls.txt", b"1234"), 3, QUICK)
 
 
+def trickle(handler: http.Handler, content: bytes, n_before: int) -> bool:
+    """A byte now and then, which is never silence."""
+    handler.answer(200, b"", Content_Length=str(len(content)))
+    with contextlib.suppress(OSError):
+        for i in range(len(content)):
+            handler.wfile.write(content[i : i + 1])
+            handler.wfile.flush()
+            time.sleep(0.05)
+    handler.close_connection = True
+    return True
+
+
+def test_a_server_that_sends_a_byte_now_and_then_counts_as_silent(server: http.FaultyServer, tmp_path: Path) -> None:
+    url = server.put("a.jsonl", CONTENT, http.first(1, trickle))
+    assert get(url, tmp_path / "a")[0] == CONTENT
+    assert server.requests["a.jsonl"] == 2
+    server.put("a.jsonl", CONTENT, trickle)
+    with pytest.raises(UserError, match=r"after 4 attempts: the server has gone all but silent \(\d+ bytes"):
+        get(url, tmp_path / "a")
+
+
 def test_a_text_that_never_ends_is_left(server: http.FaultyServer) -> None:
     def endless(handler: http.Handler, content: bytes, n_before: int) -> bool:
         handler.answer(200, b"", Content_Length="", Transfer_Encoding="chunked")
