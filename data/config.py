@@ -1,4 +1,4 @@
-"""What is read: sources, their weights, and how their documents become token batches. No torch."""
+"""The `data:` settings: sources, their weights, and how documents become token batches. No torch."""
 
 from __future__ import annotations
 

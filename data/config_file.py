@@ -37,7 +37,7 @@ def read_data_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[D
     ]
     if problems:
         raise ConfigError(str(path), problems)
-    values = read_values(Path(path), overrides, problems)
+    values = read_values(path, overrides, problems)
     config, unread = typed(DataFile, {"data": values.get("data", {})}, {}, problems)
     problems += [problem for problem in data_problems(config.data) if not any(name in problem for name in unread)]
     if problems:

@@ -213,7 +213,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             raise UserError(f"tokenizer folder {local} has neither tokenizer.json nor tokenizer.model")
         file = named[0]
     if file.suffix == ".gguf":
-        return HFTokenizer(str(local), *build_bpe(str(file)))
+        backend, bos_id, eos_id = build_bpe(str(file))
+        for kind, token_id in (("bos", bos_id), ("eos", eos_id)):
+            check_special(token_id, kind, file, backend.get_vocab_size(with_added_tokens=True))
+        return HFTokenizer(str(local), backend, bos_id, eos_id)
     if file.suffix == ".model":
         return _load_sentencepiece(local, file)
     if file.suffix == ".json":
@@ -244,6 +247,7 @@ def _load_sentencepiece(local: Path, file: Path) -> SentencePieceTokenizer:
 def _specials(folder: Path, backend: tokenizers.Tokenizer) -> tuple[int | None, int | None]:
     """BOS and EOS ids as the files in `folder` name them; each may be named in another file."""
     found: dict[str, int | None] = {"bos": None, "eos": None}
+    vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     for name in SPECIALS_FILES:
         if not (folder / name).is_file():
             continue
@@ -256,7 +260,17 @@ def _specials(folder: Path, backend: tokenizers.Tokenizer) -> tuple[int | None, 
         for kind, known in found.items():
             if known is None:
                 found[kind] = _special_id(values, kind, backend)
+                check_special(found[kind], kind, folder / name, vocab_size)
     return found["bos"], found["eos"]
+
+
+def check_special(token_id: int | None, kind: str, file: Path, vocab_size: int) -> None:
+    """Raises UserError for a `kind` ("bos", "eos") of token, named in `file`, that is outside the vocabulary."""
+    if token_id is not None and not 0 <= token_id < vocab_size:
+        raise UserError(
+            f"{file} names {token_id} as the {kind.upper()} token, but the vocabulary has ids 0 to {vocab_size - 1}; "
+            f"correct {kind}_token_id there, or use the tokenizer that belongs to it"
+        )
 
 
 def _special_id(values: dict[str, Any], kind: str, backend: tokenizers.Tokenizer) -> int | None:

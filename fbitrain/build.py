@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,27 +12,28 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fbitrain import checkpoint, environment
+from fbitrain import checkpoint_folders, environment, resume
 from fbitrain.base.errors import UserError
 from fbitrain.base.files import lock_folder, write_json, write_text
 from fbitrain.calibration.text import calibration_ids, needs_text
-from fbitrain.checkpoint import TrainerState
-from fbitrain.checkpoint_files import damage
+from fbitrain.checkpoint_files import TrainerState, damage, data_states, trainer_state
 from fbitrain.config import Config, to_yaml
 from fbitrain.data.loader import TokenLoader
 from fbitrain.data.reading.heldout_text import load_heldout
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.debug_logs import BatchLog, DocumentLog
-from fbitrain.engine import Engine, device, resolve_precision, shard_teacher
+from fbitrain.engine import Engine, shard_teacher
 from fbitrain.fine_tune import fine_tuned_student
 from fbitrain.inference.evaluate import heldout_windows
-from fbitrain.loading.language_model import vocab_size_of
+from fbitrain.loading.language_model import positions_of, vocab_size_of
+from fbitrain.loading.pretrained_shape import run_config
 from fbitrain.loading.tokenizer_folder import keep_tokenizer
 from fbitrain.metrics import IntervalMeans
 from fbitrain.metrics_writer import MetricsWriter
 from fbitrain.model.build import BinarizeReport, build_student
 from fbitrain.model.config import has_signs_of_weights
 from fbitrain.optim.schedules import batch_spans
+from fbitrain.process import device, resolve_precision
 from fbitrain.ranks import agreed, from_rank_0, say
 from fbitrain.student import Student
 from fbitrain.teacher import Teacher, load_teacher
@@ -40,7 +42,7 @@ from fbitrain.utilization import flops_per_token
 
 
 @dataclass(frozen=True)
-class Heldout:
+class HeldoutWindows:
     """Windows of held-out text, int64 [n, seq_len], and what one token of it weighs in bytes."""
 
     windows: Tensor
@@ -55,7 +57,7 @@ class Parts:
     engine: Engine
     teacher: Teacher | None
     tokenizer: Tokenizer
-    heldout: Heldout | None
+    heldout: HeldoutWindows | None
     loader: TokenLoader
     writer: MetricsWriter
     interval: IntervalMeans
@@ -80,22 +82,22 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
     agreed(lambda: prepare_run_dir(config) if rank == 0 else None)
     tokenizer = agreed(lambda: check_vocabularies(config))
     heldout = agreed(lambda: load_windows(config, tokenizer))
-    source = choose_checkpoint(config)
+    resume_from = choose_checkpoint(config)
     # Opened before anything heavy is loaded: a missing or changed shard is found here.
-    loader = agreed(lambda: open_stream(config, tokenizer, rank, world_size, source))
-    look = source is None and needs_text(config)
+    loader = agreed(lambda: open_stream(config, tokenizer, rank, world_size, resume_from))
+    look = resume_from is None and needs_text(config)
     token_ids = agreed(lambda: calibration_ids(config, tokenizer) if look else None)
     teacher = agreed(lambda: build_teacher(config))
-    lm, report = agreed(lambda: build_model(config, source, token_ids))
+    lm, report = agreed(lambda: build_model(config, resume_from, token_ids))
     say(str(report))
     engine = Engine(config, Student(lm, config.distill))
     state = TrainerState()
-    if source:
-        if remark := agreed(lambda: checkpoint.fill(engine, source, config.optim.on_change)):
+    if resume_from:
+        if remark := agreed(lambda: resume.restore(engine, resume_from, config.optim.on_change)):
             say(remark)
-        state = checkpoint.trainer_state(source)
-        engine.fragments_changed(state.step)
-        say(f"resumed from {source}")
+        state = trainer_state(resume_from)
+        engine.shards.changed(state.step)
+        say(f"resumed from {resume_from}")
     # Only now, with every check behind us: a launch that is refused leaves the folder of a good run as it was.
     agreed(lambda: record_start(config, world_size, state, tokenizer) if rank == 0 else None)
     at = engine.device
@@ -129,14 +131,14 @@ def finished(config: Config) -> str:
     """
 
     def look() -> str:
-        latest = checkpoint.find_latest(config.run_dir) if config.train.resume == "auto" else None
+        latest = checkpoint_folders.find_latest(config.run_dir) if config.train.resume == "auto" else None
         # By its name first: to look for damage is to read the whole checkpoint, and `choose` will do that again.
-        if latest is None or checkpoint.step_of(latest) < config.train.total_steps or damage(latest):
+        if latest is None or checkpoint_folders.step_of(latest) < config.train.total_steps or damage(latest):
             return ""
         if not config.train.total_steps and not (config.run_dir / "FINISHED.json").is_file():
             return ""  # saved, as its first act, and perhaps killed before it was evaluated
-        state = checkpoint.trainer_state(latest)
-        checkpoint.require_same_config(latest, config)
+        state = trainer_state(latest)
+        resume.require_same_config(latest, config)
         write_finished(config, state)  # again, in case the run was killed between its last checkpoint and its marker
         return f"nothing to do: {config.run_dir} is trained to step {state.step}, see {latest}"
 
@@ -158,7 +160,7 @@ def prepare_run_dir(config: Config) -> None:
             raise UserError(
                 f"{run_dir} is being trained by another process; wait for it or end it, or choose another run.name"
             )
-        for leftover in checkpoint.discard_unfinished(run_dir):
+        for leftover in checkpoint_folders.discard_unfinished(run_dir):
             say(f"removed {leftover}, left by an interrupted save")
     except OSError as error:
         raise UserError(
@@ -171,7 +173,7 @@ def record_start(config: Config, world_size: int, state: TrainerState, tokenizer
     """Saves configuration, environment and tokenizer; sets aside checkpoints that this run leaves behind. Rank 0."""
     run_dir = config.run_dir
     try:
-        checkpoint.abandon_newer(run_dir, state.step)
+        checkpoint_folders.abandon_newer(run_dir, state.step)
         write_text(run_dir / "config.yaml", to_yaml(config))
         write_json(run_dir / "environment.json", environment.describe(world_size))
         keep_tokenizer(tokenizer, run_dir)
@@ -184,9 +186,9 @@ def record_start(config: Config, world_size: int, state: TrainerState, tokenizer
 
 
 def check_vocabularies(config: Config) -> Tokenizer:
-    """The tokenizer; student, teacher and tokenizer must count the same tokens."""
+    """The tokenizer; student, teacher and tokenizer must count the same tokens, and have a position for each."""
     tokenizer = load_tokenizer(config.data.tokenizer)
-    problems = []
+    problems = list(_too_long(config))
     if config.distill.uses_teacher:
         teacher_vocab = vocab_size_of(config.distill.teacher)
         if teacher_vocab != config.model.vocab_size:
@@ -205,9 +207,28 @@ def check_vocabularies(config: Config) -> Tokenizer:
     return tokenizer
 
 
-def open_stream(config: Config, tokenizer: Tokenizer, rank: int, world_size: int, source: Path | None) -> TokenLoader:
-    """The training stream from its beginning, or from where the checkpoint `source` left it."""
-    states, saved_shards = checkpoint.data_states(source) if source else (None, None)
+def _too_long(config: Config) -> Iterator[str]:
+    """One sentence for each model that is loaded and has fewer positions than a sequence has tokens."""
+    lengths = {"data.seq_len": config.data.seq_len}
+    if config.distill.uses_teacher:
+        yield from _beyond(lengths, f"the teacher {config.distill.teacher}", positions_of(config.distill.teacher))
+    pretrained = config.model.pretrained
+    if pretrained and run_config(Path(pretrained).expanduser()) is None:
+        lengths["calibration.seq_len"] = config.calibration.seq_len
+        yield from _beyond(lengths, f"model.pretrained={pretrained}", positions_of(pretrained, "model.pretrained"))
+
+
+def _beyond(lengths: Mapping[str, int], model: str, positions: int | None) -> Iterator[str]:
+    for key, length in lengths.items():
+        if positions is not None and length > positions:
+            yield f"{key}={length} is more than the {positions} positions of {model}; set {key}={positions} or less"
+
+
+def open_stream(
+    config: Config, tokenizer: Tokenizer, rank: int, world_size: int, resume_from: Path | None
+) -> TokenLoader:
+    """The training stream from its beginning, or from where the checkpoint `resume_from` left it."""
+    states, saved_shards = data_states(resume_from) if resume_from else (None, None)
     return TokenLoader(
         config.data,
         tokenizer,
@@ -221,19 +242,19 @@ def open_stream(config: Config, tokenizer: Tokenizer, rank: int, world_size: int
     )
 
 
-def load_windows(config: Config, tokenizer: Tokenizer) -> Heldout | None:
+def load_windows(config: Config, tokenizer: Tokenizer) -> HeldoutWindows | None:
     if not config.eval.every or not config.data.heldout:
         return None
     text = load_heldout(config.data.heldout, tokenizer)
     windows = heldout_windows(text.token_ids, config.data.seq_len, config.eval.max_tokens)
-    return Heldout(windows, text.n_bytes / len(text.token_ids))
+    return HeldoutWindows(windows, text.n_bytes / len(text.token_ids))
 
 
 def choose_checkpoint(config: Config) -> Path | None:
     """Rank 0 looks, because reading a whole checkpoint to verify it is enough work for one."""
-    folder = from_rank_0(lambda: checkpoint.choose(config))
+    folder = from_rank_0(lambda: checkpoint_folders.choose(config))
     if folder:
-        remark = agreed(lambda: checkpoint.require_same_config(folder, config))
+        remark = agreed(lambda: resume.require_same_config(folder, config))
         if remark:
             say(remark)
     return folder
@@ -261,12 +282,12 @@ def build_teacher(config: Config) -> Teacher | None:
 
 
 def build_model(
-    config: Config, source: Path | None, token_ids: Tensor | None
+    config: Config, resume_from: Path | None, token_ids: Tensor | None
 ) -> tuple[PreTrainedModel, BinarizeReport]:
     """The student before ZeRO takes it apart; every rank makes the same one. token_ids: the text to calibrate on."""
     if config.debug.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
         torch.use_deterministic_algorithms(True)
     if config.model.pretrained:
-        return fine_tuned_student(config, source, token_ids, device())
+        return fine_tuned_student(config, resume_from, token_ids, device())
     return build_student(config.model, config.binarize, config.train.seed)

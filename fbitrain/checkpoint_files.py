@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,8 +15,31 @@ from torch import Tensor
 
 from fbitrain.base.errors import UserError
 
+if TYPE_CHECKING:
+    from fbitrain.data.sources.fingerprint import ShardList
+
 FIXED = "fixed.safetensors"  # persistent buffers and frozen parameters, whole, under their own names
 LM_CONFIG = "lm_config.json"  # transformers' configuration of a fine-tuned model
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What the loop itself has to remember."""
+
+    step: int = 0
+    tokens: int = 0  # seen by the student, over all ranks
+
+
+def trainer_state(folder: Path) -> TrainerState:
+    """The loop's state at a complete checkpoint."""
+    saved = json.loads((folder / "trainer.json").read_text())
+    return TrainerState(saved["step"], saved["tokens"])
+
+
+def data_states(folder: Path) -> tuple[list[dict[str, Any]], ShardList]:
+    """Where the streams of all the ranks that saved stood, and the shards they read."""
+    states = [json.loads(path.read_text()) for path in sorted(folder.glob("data_rank*.json"))]
+    return states, json.loads((folder / "data_shards.json").read_text())
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:

@@ -24,8 +24,6 @@ from fbitrain.loading.pretrained_shape import SIZES, origins, read_shape
 from fbitrain.model.config import PRESETS, BinarizeConfig, ModelConfig
 from fbitrain.optim.schedules import batch_tokens_at
 
-SHIPPED = Path(__file__).parent / "launch" / "configs"
-
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -176,17 +174,6 @@ class Config:
         return batch_tokens_at(self.train, step) // portion
 
 
-def shipped_configs() -> list[Path]:
-    """The configurations that come with fbitrain."""
-    return sorted(SHIPPED.glob("*.yaml"))
-
-
-def find_config(name: str | Path) -> Path:
-    """`name` as a path, or if there is no such file, the shipped configuration of that name, such as quickstart."""
-    shipped = SHIPPED / f"{name}.yaml"
-    return shipped if not Path(name).exists() and shipped in shipped_configs() else Path(name)
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int = 1) -> Config:
     """Reads `path` (a YAML file, or the name of a shipped one), applies dotted `overrides` such as `optim.lr=1e-3`, and
     checks the result.
@@ -195,7 +182,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     impossible or contradictory values for `world_size` ranks.
     """
     problems: list[str] = []
-    values = read_values(find_config(path), overrides, problems)
+    values = read_values(path, overrides, problems)
     if "optim" in values:
         values["optim"] = with_old_keys(values["optim"])
     sizes = {f"model.{name}": size for name, size in _preset_values(values, problems).items()}

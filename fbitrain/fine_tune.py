@@ -19,13 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from fbitrain.base.errors import UserError
 from fbitrain.calibration.block_walk import weight_NK
 from fbitrain.calibration.calibrate import quantize_, select_masks
-from fbitrain.checkpoint import find_latest, trainer_state
-from fbitrain.checkpoint_files import LM_CONFIG, fixed_tensors, load_weights
+from fbitrain.checkpoint_files import LM_CONFIG, fixed_tensors, load_weights, trainer_state
+from fbitrain.checkpoint_folders import find_latest
 from fbitrain.config import Config, ConfigError, load_config
 from fbitrain.config_checks import semantic_problems
 from fbitrain.loading.language_model import checked_head, load_language_model, read_hf_config, trial_tokens
 from fbitrain.loading.pretrained_shape import SIZES, run_config, shape_of
-from fbitrain.model.build import BinarizeReport, binarize_, chosen_sources, llama_config
+from fbitrain.model.build import BinarizeReport, binarize_, chosen_linears, llama_config
 from fbitrain.model.config import BinarizeConfig, settings_read
 from fbitrain.model.direct_reads import check_direct_reads
 from fbitrain.model.hf import plain_weights
@@ -126,10 +126,10 @@ def _binarized(lm: PreTrainedModel, config: Config, token_ids: Tensor | None) ->
 def _check_direct_reads(lm: PreTrainedModel, binarize: BinarizeConfig) -> None:
     """Some architectures take another path in training than in evaluation; both are tried, the last is evaluation."""
     token_ids = trial_tokens(lm.device)
-    sources = chosen_sources(lm, binarize)
+    linears = chosen_linears(lm, binarize)
     for training in (True, False):
         lm.train(training)
-        check_direct_reads(sources, lambda: lm(input_ids=token_ids, use_cache=False))
+        check_direct_reads(linears, lambda: lm(input_ids=token_ids, use_cache=False))
 
 
 def _from_checkpoint(
@@ -160,7 +160,10 @@ def _binarize(lm: PreTrainedModel, config: Config, masks: Mapping[str, Tensor] |
 def _bare_model(folder: Path) -> PreTrainedModel:
     """A model of a checkpoint's architecture, with any weights."""
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        lm_config_of(folder, load_config(folder / "config.yaml")), dtype=torch.float32, attn_implementation="sdpa"
+        lm_config_of(folder, load_config(folder / "config.yaml")),
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        trust_remote_code=False,
     )
     return model
 

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.latent import LatentLinear
-from fbitrain.model.method_table import SCALE_NAMES
 from fbitrain.model.phases import binary_share, has_phases, scales_begin
 
 if TYPE_CHECKING:
     from fbitrain.engine import Engine
 
-IDLE = tuple(f".{leaf}" for leaf in (*SCALE_NAMES, "router"))  # what full precision does not train
+IDLE = ("scales", "routers")  # kinds of parameters that full precision does not train
 
 
 def enter_step(engine: Engine, binarize: BinarizeConfig, done: int) -> None:
@@ -52,15 +51,15 @@ def start_scales(engine: Engine, done: int) -> None:
     """
     layers = {f"{name}.weight": layer for name, layer in latent_layers(engine)}
     values: dict[str, Tensor] = {}
-    for name, weight in engine.whole_weights(list(layers)):
+    for name, weight in engine.shards.whole_weights(list(layers)):
         for leaf, scales in layers[name].start_scales(weight).items():
             dist.broadcast(scales := scales.contiguous(), 0)
             values[f"{name.removesuffix('weight')}{leaf}"] = scales
     if values:
         # Until now scales and routers had no gradient. Their moments are zero, and AdamW's count begins with them.
-        idle = [name for name in engine.shapes() if name.endswith(IDLE)]
-        engine.begin_state_anew(idle, done)
-        engine.overwrite(values, done)
+        idle = [name for name in engine.shards.shapes() if engine.shards.kind(name) in IDLE]
+        engine.shards.begin_state_anew(idle, done)
+        engine.shards.overwrite(values, done)
 
 
 def latent_layers(engine: Engine) -> list[tuple[str, LatentLinear]]:

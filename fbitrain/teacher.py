@@ -33,7 +33,7 @@ class Teacher:
         return hidden_BTD
 
     @torch.no_grad()
-    def hints(self, input_ids: Tensor, *, with_states: bool) -> tuple[Any, ...]:
+    def targets(self, input_ids: Tensor, *, with_states: bool) -> tuple[Any, ...]:
         """What Student.forward is told: the last hidden state, the head and, if asked, what every block returned.
 
         The states are [B, T, Dt] each, the last one after the final norm.

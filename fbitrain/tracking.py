@@ -15,7 +15,8 @@ from fbitrain.model.partial import PartialBinaryLinear
 from fbitrain.model.signs import count_flips, sign_bits
 
 if TYPE_CHECKING:
-    from fbitrain.engine import Engine, Fragment
+    from fbitrain.engine import Engine
+    from fbitrain.shards import Fragment
 
 LEARNED = tuple(f".{leaf}" for leaf in SCALE_NAMES)
 SCALES = tuple(leaf for leaf in LEARNED if leaf != ".beta")  # of signs: one that is negative turns its weights over
@@ -35,7 +36,7 @@ class SignTracker:
         self._bits = {(f.name, f.start): sign_bits(self._ordinary(f)) for f in self._fragments()}
 
     def _fragments(self) -> Iterator[Fragment]:
-        return (f for f in self._engine.fragments() if f.name in self._layers)
+        return (f for f in self._engine.shards.fragments() if f.name in self._layers)
 
     def _ordinary(self, fragment: Fragment) -> Tensor:
         """The fragment's weights, infinite where they are salient: a sign that never flips, and nowhere near zero."""
@@ -82,10 +83,10 @@ class ScaleTracker:
         self._engine = engine
         self._device = device
         self._negative = {(f.name, f.start): f.weight < 0 for f in self._fragments()}
-        self._any = any(name.endswith(SCALES) for name in engine.shapes())
+        self._any = any(name.endswith(SCALES) for name in engine.shards.shapes())
 
     def _fragments(self) -> Iterator[Fragment]:
-        return (f for f in self._engine.fragments() if f.name.endswith(SCALES))
+        return (f for f in self._engine.shards.fragments() if f.name.endswith(SCALES))
 
     def look(self) -> dict[str, float]:
         """Shares in [0, 1]; nothing for a model without learned scales. Collective."""
@@ -122,7 +123,9 @@ def router_scalars(engine: Engine) -> dict[str, float]:
 def gather_scales(engine: Engine) -> dict[str, Tensor]:
     """On rank 0 every learned scale and shift, whole and flat, by name; empty elsewhere. Collective; for histograms."""
     # Copies: a pickled view takes its whole flat buffer along.
-    mine = [(f.name, f.start, f.weight.to("cpu", copy=True)) for f in engine.fragments() if f.name.endswith(LEARNED)]
+    mine = [
+        (f.name, f.start, f.weight.to("cpu", copy=True)) for f in engine.shards.fragments() if f.name.endswith(LEARNED)
+    ]
     everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(mine, everyone)
     pieces: dict[str, list[tuple[int, Tensor]]] = {}

@@ -20,8 +20,9 @@ from tqdm import tqdm
 from fbitrain import checkpoint
 from fbitrain.base.errors import UserError
 from fbitrain.base.files import write_json
-from fbitrain.build import Heldout, Parts, build, finished, write_finished
-from fbitrain.checkpoint import TrainerState
+from fbitrain.build import HeldoutWindows, Parts, build, finished, write_finished
+from fbitrain.checkpoint_files import TrainerState
+from fbitrain.checkpoint_folders import find_latest
 from fbitrain.config import Config
 from fbitrain.engine import Engine, init_distributed
 from fbitrain.fine_tune import needs_calibration, with_known_sizes
@@ -108,8 +109,9 @@ def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[s
         if parts.batch_log:
             parts.batch_log.add(state.step + 1, batch)
         batch = batch.to(engine.device, non_blocking=True)
-        hints = () if teacher is None else teacher.hints(batch[:, :-1], with_states=config.distill.hidden_weight > 0)
-        loss, metrics = engine(batch, *hints)
+        with_states = config.distill.hidden_weight > 0
+        targets = teacher.targets(batch[:, :-1], with_states=with_states) if teacher else ()
+        loss, metrics = engine(batch, *targets)
         engine.backward(loss)
         parts.interval.add_micro_batch(loss, metrics)
         finite &= torch.isfinite(loss.detach())
@@ -134,12 +136,12 @@ def agree_to_go_on(parts: Parts, state: TrainerState, stop: StopSignal, finite: 
         dist.all_gather_object(failures, failure)
         raise StreamError(next(message for message in failures if message))
     if broken:
-        latest = checkpoint.find_latest(parts.config.run_dir)
+        latest = find_latest(parts.config.run_dir)
         raise on_all_ranks(
             UserError(
                 f"the loss of step {state.step + 1} is not finite; stopped before the update. "
                 + (f"The last good checkpoint is {latest}; " if latest else "No checkpoint was written yet; ")
-                + "lower optim.lr or check the data, then start again"
+                + f"{suspects(parts.config, state.step + 1)}, then start again"
             )
         )
 
@@ -149,10 +151,19 @@ def require_finite_gradients(parts: Parts, state: TrainerState) -> None:
     if not parts.interval.gradients_finite():
         raise on_all_ranks(
             UserError(
-                f"a gradient norm up to step {state.step} is not finite; nothing was saved, older checkpoints stay. "
-                "Lower optim.lr or check the data, then start again"
+                f"a gradient norm up to step {state.step} is not finite; nothing was saved, older checkpoints stay; "
+                f"{suspects(parts.config, state.step)}, then start again"
             )
         )
+
+
+def suspects(config: Config, step: int) -> str:
+    """What to do about a number that is not finite at 1-based `step`; at the first one no learning rate is to blame."""
+    if step > 1:
+        return "lower optim.lr or check the data"
+    start = f"model.pretrained={config.model.pretrained}" if config.model.pretrained else "model.init_std"
+    teacher = f"the teacher {config.distill.teacher}, " if config.distill.uses_teacher else ""
+    return f"nothing was trained before it: check {teacher}what the student starts from ({start}) and the data"
 
 
 # -- what happens between steps ---------------------------------------------------------------------------------------
@@ -165,7 +176,7 @@ def log(parts: Parts, state: TrainerState, bar: tqdm[Any]) -> None:
     parts.interval.pause()
     scalars["optim/lr"] = lr_at(parts.config, state.step)
     scalars |= {f"lr/{kind}": rate for kind, rate in parts.engine.rates().items()}
-    scalars |= {f"update_ratio/{kind}": ratio for kind, ratio in parts.engine.update_ratios().items()}
+    scalars |= {f"update_ratio/{kind}": ratio for kind, ratio in parts.engine.shards.update_ratios().items()}
     if has_phases(parts.config.binarize):
         scalars["phase/binary_share"] = binary_share(parts.config.binarize, state.step)
     achieved = scalars["speed/tokens_per_s"] * parts.flops_per_token / parts.engine.world_size / 1e12
@@ -235,7 +246,7 @@ def evaluate(parts: Parts, state: TrainerState) -> None:
     parts.interval.run()
 
 
-def heldout_nll(parts: Parts, heldout: Heldout) -> tuple[float, int]:
+def heldout_nll(parts: Parts, heldout: HeldoutWindows) -> tuple[float, int]:
     """Summed negative log-likelihood (nats) and predicted tokens over all ranks' shares of the windows."""
     engine, size = parts.engine, parts.config.train.micro_batch_size
     mine = heldout.windows[parts.rank :: engine.world_size]
@@ -273,7 +284,7 @@ def save_start(parts: Parts, state: TrainerState) -> None:
     config = parts.config
     if config.train.total_steps and not needs_calibration(config):
         return
-    if from_rank_0(lambda: checkpoint.find_latest(config.run_dir)) is None:
+    if from_rank_0(lambda: find_latest(config.run_dir)) is None:
         save(parts, state, parts.loader.state())
 
 

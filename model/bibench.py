@@ -18,15 +18,15 @@ from torch import Tensor
 
 from fbitrain.model.binarize import sign, sign_ste, wide, with_slope
 from fbitrain.model.config import BinarizeConfig
-from fbitrain.model.packing import PackedLayer, pack_scaled_signs
-from fbitrain.model.rebuilt import Rebuild, RebuiltLinear
+from fbitrain.model.packing import StoredLayer, pack_scaled_signs
+from fbitrain.model.recomputed import Recipe, RecomputedLinear
 
 RECU_TAU = 0.99  # quantile beyond which weights are clamped; the paper's schedule goes from 0.85 up to it
 FDA_OMEGA = 0.1  # angular frequency of the square wave whose Fourier series stands for the sign
 FDA_TERMS = 10
 
 
-class BiBenchLinear(RebuiltLinear):
+class BiBenchLinear(RecomputedLinear):
     """y = x ŵᵀ + bias with the ŵ and the gradient of one of BiBench's methods.
 
     Args, beyond those of LatentLinear: `method`, one of bnn, xnor, bireal, recu, fda.
@@ -39,12 +39,12 @@ class BiBenchLinear(RebuiltLinear):
         self.method = method
 
     @staticmethod
-    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> PackedLayer:
+    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> StoredLayer:
         """See LatentLinear."""
         effective = BINARIZERS[binarize.method](trained["weight"])
         return pack_scaled_signs(effective, "tensor" if binarize.method == "bnn" else "row", dtype)
 
-    def recipe(self) -> tuple[Rebuild, tuple[Tensor | None, ...]]:
+    def recipe(self) -> tuple[Recipe, tuple[Tensor | None, ...]]:
         """ŵ as a function of the weight."""
         return BINARIZERS[self.method], (self.weight,)
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from fbitrain.kernels.ops import pack_signs
 from fbitrain.model.binarize import sign, wide, with_slope
 from fbitrain.model.config import BinarizeConfig
-from fbitrain.model.packing import PackedLayer, pack_scaled_signs
-from fbitrain.model.rebuilt import Rebuild, RebuiltLinear, rebuilt_linear
+from fbitrain.model.packing import StoredLayer, pack_scaled_signs
+from fbitrain.model.recomputed import Recipe, RecomputedLinear, recomputed_linear
 
 INT8_MAX = 127
 
 
-class BitNetLinear(RebuiltLinear):
+class BitNetLinear(RecomputedLinear):
     """y = q(x) ŵᵀ + bias; q rounds each token to int8, ŵ has two values ("bitnet") or three ("ternary").
 
     Both roundings pass their gradient unchanged. One scale serves the whole matrix.
@@ -38,21 +38,21 @@ class BitNetLinear(RebuiltLinear):
         self.method = method
 
     @staticmethod
-    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> PackedLayer:
+    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> StoredLayer:
         """See LatentLinear."""
         effective = QUANTIZERS[binarize.method](trained["weight"])
         if binarize.method == "bitnet":
             return pack_scaled_signs(effective, "tensor", dtype, int8=True)
         planes = torch.stack([torch.where(effective > 0, 1.0, -1.0), torch.where(effective < 0, -1.0, 1.0)])
         alpha = effective.abs().max().view(1, 1).to(dtype).float()
-        return PackedLayer("ternary", {}, {"weight_bits": pack_signs(planes), "alpha": alpha})
+        return StoredLayer("ternary", {}, {"weight_bits": pack_signs(planes), "alpha": alpha})
 
     def product(self, x: Tensor) -> Tensor:
         """x [..., K] -> q(x) ŵᵀ [..., N] in x's dtype."""
         codes, step = quantize_tokens(x)
-        return rebuilt_linear(codes, QUANTIZERS[self.method], self.weight) * step.to(x.dtype)
+        return recomputed_linear(codes, QUANTIZERS[self.method], self.weight) * step.to(x.dtype)
 
-    def recipe(self) -> tuple[Rebuild, tuple[Tensor | None, ...]]:
+    def recipe(self) -> tuple[Recipe, tuple[Tensor | None, ...]]:
         """ŵ as a function of the weight."""
         return QUANTIZERS[self.method], (self.weight,)
 

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fbitrain.model.config import BinarizeConfig, ModelConfig
 from fbitrain.model.linear import BinaryLinear
-from fbitrain.model.methods import Source, make_layer
-from fbitrain.model.packed import PackedBinaryLinear
-from fbitrain.model.refusals import check_fused, check_masks, check_skip, check_sources, fused_modules
+from fbitrain.model.methods import FullLinear, make_layer
+from fbitrain.model.packed_layers import PackedBinaryLinear
+from fbitrain.model.refusals import check_fused, check_linears, check_masks, check_skip, fused_modules
 from fbitrain.model.size import skip_entry
 from fbitrain.model.storage import storage_bits
 
@@ -72,7 +72,9 @@ def build_student(model: ModelConfig, binarize: BinarizeConfig, seed: int) -> tu
         torch.manual_seed(seed)
         # from_config, not the class itself: it keeps the initial weights right where ZeRO-3 partitions while building.
         config = llama_config(model)
-        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        lm = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+        )
         report = binarize_(lm, binarize, init_std=model.init_std)
     _set_rotary_frequencies(lm, model)
     return lm, report
@@ -99,28 +101,28 @@ def binarize_(
             multiple of the group size wide, has no values and `init_std` is 0, or no fitting mask; a module holds
             several Linears in one tensor.
     """
-    sources = _sources(model)
+    linears = _linears(model)
     if not binarize.enabled:
-        return _report({}, sources, dict.fromkeys(sources, "binarize.enabled=false"))
-    chosen = chosen_sources(model, binarize, values_needed=init_std == 0)
+        return _report({}, linears, dict.fromkeys(linears, "binarize.enabled=false"))
+    chosen = chosen_linears(model, binarize, values_needed=init_std == 0)
     check_masks(chosen, binarize, masks)
-    rules = {name: f"skip=[{skip_entry(name, binarize.skip)}]" for name in sources if name not in chosen}
+    rules = {name: f"skip=[{skip_entry(name, binarize.skip)}]" for name in linears if name not in chosen}
     stored = 0
-    for name, source in chosen.items():
+    for name, linear in chosen.items():
         mask = masks[name] if masks and name in masks else None
-        model.set_submodule(name, make_layer(source, binarize, mask, init_std))
+        model.set_submodule(name, make_layer(linear, binarize, mask, init_std))
         n_salient = None if mask is None else int(mask.sum())
-        stored += sum(storage_bits(binarize, source.out_features, source.in_features, n_salient).values())
-    return _report(chosen, {name: sources[name] for name in rules}, rules, stored)
+        stored += sum(storage_bits(binarize, linear.out_features, linear.in_features, n_salient).values())
+    return _report(chosen, {name: linears[name] for name in rules}, rules, stored)
 
 
-def chosen_sources(model: nn.Module, binarize: BinarizeConfig, *, values_needed: bool = True) -> dict[str, Source]:
+def chosen_linears(model: nn.Module, binarize: BinarizeConfig, *, values_needed: bool = True) -> dict[str, FullLinear]:
     """The layers that `binarize_` would swap, by qualified name, refused as there but for their masks."""
-    sources, fused = _sources(model), fused_modules(model)
-    check_skip(binarize.skip, [*sources, *fused])
+    linears, fused = _linears(model), fused_modules(model)
+    check_skip(binarize.skip, [*linears, *fused])
     check_fused({name: part for name, part in fused.items() if skip_entry(name, binarize.skip) is None})
-    chosen = {name: source for name, source in sources.items() if skip_entry(name, binarize.skip) is None}
-    check_sources(model, chosen, binarize, values_needed=values_needed)
+    chosen = {name: linear for name, linear in linears.items() if skip_entry(name, binarize.skip) is None}
+    check_linears(model, chosen, binarize, values_needed=values_needed)
     return chosen
 
 
@@ -140,18 +142,18 @@ def _set_rotary_frequencies(lm: LlamaForCausalLM, model: ModelConfig) -> None:
     rotary.original_inv_freq = rotary.inv_freq.clone()
 
 
-def _sources(model: nn.Module) -> dict[str, Source]:
-    return {name: source for name, module in model.named_modules() if (source := Source.of(module)) is not None}
+def _linears(model: nn.Module) -> dict[str, FullLinear]:
+    return {name: linear for name, module in model.named_modules() if (linear := FullLinear.of(module)) is not None}
 
 
 def _report(
-    chosen: Mapping[str, Source], kept: Mapping[str, Source], rules: Mapping[str, str], stored_bits: int = 0
+    chosen: Mapping[str, FullLinear], kept: Mapping[str, FullLinear], rules: Mapping[str, str], stored_bits: int = 0
 ) -> BinarizeReport:
     return BinarizeReport(tuple(chosen), rules, _n_weights(chosen), _n_weights(kept), stored_bits)
 
 
-def _n_weights(sources: Mapping[str, Source]) -> int:
-    return sum(source.out_features * source.in_features for source in sources.values())
+def _n_weights(linears: Mapping[str, FullLinear]) -> int:
+    return sum(linear.out_features * linear.in_features for linear in linears.values())
 
 
 def _abbreviate(count: int) -> str:

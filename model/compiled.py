@@ -116,7 +116,10 @@ class Continuation:
 
     def likeliest(self, ids: list[int]) -> int:
         """The first token with the largest of them, without computing all."""
-        return self._decoder.likeliest(self._hidden(ids))
+        hidden = self._hidden(ids)
+        if not hidden.isfinite().all():
+            raise UserError("the model's hidden states are not finite: its weights are damaged, or training diverged")
+        return self._decoder.likeliest(hidden)
 
     def _hidden(self, ids: list[int]) -> Tensor:
         with _refusing_non_finite():
@@ -162,27 +165,47 @@ def decoder_shape(config: Any) -> DecoderShape:
 
 
 def decoder_tensors(config: Any, tensors: Mapping[str, Tensor]) -> DecoderTensors:
-    """The tensors of a packed folder by what they do. Raises KeyError with the name of one that is missing."""
+    """The tensors of a packed folder by what they do.
+
+    Raises KeyError with the name of one that is missing, ValueError for one that `config` has no use for (its flags
+    are not those of the files) and for scales that are not finite.
+    """
+    unused = set(tensors)
+
+    def take(name: str) -> Tensor:
+        unused.discard(name)
+        return tensors[name]
+
+    def scale(name: str) -> Tensor:
+        found = take(name)
+        if found.numel() and not torch.stack(torch.aminmax(found)).isfinite().all():
+            raise ValueError(f"{name} is not finite")
+        return found
+
     has_beta = bool((config.binarize or {})["options"]["beta"])
 
     def linear(name: str) -> BinaryTensors:
-        beta = tensors[f"{name}.beta"] if has_beta else None
-        return BinaryTensors(tensors[f"{name}.weight_bits"], tensors[f"{name}.alpha"], beta)
+        beta = scale(f"{name}.beta") if has_beta else None
+        return BinaryTensors(take(f"{name}.weight_bits"), scale(f"{name}.alpha"), beta)
 
     layers = []
     for number in range(config.num_hidden_layers):
         layer = f"model.layers.{number}"
         norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
         parts: dict[str, Any] = {part: linear(f"{layer}.{name}") for part, name in LINEARS.items()}
-        parts |= {part: tensors[f"{layer}.{name}.weight"] for part, name in norms.items()}
+        parts |= {part: take(f"{layer}.{name}.weight") for part, name in norms.items()}
         layers.append(LayerTensors(**parts))
-    embedding = tensors["model.embed_tokens.weight"]
+    embedding = take("model.embed_tokens.weight")
+    head = embedding if config.tie_word_embeddings else take("lm_head.weight")
+    final_norm = take("model.norm.weight")
+    if unused:
+        raise ValueError(f"its files hold {min(unused)}, which its config.json has no place for")
     with torch.device("cpu"):  # whatever the default is
         frequencies = LlamaRotaryEmbedding(config).inv_freq
     return DecoderTensors(
         layers=layers,
         embedding=embedding,
-        head=embedding if config.tie_word_embeddings else tensors["lm_head.weight"],
-        final_norm=tensors["model.norm.weight"],
+        head=head,
+        final_norm=final_norm,
         frequencies=frequencies,
     )

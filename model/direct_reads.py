@@ -12,21 +12,21 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fbitrain.base.errors import UserError
-from fbitrain.model.methods import Source
+from fbitrain.model.methods import FullLinear
 from fbitrain.model.refusals import skip_for_all
 
 
-def check_direct_reads(sources: Mapping[str, Source], run: Callable[[], object]) -> None:
-    """Raises UserError if `run`, a forward pass, computes with the weight of one of `sources` outside its own forward.
+def check_direct_reads(linears: Mapping[str, FullLinear], run: Callable[[], object]) -> None:
+    """Raises UserError if `run`, a forward pass, computes with the weight of one of `linears` outside its own forward.
 
     A look at a weight's dtype, shape or device is not computing. A Linear that `run` does not use, an expert that no
     token was sent to for example, is no error.
     """
-    watch = _Watch(sources)
+    watch = _Watch(linears)
     hooks = []
-    for name, source in sources.items():
-        hooks.append(source.module.register_forward_pre_hook(watch.entered(name)))
-        hooks.append(source.module.register_forward_hook(watch.left(name), always_call=True))
+    for name, linear in linears.items():
+        hooks.append(linear.module.register_forward_pre_hook(watch.entered(name)))
+        hooks.append(linear.module.register_forward_hook(watch.left(name), always_call=True))
     try:
         with watch:
             run()
@@ -43,9 +43,9 @@ def check_direct_reads(sources: Mapping[str, Source], run: Callable[[], object])
 class _Watch(TorchFunctionMode):
     """Sees every function of torch that is called, and notes whose weight it was given."""
 
-    def __init__(self, sources: Mapping[str, Source]) -> None:
+    def __init__(self, linears: Mapping[str, FullLinear]) -> None:
         super().__init__()
-        self._names = {id(source.parameter): name for name, source in sources.items()}
+        self._names = {id(linear.parameter): name for name, linear in linears.items()}
         self._running: set[str] = set()
         self.read: list[str] = []
 

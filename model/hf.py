@@ -27,12 +27,12 @@ from transformers import (
 )
 
 from fbitrain.model import remote_code, remote_layers
-from fbitrain.model.build import chosen_sources
+from fbitrain.model.build import chosen_linears
 from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.method_table import TRAINED_NAMES
-from fbitrain.model.methods import Source, oriented
-from fbitrain.model.packed import LAYERS
-from fbitrain.model.packing import PackedLayer, pack_layer
+from fbitrain.model.methods import FullLinear, oriented
+from fbitrain.model.packed_layers import LAYERS
+from fbitrain.model.packing import StoredLayer, pack_layer
 from fbitrain.model.remote_code import MODEL_TYPE, PREFIX
 
 REMOTE_CODE = Path(remote_code.__file__), Path(remote_layers.__file__)
@@ -42,7 +42,7 @@ REMOTE_CODE = Path(remote_code.__file__), Path(remote_layers.__file__)
 class ReleasedModel:
     """A trained model in the form that all formats of its release share.
 
-    config: transformers' own, of the model as it is without binary layers. sources: by name, the Linears in the places
+    config: transformers' own, of the model as it is without binary layers. linears: by name, the Linears in the places
     of the binary layers, without values. layers: what a release stores of each. biases: theirs, in `dtype`. rest: all
     other tensors; those in floating point are in `dtype`.
     """
@@ -50,8 +50,8 @@ class ReleasedModel:
     config: PretrainedConfig
     binarize: BinarizeConfig
     dtype: torch.dtype
-    sources: Mapping[str, Source]
-    layers: Mapping[str, PackedLayer]
+    linears: Mapping[str, FullLinear]
+    layers: Mapping[str, StoredLayer]
     biases: Mapping[str, Tensor]
     rest: Mapping[str, Tensor]
 
@@ -61,25 +61,25 @@ class ReleasedModel:
     ) -> ReleasedModel:
         """From what a checkpoint holds (checkpoint_files.load_weights). A tied head is left out, if it is there."""
         lm = empty_model(config)
-        sources = chosen_sources(lm, binarize, values_needed=False) if binarize.enabled else {}
+        linears = chosen_linears(lm, binarize, values_needed=False) if binarize.enabled else {}
         tied = lm.all_tied_weights_keys
-        rest, biases, trained = {}, {}, {name: {} for name in sources}  # type: ignore[var-annotated]
+        rest, biases, trained = {}, {}, {name: {} for name in linears}  # type: ignore[var-annotated]
         for name, tensor in weights.items():
             module, _, leaf = name.rpartition(".")
-            if module in sources and leaf in TRAINED_NAMES:
+            if module in linears and leaf in TRAINED_NAMES:
                 trained[module][leaf] = tensor
             elif name not in tied or tied[name] not in weights:
-                kind = biases if module in sources else rest
+                kind = biases if module in linears else rest
                 kind[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         layers = {name: pack_layer(binarize, tensors, dtype) for name, tensors in trained.items()}
-        return cls(config, binarize, dtype, sources, layers, biases, rest)
+        return cls(config, binarize, dtype, linears, layers, biases, rest)
 
     def dense_tensors(self) -> dict[str, Tensor]:
         """The tensors of the plain model with every ŵ written out, in the layout of its own modules."""
         tensors = {**self.rest, **self.biases}
-        for name, source in self.sources.items():
-            weight_NK = self.layers[name].weight(source.in_features, source.out_features).to(self.dtype)
-            tensors[f"{name}.weight"] = oriented(source.module, weight_NK).contiguous()
+        for name, linear in self.linears.items():
+            weight_NK = self.layers[name].weight(linear.in_features, linear.out_features).to(self.dtype)
+            tensors[f"{name}.weight"] = oriented(linear.module, weight_NK).contiguous()
         return tensors
 
     def packed_tensors(self) -> dict[str, Tensor]:
@@ -92,7 +92,7 @@ class ReleasedModel:
     @property
     def binary_weights(self) -> int:
         """How many weights the binary layers have, salient ones included."""
-        return sum(source.in_features * source.out_features for source in self.sources.values())
+        return sum(linear.in_features * linear.out_features for linear in self.linears.values())
 
     @property
     def binary_bits(self) -> int:
@@ -116,13 +116,13 @@ def plain_weights(
     For runs with phases of precision: what such a layer computes where its binary share is `share`.
     """
     plain = dict(weights)
-    for name, source in chosen_sources(lm, binarize, values_needed=False).items():
+    for name, linear in chosen_linears(lm, binarize, values_needed=False).items():
         trained = {leaf: plain.pop(f"{name}.{leaf}") for leaf in TRAINED_NAMES if f"{name}.{leaf}" in plain}
         weight_NK = trained["weight"]
         if share > 0:
-            binary_NK = pack_layer(binarize, trained, torch.float32).weight(source.in_features, source.out_features)
+            binary_NK = pack_layer(binarize, trained, torch.float32).weight(linear.in_features, linear.out_features)
             weight_NK = torch.lerp(weight_NK, binary_NK, share)
-        plain[f"{name}.weight"] = oriented(source.module, weight_NK)
+        plain[f"{name}.weight"] = oriented(linear.module, weight_NK)
     return plain
 
 
@@ -155,7 +155,7 @@ def packed_config(
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The causal language model of `config` on the meta device: its modules without values."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fbitrain.model.config import BinarizeConfig, method_settings
 
 if TYPE_CHECKING:
-    from fbitrain.model.packing import PackedLayer
+    from fbitrain.model.packing import StoredLayer
 
 FULL, MIXED, BINARY = "full precision", "mixed", "binary"
 
@@ -76,7 +76,7 @@ class LatentLinear(nn.Module, ABC):
 
     @staticmethod
     @abstractmethod
-    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> PackedLayer:
+    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> StoredLayer:
         """The release's form of a layer that `make` built, from what its checkpoint holds; see packing.pack_layer."""
 
     def set_binary_share(self, share: float) -> None:

@@ -17,7 +17,7 @@ from fbitrain.kernels.ops import pack_signs
 from fbitrain.model.binarize import init_scales, scale_shape, sign
 from fbitrain.model.config import STES, BinarizeConfig
 from fbitrain.model.latent import LatentLinear
-from fbitrain.model.packing import Levels, PackedLayer, sign_options
+from fbitrain.model.packing import Levels, StoredLayer, sign_options
 from fbitrain.model.scaled_product import scaled_product
 
 
@@ -59,13 +59,13 @@ class BinaryLinear(LatentLinear):
         self.reset_scales()
 
     @staticmethod
-    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> PackedLayer:
+    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> StoredLayer:
         """See LatentLinear."""
         levels = Levels.of(trained["alpha"], trained.get("beta"), dtype)
         tensors = {"weight_bits": pack_signs(trained["weight"]), "alpha": levels.alpha}
         if "beta" in trained:
             tensors["beta"] = levels.beta
-        return PackedLayer("binary", sign_options(binarize.scale, "beta" in trained, binarize.group_size), tensors)
+        return StoredLayer("binary", sign_options(binarize.scale, "beta" in trained, binarize.group_size), tensors)
 
     @torch.no_grad()
     def reset_scales(self) -> None:

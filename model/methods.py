@@ -18,7 +18,7 @@ from fbitrain.model.latent import LatentLinear
 
 
 @dataclass(frozen=True)
-class Source:
+class FullLinear:
     """A torch.nn.Linear or a transformers Conv1D (GPT-2's Linear, whose weight is [K, N]), as a Linear is described."""
 
     module: nn.Module
@@ -26,8 +26,8 @@ class Source:
     out_features: int
 
     @classmethod
-    def of(cls, module: nn.Module) -> Source | None:
-        """The source that `module` is, or None if it is neither."""
+    def of(cls, module: nn.Module) -> FullLinear | None:
+        """The linear that `module` is, or None if it is neither."""
         if isinstance(module, nn.Linear):
             return cls(module, module.in_features, module.out_features)
         if isinstance(module, Conv1D):
@@ -71,10 +71,10 @@ def oriented(module: nn.Module, like_weight: Tensor) -> Tensor:
     return like_weight.T if isinstance(module, Conv1D) else like_weight
 
 
-def make_layer(source: Source, binarize: BinarizeConfig, mask: Tensor | None, init_std: float) -> LatentLinear:
-    """The layer that `source` becomes, in its training mode; mask bool [N, K] for methods with salient weights."""
-    layer = layer_class(binarize).make(binarize, mask, source.latent(init_std))
-    return layer.train(source.module.training)
+def make_layer(linear: FullLinear, binarize: BinarizeConfig, mask: Tensor | None, init_std: float) -> LatentLinear:
+    """The layer that `linear` becomes, in its training mode; mask bool [N, K] for methods with salient weights."""
+    layer = layer_class(binarize).make(binarize, mask, linear.latent(init_std))
+    return layer.train(linear.module.training)
 
 
 def layer_class(binarize: BinarizeConfig) -> type[LatentLinear]:

@@ -21,8 +21,8 @@ from fbitrain.kernels.ops import pack_signs
 from fbitrain.model.binarize import sign, sign_ste, wide
 from fbitrain.model.config import MAX_EXPERTS, STES, BinarizeConfig
 from fbitrain.model.latent import LatentLinear
-from fbitrain.model.packing import PackedLayer, rounded
-from fbitrain.model.rebuilt import rebuilt_linear
+from fbitrain.model.packing import StoredLayer, rounded
+from fbitrain.model.recomputed import recomputed_linear
 from fbitrain.model.scaled_product import scaled_product
 
 POWER_ITERATIONS = 32
@@ -44,10 +44,10 @@ class OneBitLinear(LatentLinear):
         self.scale_out = nn.Parameter(scales["scale_out"].to(self.weight.dtype))
 
     @staticmethod
-    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> PackedLayer:
+    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> StoredLayer:
         """See LatentLinear."""
         signs = {"weight_bits": pack_signs(trained["weight"])}
-        return PackedLayer("onebit", {}, signs | rounded(trained, dtype, "scale_in", "scale_out"))
+        return StoredLayer("onebit", {}, signs | rounded(trained, dtype, "scale_in", "scale_out"))
 
     def start_scales(self, weight: Tensor) -> dict[str, Tensor]:
         """The two vectors of scales for a weight."""
@@ -98,11 +98,11 @@ class MixtureOfScalesLinear(LatentLinear):
         self._router_stats: Tensor | None = None
 
     @staticmethod
-    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> PackedLayer:
+    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> StoredLayer:
         """See LatentLinear."""
         signs = {"weight_bits": pack_signs(trained["weight"])}
         tensors = signs | rounded(trained, dtype, "scale_in", "scale_out", "router")
-        return PackedLayer("mixture", {"n_experts": len(trained["router"])}, tensors)
+        return StoredLayer("mixture", {"n_experts": len(trained["router"])}, tensors)
 
     def start_scales(self, weight: Tensor) -> dict[str, Tensor]:
         """The scales of all experts for a weight: the same two vectors for each."""
@@ -111,13 +111,13 @@ class MixtureOfScalesLinear(LatentLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """x [..., K] -> the mixed product [..., N] in x's dtype. In training mode the router's choices are counted."""
-        gates = torch.softmax(rebuilt_linear(x, _same, self.router), dim=-1, dtype=wide(x.dtype))
+        gates = torch.softmax(recomputed_linear(x, _same, self.router), dim=-1, dtype=wide(x.dtype))
         if self.training:
             self._count(gates.detach())
         scale_in, scale_out = (
-            rebuilt_linear(gates, torch.t, scale).to(x.dtype) for scale in (self.scale_in, self.scale_out)
+            recomputed_linear(gates, torch.t, scale).to(x.dtype) for scale in (self.scale_in, self.scale_out)
         )
-        return rebuilt_linear(x * scale_in, partial(sign_ste, ste=self.ste), self.weight) * scale_out
+        return recomputed_linear(x * scale_in, partial(sign_ste, ste=self.ste), self.weight) * scale_out
 
     def binary_weight(self) -> Tensor:
         """There is none: raises ValueError."""

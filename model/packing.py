@@ -24,7 +24,7 @@ from fbitrain.model.remote_layers import PackedWeight
 
 
 @dataclass(frozen=True)
-class PackedLayer:
+class StoredLayer:
     """A layer as a release stores it.
 
     kind: its class, a key of `remote_code.BinaryModel.layers`. options: the class's arguments but in_features,
@@ -77,7 +77,7 @@ class Levels:
 
 
 @torch.no_grad()
-def pack_layer(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> PackedLayer:
+def pack_layer(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> StoredLayer:
     """The release's form of a layer that was trained with `binarize`.
 
     trained: by leaf name, those of method_table.TRAINED_NAMES that its checkpoint has, fp32 but for what is frozen.
@@ -86,7 +86,7 @@ def pack_layer(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: t
     return layer_class(binarize).pack(binarize, trained, dtype)
 
 
-def pack_scaled_signs(effective: Tensor, scale: str, dtype: torch.dtype, *, int8: bool = False) -> PackedLayer:
+def pack_scaled_signs(effective: Tensor, scale: str, dtype: torch.dtype, *, int8: bool = False) -> StoredLayer:
     """From ŵ [N, K], which is ±α with one α per row (`scale` "row") or one for all ("tensor"): it says α and signs.
 
     int8: tokens are rounded to int8 in front of the product.
@@ -94,7 +94,7 @@ def pack_scaled_signs(effective: Tensor, scale: str, dtype: torch.dtype, *, int8
     alpha = effective.abs().amax(1, keepdim=True)
     alpha = alpha if scale == "row" else alpha[:1]
     tensors = {"weight_bits": pack_signs(effective), "alpha": alpha.to(dtype).float()}
-    return PackedLayer("binary", sign_options(scale, False, 0, int8), tensors)
+    return StoredLayer("binary", sign_options(scale, False, 0, int8), tensors)
 
 
 def sign_options(scale: str, beta: bool, group_size: int, int8: bool = False) -> dict[str, Any]:

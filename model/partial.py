@@ -19,8 +19,8 @@ from fbitrain.kernels import ops
 from fbitrain.kernels.layout import NARROW_COLUMNS, scale_shape
 from fbitrain.model.binarize import sign_ste, ste_gradient, wide, with_slope
 from fbitrain.model.config import SALIENT_DTYPES, BinarizeConfig, method_settings
-from fbitrain.model.packing import PackedLayer
-from fbitrain.model.rebuilt import Rebuild, RebuiltLinear
+from fbitrain.model.packing import StoredLayer
+from fbitrain.model.recomputed import Recipe, RecomputedLinear
 from fbitrain.model.storage import salient_storage
 
 INT8_MAX = 127  # symmetric: -128 is not used
@@ -30,7 +30,7 @@ INT8_MAX = 127  # symmetric: -128 is not used
 STEP = {1: 2.0, 2: 1.2479, 3: 0.7344, 4: 0.4201}
 
 
-class PartialBinaryLinear(RebuiltLinear):
+class PartialBinaryLinear(RecomputedLinear):
     """y = x ŵᵀ + bias; ŵ is the salient weight where `mask` is True, elsewhere α·sign(weight).
 
     α is the mean |weight| over the ordinary weights of the row, or of the row's group. It follows the latent weights in
@@ -97,7 +97,7 @@ class PartialBinaryLinear(RebuiltLinear):
         return cls(**salient, **method_settings(binarize), **latent)
 
     @staticmethod
-    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> PackedLayer:
+    def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> StoredLayer:
         """See LatentLinear."""
         weight, bits = trained["weight"], binarize.bits
         n, k = weight.shape
@@ -121,7 +121,7 @@ class PartialBinaryLinear(RebuiltLinear):
         tensors |= {"salient_mask": trained["salient_bits"]} if places == "mask" else _csr(mask)
         options = {"salient_dtype": salient, "scale": binarize.scale, "bits": bits}
         options |= {"group_size": binarize.group_size} if binarize.scale == "group" else {}
-        return PackedLayer("partial", options, tensors, {"n_salient": n_salient, "places": places})
+        return StoredLayer("partial", options, tensors, {"n_salient": n_salient, "places": places})
 
     @torch.no_grad()
     def load_salient(self, codes: Tensor, scale: Tensor) -> None:
@@ -138,10 +138,10 @@ class PartialBinaryLinear(RebuiltLinear):
         """bool [N, K], True for salient weights."""
         return unpack_mask(self.salient_bits, self.in_features)
 
-    def recipe(self) -> tuple[Rebuild, tuple[Tensor | None, ...]]:
+    def recipe(self) -> tuple[Recipe, tuple[Tensor | None, ...]]:
         """ŵ as a function of weight, mask, frozen values and their scale."""
-        rebuild = partial(partial_weight, bits=self.bits, group_size=self.group_size, ste=self.ste)
-        return rebuild, (self.weight, self.salient_bits, self.salient_values, self.salient_scale)
+        recipe = partial(partial_weight, bits=self.bits, group_size=self.group_size, ste=self.ste)
+        return recipe, (self.weight, self.salient_bits, self.salient_values, self.salient_scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartialBinaryLinear:
         # DeepSpeed casts whole modules to bf16, which would round what is frozen to 8 bits.

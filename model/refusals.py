@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from fbitrain.base.errors import UserError
 from fbitrain.model.config import BinarizeConfig, uses_groups
-from fbitrain.model.methods import Source
+from fbitrain.model.methods import FullLinear
 
 
 def check_skip(skip: Sequence[str], names: Sequence[str]) -> None:
@@ -51,29 +51,31 @@ def check_fused(fused: Mapping[str, str]) -> None:
         )
 
 
-def check_sources(
-    model: nn.Module, sources: Mapping[str, Source], binarize: BinarizeConfig, *, values_needed: bool
+def check_linears(
+    model: nn.Module, linears: Mapping[str, FullLinear], binarize: BinarizeConfig, *, values_needed: bool
 ) -> None:
-    """Raises UserError if one of `sources`, by qualified name, cannot become a layer of binarize.method."""
+    """Raises UserError if one of `linears`, by qualified name, cannot become a layer of binarize.method."""
     holders: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         holders.setdefault(id(parameter), []).append(name.rpartition(".")[0])
-    for name, source in sources.items():
-        _check_sharing(model, name, holders[id(source.parameter)])
-        if values_needed and not source.has_values:
+    for name, linear in linears.items():
+        _check_sharing(model, name, holders[id(linear.parameter)])
+        if values_needed and not linear.has_values:
             raise UserError(f"the weight of {name} is not loaded (meta device, or partitioned); binarize a whole model")
-        if not source.parameter.is_floating_point():
-            dtype = str(source.parameter.dtype).removeprefix("torch.")
+        if not linear.parameter.is_floating_point():
+            dtype = str(linear.parameter.dtype).removeprefix("torch.")
             raise UserError(f"the weight of {name} is {dtype}, already quantized; load the model in floating point")
-        if uses_groups(binarize) and source.in_features % binarize.group_size:
+        if uses_groups(binarize) and linear.in_features % binarize.group_size:
             raise UserError(
-                f"{name} cannot be binarized: in_features={source.in_features} is not a multiple of "
+                f"{name} cannot be binarized: in_features={linear.in_features} is not a multiple of "
                 f"group_size={binarize.group_size}; change binarize.group_size, or what is per group"
             )
 
 
-def check_masks(sources: Mapping[str, Source], binarize: BinarizeConfig, masks: Mapping[str, Tensor] | None) -> None:
-    """Raises UserError unless a method with salient weights has a fitting mask for each of `sources`."""
+def check_masks(
+    linears: Mapping[str, FullLinear], binarize: BinarizeConfig, masks: Mapping[str, Tensor] | None
+) -> None:
+    """Raises UserError unless a method with salient weights has a fitting mask for each of `linears`."""
     if not binarize.traits.salient:
         return
     if masks is None:
@@ -81,8 +83,8 @@ def check_masks(sources: Mapping[str, Source], binarize: BinarizeConfig, masks: 
             f"binarize.method={binarize.method} needs a trained model, of whose weights some are salient; "
             "set model.pretrained"
         )
-    for name, source in sources.items():
-        _check_mask(name, source, masks.get(name))
+    for name, linear in linears.items():
+        _check_mask(name, linear, masks.get(name))
 
 
 def _check_sharing(model: nn.Module, name: str, holders: Sequence[str]) -> None:
@@ -92,8 +94,8 @@ def _check_sharing(model: nn.Module, name: str, holders: Sequence[str]) -> None:
             raise UserError(f"{name} shares its weight with {kind}{other}; add it to binarize.skip")
 
 
-def _check_mask(name: str, source: Source, mask: Tensor | None) -> None:
-    shape = (source.out_features, source.in_features)
+def _check_mask(name: str, linear: FullLinear, mask: Tensor | None) -> None:
+    shape = (linear.out_features, linear.in_features)
     if mask is None:
         raise UserError(f"there is no mask of salient weights for {name}; select them for this model and binarize.skip")
     if mask.dtype != torch.bool or mask.shape != shape:

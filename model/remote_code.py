@@ -60,12 +60,18 @@ class BinaryModel:
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, but a tensor that is missing or unknown is a ValueError, never a random weight."""
+        """As in transformers, but a missing, unknown or damaged tensor is a ValueError, never a random weight."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         for problem in ("missing_keys", "unexpected_keys"):
             if names := sorted(info[problem]):
                 shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
                 raise ValueError(f"the packed model's files do not fit its config.json: {problem} {shown}")
+        for name, module in model.named_modules():
+            if isinstance(module, PackedWeight):
+                try:
+                    module.check()
+                except ValueError as error:
+                    raise ValueError(f"the packed model's files are damaged: {name}.{error}") from None
         return (model, info) if output_loading_info else model
 
 

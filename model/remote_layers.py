@@ -1,7 +1,7 @@
 """The layers of packed models in plain torch: weights are unpacked from their bits, a few rows at a time.
 
-Copied into packed releases beside remote_code.py, so nothing of fbitrain is imported here. fbitrain.model.packed has
-the same layers on fbitrain's kernels.
+Copied into packed releases beside remote_code.py, so nothing of fbitrain is imported here. fbitrain.model.packed_layers
+has the same layers on fbitrain's kernels.
 
 Bit 1 means +1; element k of a row is bit k % 32 of little-endian int32 word k // 32.
 N out_features, K in_features, Kw = ceil(K/32) words, G group size, E experts, P sign planes.
@@ -42,6 +42,13 @@ class PackedWeight(nn.Module):
     def hold_bits(self, name: str, *planes: int) -> None:
         """Registers a buffer for the bits of `planes` matrices [N, K]."""
         self.hold(name, (*planes, self.out_features, -(-self.in_features // 32)), torch.int32)
+
+    def check(self) -> None:
+        """Raises ValueError if what was loaded is damaged: a layer must not compute with it, nor index by it."""
+        for name, buffer in self.named_buffers(recurse=False):
+            # The extremes of a tensor with a NaN are NaN.
+            if buffer.is_floating_point() and len(buffer) and not torch.stack(torch.aminmax(buffer)).isfinite().all():
+                raise ValueError(f"{name} is not finite")
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
@@ -177,6 +184,25 @@ class PackedPartialLinear(PackedWeight):
         else:
             self.hold("salient_columns", (n_salient,), torch.uint16 if in_features <= NARROW_COLUMNS else torch.int32)
             self.hold("salient_rows", (out_features + 1,), torch.int32)
+
+    def check(self) -> None:
+        """As above; places must lie inside of the matrix, row after row, one for each salient value."""
+        super().check()
+        count = len(self.salient_values)
+        if self.places == "mask":
+            marked = sum(int(self.mask(rows).sum()) for rows in self.row_blocks())
+            if marked != count:
+                raise ValueError(f"salient_mask marks {marked} weights, but there are {count} values")
+            return
+        starts, columns = self.get_buffer("salient_rows").long(), self.get_buffer("salient_columns").int()
+        if int(starts[0]) != 0 or int(starts[-1]) != count or bool((starts.diff() < 0).any()):
+            raise ValueError(f"salient_rows does not divide the {count} salient values among the rows")
+        if count and not 0 <= int(columns.min()) <= int(columns.max()) < self.in_features:
+            raise ValueError(f"salient_columns names columns beyond the {self.in_features} of the weight")
+        ascending = columns.diff() > 0
+        ascending[starts[(starts > 0) & (starts < count)] - 1] = True  # where the next row begins
+        if not bool(ascending.all()):
+            raise ValueError("salient_columns is not in ascending order within each row")
 
     def blocks(self) -> Iterator[Tensor]:
         start = 0

@@ -114,6 +114,7 @@ class Launcher:
     def __init__(self, workspace: Workspace, scratch: Path) -> None:
         self._workspace = workspace
         self._scratch = scratch
+        self.runs = scratch / "runs"  # where run folders are, unless a launch asks for another place
         self._running: list[Launched] = []
 
     def start(
@@ -131,7 +132,7 @@ class Launcher:
     ) -> Launched:
         """Starts a launch. Most tests spawn the ranks directly, which saves two imports of torch; with `deepspeed` the
         real launcher does it, on `ranks` local ranks or as `launcher_options` say."""
-        runs = runs or self._scratch / "runs"
+        runs = runs or self.runs
         log = self._scratch / f"{name}-{len(self._running)}.log"
         port = port or free_port()
         if deepspeed or launcher_options:

@@ -25,10 +25,10 @@ FILES = {  # each once, not again through the package's links to the other rooms
 KINDS = {"binary", "ternary", "partial", "onebit"}
 ALLOWED_NAMES = {
     "packing.py": {"binary"},
-    "packed.py": KINDS,
+    "packed_layers.py": KINDS,
     "remote_code.py": KINDS,
     "compiled.py": {"binary"},
-    "bench_model.py": {"binary"},
+    "decoding.py": {"binary"},
     "latent.py": {"binary"},
     "config.py": {"binary"},
     "model_card.py": {"ternary"},

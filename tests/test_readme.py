@@ -29,9 +29,10 @@ from tests.conftest import Workspace
 from tests.data import faulty_http
 
 ROOT = Path(__file__).parents[1]
-PAGES = [
-    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/training.md", "docs/finetuning.md", "docs/data.md")
-]
+DOCS = ("configurations", "data", "distillation", "finetuning", "glossary", "hardware", "release", "training")
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", *(f"docs/{page}.md" for page in DOCS))]
+PAGES += [ROOT / "docs" / "troubleshooting.md"]
+WIDE = ("kernels", "kernels-measured", "log")
 README = PAGES[0].read_text(encoding="utf-8")
 QUICKSTART = (ROOT / "quickstart.sh").read_text(encoding="utf-8")
 ASSIGNMENT = re.compile(r"[A-Z_]+=")
@@ -40,7 +41,8 @@ CHECKS = {"ruff", "mypy", "pytest"}  # in CONTRIBUTING.md; test.sh must run the 
 
 def commands(page: Path) -> list[str]:
     """The lines of the page's ```bash blocks, without comments and blank lines."""
-    blocks = re.findall(r"^ *```bash\n(.*?)^ *```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
     lines = (shlex.join(shlex.split(line, comments=True)) for block in blocks for line in block.splitlines())
     return [line for line in lines if line]
 
@@ -175,27 +177,38 @@ def test_the_readme_opens_with_the_two_commands() -> None:
     assert README.index("```bash") < 40
 
 
-def test_the_file_map_names_every_module() -> None:
-    map_of_files = README[README.index("## Where things are") :]
+def test_the_map_of_rooms_names_every_module() -> None:
+    """In docs/design.md; of commands/ it says that each verb has a module, and docs/kernels.md has the kernels."""
+    design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    rooms = design[design.index("## Rooms") : design.index("## Letters")]
     missing = [
         str(path.relative_to(ROOT))
-        for room in ("fbitrain", "model", "kernels", "data", "launch")
+        for room in ("fbitrain", "model")
         for path in (ROOT / room).rglob("*.py")
-        if path.name != "__init__.py" and not re.search(rf"(?<![\w.]){re.escape(path.name)}", map_of_files)
+        if path.parent.name != "commands" and not path.name.startswith("__")
+        if not re.search(rf"(?<![\w.]){re.escape(path.stem)}(?!\w)", rooms)
     ]
     assert missing == []
 
 
 def test_the_table_of_configurations_is_what_the_doctor_counts() -> None:
-    rows = re.findall(r"^\| `(\S+\.yaml)` \|[^|]*\| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \|", README, re.MULTILINE)
+    page = (ROOT / "docs" / "configurations.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\S+\.yaml)` \|[^|]*\| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \|", page, re.MULTILINE)
     configs = {path.name: load_config(path) for path in (ROOT / "launch" / "configs").glob("*.yaml")}
     assert {row[0] for row in rows} == {name for name, config in configs.items() if not config.model.pretrained}
-    described = set(re.findall(r"^\| `(\S+\.yaml)` \|[^|]*\|$", README, re.MULTILINE))
+    described = set(re.findall(r"^\| `(\S+\.yaml)` \|[^|]*\|$", page, re.MULTILINE))
     assert described == {name for name, config in configs.items() if config.model.pretrained}
     for name, total, binary, bits in rows:
         count = count_parameters(configs[name].model, configs[name].binarize)
         assert (f"{count.total:,}", f"{count.binary:,}") == (total, binary), name
         assert f"{count.bits_per_weight:.3f}" == bits, name
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(ROOT / "docs" / f"{page}.md" for page in WIDE)], ids=lambda page: page.name)
+def test_lines_are_short(page: Path) -> None:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    rows = page.stem in WIDE  # of measurements: a row of a table cannot be wrapped
+    assert [line for line in lines if len(line) > 120 and not (rows and line.startswith("|"))] == []
 
 
 @pytest.mark.parametrize(
@@ -204,9 +217,17 @@ def test_the_table_of_configurations_is_what_the_doctor_counts() -> None:
     ids=lambda page: page.name,
 )
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+    for target, section in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("https://"):
-            assert (page.parent / target).exists(), target
+            path = page.parent / target if target else page
+            assert path.exists(), target
+            assert not section or section in sections(path), (target, section)
+
+
+def sections(page: Path) -> set[str]:
+    """A page's headings as GitHub writes them in links."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 # The cluster templates, with stand-ins for what only a cluster has

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from fbitrain.base.command import positive
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import scratch_folder
+from fbitrain.base.files import require_writable, scratch_folder
 from fbitrain.data.commands.arguments import config_parser
 from fbitrain.data.config import DataConfig
 from fbitrain.data.config_file import read_data_config
@@ -249,6 +249,7 @@ def parser() -> argparse.ArgumentParser:
 def main(options: argparse.Namespace) -> None:
     if options.out.suffix != ".npz":
         raise UserError(f"--out {options.out} must end in .npz")
+    require_writable(options.out, "--out")
     data, _ = read_data_config(options.config, options.overrides)
     counts = find_duplicates(data, options.out, options.memory_mb, options.workers)
     print(report(counts))

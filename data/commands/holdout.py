@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fbitrain.base.command import positive
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import replacing
+from fbitrain.base.files import replacing, require_writable
 from fbitrain.data.commands.arguments import config_parser
 from fbitrain.data.config import DataConfig
 from fbitrain.data.config_file import read_data_config
@@ -179,6 +179,7 @@ def parser() -> argparse.ArgumentParser:
 def main(options: argparse.Namespace) -> None:
     if not options.out.name.endswith(SUFFIX):
         raise UserError(f"--out {options.out} must end in {SUFFIX}")
+    require_writable(options.out, "--out", makes_folders=True)
     data, _ = read_data_config(options.config, options.overrides)
     documents = gather_heldout(data, options.max_documents, options.max_mb * 1_000_000)
     write_heldout(documents, options.out)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from fbitrain.base.command import natural, positive
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import replacing
+from fbitrain.base.files import replacing, require_writable
 from fbitrain.data.config import DataConfig
 from fbitrain.data.reading.documents import START, BadRecord, Document
 from fbitrain.data.reading.records import RecordFormat, decode, read_entries
@@ -156,6 +156,7 @@ def main(options: argparse.Namespace) -> None:
     out: Path = options.out
     if out.suffix != ".model":
         raise UserError(f"--out {out} must end in .model, by which a SentencePiece tokenizer is known")
+    require_writable(out, "--out", makes_folders=True)
     shards = find_files(options.shards, "the training text", SHARD_SUFFIXES)
     sampling = Sampling(options.text_key, options.max_mb * 1_000_000, options.seed)
     cache = ShardCache(options.cache_dir, int(DataConfig.cache_gb * 1e9))

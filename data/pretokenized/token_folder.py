@@ -1,4 +1,4 @@
-"""A folder of pretokenized shards in the making: whose it is, what in it is finished, and its index."""
+"""A folder that pretokenization writes: its lock and settings, which of its shards are finished, and its index."""
 
 from __future__ import annotations
 

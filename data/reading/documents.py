@@ -1,8 +1,8 @@
-"""What is between a shard and a lane: records as they lie in the file, the documents in them, and blocks of both.
+"""Entries, documents and blocks: a shard's records undecoded, the documents in them, and runs of records.
 
 A block is a run of consecutive records of one unit, small enough to hold in memory. The stream shuffles inside a block,
-so that a position and an index are its whole state. Block borders depend on the file and the limits alone: text read
-as it streams and the same text tokenized beforehand give the same blocks.
+so that a position and an index are the whole state of the shuffle. Block borders depend on the file and the limits
+alone: text read as it streams and the same text tokenized beforehand give the same blocks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Text read as it lies, not as a stream: held-out text, which is joined and tokenized once, and calibration text."""
+"""Held-out text, joined and tokenized once, and calibration text: read in the order of the files, not as a stream."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DOCUMENT_SEPARATOR = "\n\n"  # of the held-out text (the GPTQ protocol)
 
 
 @dataclass(frozen=True)
-class Heldout:
+class HeldoutText:
     """Text that is measured, never trained on: its documents joined by a blank line and tokenized once."""
 
     token_ids: torch.Tensor  # int64 [n]
@@ -31,7 +31,7 @@ class Heldout:
     n_documents: int
 
 
-def load_heldout(paths: Sequence[str], tokenizer: Tokenizer, text_key: str = "text") -> Heldout:
+def load_heldout(paths: Sequence[str], tokenizer: Tokenizer, text_key: str = "text") -> HeldoutText:
     """Reads held-out shards, and .txt or .raw files of which each is one document, in the order of their names.
 
     Bad records are logged and left out. Raises UserError where no document is left.
@@ -43,7 +43,7 @@ def load_heldout(paths: Sequence[str], tokenizer: Tokenizer, text_key: str = "te
     if not text:
         raise UserError(f"the held-out shards {', '.join(paths)} hold no text; correct data.heldout")
     token_ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
-    return Heldout(token_ids, n_bytes=len(text.encode()), n_documents=len(documents))
+    return HeldoutText(token_ids, n_bytes=len(text.encode()), n_documents=len(documents))
 
 
 def read_documents(paths: Sequence[str], what: str, text_key: str = "text") -> Iterator[str]:

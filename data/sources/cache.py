@@ -1,4 +1,4 @@
-"""Remote shards as local files: fetched once per node, kept while there is room, never half there."""
+"""The shard cache: remote shards as local files, fetched once per node, kept while there is room, never half there."""
 
 from __future__ import annotations
 

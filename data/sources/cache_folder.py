@@ -1,8 +1,9 @@
-"""The folder of the shard cache: names, locks, and who has to leave when it is full.
+"""The folder of the shard cache: names, locks, and which shards are removed when the folder is full.
 
-For an entry KEY there are KEY, the whole shard; KEY.part, on its way; KEY.lock, held by whoever fetches it and holding
-what is known of it. Whoever uses KEY or KEY.part holds it by a shared flock, whoever removes it by an exclusive one:
-locks end with their process however that ends, so what a dead process left is what can be locked.
+An entry KEY has up to three files: KEY, the whole shard; KEY.part, the shard while it is fetched; KEY.lock, which the
+fetching process locks and in which it writes what is known of the shard. A process that uses KEY or KEY.part holds a
+shared flock on it, a process that removes one an exclusive flock. Locks end with their process, however that ends, so a
+file that can be locked is in nobody's use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What must not change about the shards while a run lasts."""
+"""The fingerprint of a source: names and sizes of its shards, which must not change while a run lasts."""
 
 from __future__ import annotations
 

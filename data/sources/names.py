@@ -1,4 +1,4 @@
-"""Names of shards: they tell those of a source apart, stay the same when the corpus moves, and are safe as paths."""
+"""Names of shards: unique within a source, unchanged when the corpus moves, and safe as paths."""
 
 from __future__ import annotations
 

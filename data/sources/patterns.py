@@ -1,4 +1,4 @@
-"""What a path of the configuration stands for: number ranges, globs and folders, here or on a remote file system."""
+"""Expands a path of the configuration to files: number ranges, globs and folders, local or remote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text files that speak of shards: lists of URLs, and sums to check them by."""
+"""Reads lists of shards' URLs, and lists of their checksums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files a source is made of: paths, URLs and lists of them to a sorted list of shards. Nothing is downloaded."""
+"""Finds the shards of a source: its paths, URLs and URL lists become one sorted list. Nothing is downloaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who reads what: shards cut into units, units dealt to lanes. Fixed for a whole run, whatever the number of ranks."""
+"""The plan of a run: shards cut into units, units dealt to lanes. Fixed for the run, whatever the number of ranks."""
 
 from __future__ import annotations
 

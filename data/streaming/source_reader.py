@@ -29,7 +29,7 @@ class Listener(Protocol):
 
 
 @dataclass(frozen=True)
-class Shelf:
+class SharedFiles:
     """What readers share: the cache that remote shards come from, and the list of documents to leave out."""
 
     cache: ShardCache
@@ -71,17 +71,19 @@ class SourceReader:
     `last_line` and `shard_name` say where that document came from.
     """
 
-    def __init__(self, plan: SourcePlan, lane: LanePlan, shelf: Shelf, listener: Listener, state: SourceState) -> None:
+    def __init__(
+        self, plan: SourcePlan, lane: LanePlan, files: SharedFiles, listener: Listener, state: SourceState
+    ) -> None:
         self.plan, self.state = plan, state
         self.last_line = 0
-        self._lane, self._shelf, self._listener = lane, shelf, listener
+        self._lane, self._shared, self._listener = lane, files, listener
         self._epoch_order: tuple[int, list[int]] = (-1, [])
         self._open: OpenShard | None = None
         self._blocks: Iterator[Block | BadRecord] = iter(())
         self._block: Block | None = None
         self._order: list[int] = []
         self._left_out: frozenset[int] = frozenset()
-        self._selective = bool(lane.heldout_fraction or shelf.duplicates)
+        self._selective = bool(lane.heldout_fraction or files.duplicates)
 
     @property
     def shard_name(self) -> str:
@@ -172,7 +174,7 @@ class SourceReader:
     def _open_unit(self) -> None:
         unit, state = self._unit(), self.state
         try:
-            self._open = self._shelf.cache.open(unit.shard)
+            self._open = self._shared.cache.open(unit.shard)
             self._blocks = self._block_source(unit, self._open.path).blocks(Position(state.line, state.offset))
             size = os.path.getsize(self._open.path)
         except OSError as error:
@@ -183,10 +185,10 @@ class SourceReader:
                 raise self.changed(f"it had {state.size} bytes when it was opened and has {size}")
             state.size = size
         self._require_unchanged()
-        duplicates = self._shelf.duplicates
+        duplicates = self._shared.duplicates
         self._left_out = frozenset(duplicates.lines(self.plan.name, unit.shard.name)) if duplicates else frozenset()
         if state.unit + 1 < len(self.plan.units):
-            self._shelf.cache.prefetch(self._unit(1).shard)
+            self._shared.cache.prefetch(self._unit(1).shard)
 
     def _block_source(self, unit: Unit, path: str) -> BlockSource:
         if self.plan.tokenized:

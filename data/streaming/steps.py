@@ -1,4 +1,4 @@
-"""How many sequences the steps of a run have: by it, a number of steps becomes a global sequence number, and back."""
+"""Sequences per step: turns a number of steps into a global sequence number, and back."""
 
 from __future__ import annotations
 

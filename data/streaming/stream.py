@@ -16,7 +16,7 @@ import numpy.typing as npt
 from fbitrain.base.errors import UserError
 from fbitrain.data.reading.documents import BadRecord, Document
 from fbitrain.data.streaming.plan import LanePlan
-from fbitrain.data.streaming.source_reader import Shelf, SourceReader, SourceState
+from fbitrain.data.streaming.source_reader import SharedFiles, SourceReader, SourceState
 from fbitrain.data.tokenizer import Tokenizer, UnencodableText
 
 NO_TOKENS = np.empty(0, dtype=np.int32)
@@ -40,7 +40,7 @@ class Lane:
         self,
         plan: LanePlan,
         tokenizer: Tokenizer,
-        shelf: Shelf,
+        files: SharedFiles,
         state: dict[str, Any] | None = None,
         stride: int = 1,
     ) -> None:
@@ -54,7 +54,7 @@ class Lane:
         self.bad_records: int = state["bad_records"]
         self.empty: bool = state["empty"]
         self._readers = [
-            SourceReader(source, plan, shelf, self, SourceState.from_list(state["sources"][source.name]))
+            SourceReader(source, plan, files, self, SourceState.from_list(state["sources"][source.name]))
             for source in plan.sources
         ]
         self._mixture: list[tuple[float, SourceReader]] | None = None

@@ -30,7 +30,7 @@ from fbitrain.base.errors import UserError
 from fbitrain.data.duplicate_list import DuplicateList
 from fbitrain.data.sources.cache import ShardCache
 from fbitrain.data.streaming.plan import LanePlan
-from fbitrain.data.streaming.source_reader import Shelf
+from fbitrain.data.streaming.source_reader import SharedFiles
 from fbitrain.data.streaming.stream import Lane
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -81,9 +81,9 @@ class LaneFeed:
         _permit_open_files()
         self._states = {plan.lane: state for plan, state in job.lanes}
         self._cache = ShardCache(job.cache_dir, job.cache_bytes)
-        shelf = Shelf(self._cache, DuplicateList(job.duplicates) if job.duplicates else None)
+        files = SharedFiles(self._cache, DuplicateList(job.duplicates) if job.duplicates else None)
         self._pending = deque(job.lanes)  # not opened before they are drawn: opening may read much, or fail
-        self._open = partial(Lane, tokenizer=tokenizer, shelf=shelf, stride=job.stride)
+        self._open = partial(Lane, tokenizer=tokenizer, files=files, stride=job.stride)
         self._turn: deque[Lane] = deque()
         self._lanes: dict[int, Lane] = {}
 

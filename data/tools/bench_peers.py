@@ -1,4 +1,4 @@
-"""What the stream is timed against: the same work done with libraries made for it, each if it is installed."""
+"""The peers of the stream's benchmark: other libraries doing the same work, each if it is installed."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def datasets_text(data: DataConfig, tokenizer: Tokenizer, batch_size: int, n_tok
     yield from timed(batches, n_tokens)
 
 
-def litdata_tokens(scratch: Path, source: TokenLoader, length: int, batch_size: int, n_tokens: int) -> Iterator[Round]:
+def litdata_tokens(scratch: Path, loader: TokenLoader, length: int, batch_size: int, n_tokens: int) -> Iterator[Round]:
     """litdata's TokensLoader over the same sequences."""
     if importlib.util.find_spec("litdata") is None:
         return
@@ -74,7 +74,7 @@ def litdata_tokens(scratch: Path, source: TokenLoader, length: int, batch_size: 
     folder = scratch / "litdata"
     folder.mkdir()
     writer = BinaryWriter(str(folder), chunk_bytes=64_000_000, item_loader=TokensLoader())
-    for i, sequence in enumerate(sequences_of(source, length)):
+    for i, sequence in enumerate(sequences_of(loader, length)):
         writer[i] = torch.from_numpy(sequence.astype(np.uint16))
     writer.done()
     writer.merge()
@@ -90,9 +90,9 @@ def litdata_tokens(scratch: Path, source: TokenLoader, length: int, batch_size: 
     yield from timed(batches, n_tokens)
 
 
-def sequences_of(source: TokenLoader, length: int) -> Iterator[Sequences]:
+def sequences_of(loader: TokenLoader, length: int) -> Iterator[Sequences]:
     """Sequences int64 [T+1] for a peer to store."""
-    for _, batch in zip(range(-(-N_SEQUENCES * 257 // length) // 8), source, strict=False):
+    for _, batch in zip(range(-(-N_SEQUENCES * 257 // length) // 8), loader, strict=False):
         yield from batch.numpy()
 
 

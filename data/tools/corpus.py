@@ -1,4 +1,4 @@
-"""The corpus read outside of training: every document of a shard, in the order in which they lie."""
+"""Reads the corpus outside of training: every document of a shard, in the order of the file."""
 
 from __future__ import annotations
 

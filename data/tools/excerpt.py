@@ -1,4 +1,4 @@
-"""Text shortened for one line of a terminal, with everything in it visible."""
+"""Text shortened to one line of a terminal, with control characters and line ends shown."""
 
 from __future__ import annotations
 

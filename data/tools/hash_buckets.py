@@ -1,4 +1,4 @@
-"""Rows of documents in bucket files on disk, and the copies among them: the memory that this takes is the caller's."""
+"""Rows of documents in bucket files on disk, and the search for copies among rows in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long the documents of each source are, as a picture."""
+"""Draws a histogram of the document lengths of each source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One piece of work on many jobs, in processes: a process that dies is an error, and none outlives the caller."""
+"""Runs one function on many jobs, in processes. A process that dies is an error; no process outlives the caller."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How far jobs in several processes have come: one bar, with the time that is left.
+"""One progress bar for jobs in several processes, with the time that is left.
 
-A job's size is that of its shard as it lies on disk. What the process that does it can count is bytes of records, more
-of them where the shard is compressed: how many more is learned from the jobs that are finished.
+The size of a job is the size of its shard on disk. The process that does the job counts bytes of records, which are
+more if the shard is compressed; how many more is learned from finished jobs.
 """
 
 from __future__ import annotations

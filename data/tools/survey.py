@@ -1,4 +1,4 @@
-"""What a source is made of: its documents, their lengths and tokens, counted in some shards or in all."""
+"""Counts documents, lengths and tokens of a source, in some of its shards or in all."""
 
 from __future__ import annotations
 

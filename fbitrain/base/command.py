@@ -6,6 +6,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from io import TextIOWrapper
 
 from fbitrain.base.errors import UserError
 
@@ -25,6 +27,9 @@ def run(
     of ours and keeps its traceback.
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # what a terminal's encoding has no letter for is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     arguments = parser.parse_intermixed_args(argv)
     try:
         return until_nobody_reads(lambda: main(arguments) or 0)
@@ -32,7 +37,8 @@ def run(
         if arguments.debug:
             raise
         interrupted = isinstance(error, KeyboardInterrupt)
-        print(f"{parser.prog}: {'interrupted' if interrupted else error}", file=sys.stderr)
+        with suppress(BrokenPipeError):
+            print(f"{parser.prog}: {'interrupted' if interrupted else error}", file=sys.stderr, flush=True)
         return INTERRUPTED if interrupted else 1
 
 
@@ -40,10 +46,12 @@ def until_nobody_reads(work: Callable[[], int]) -> int:
     """The exit code of `work()`, or 141 if its output goes to a closed pipe, as with `| head`."""
     try:
         code = work()
-        sys.stdout.flush()  # what is left in the buffer must meet a closed pipe here, not at the interpreter's end
+        if sys.stdout is not None:  # as it is where the shell closed it
+            sys.stdout.flush()  # what is left in the buffer must meet a closed pipe here, not at the interpreter's end
     except BrokenPipeError:
         nowhere = os.open(os.devnull, os.O_WRONLY)  # what is still buffered must go somewhere all the same
-        os.dup2(nowhere, sys.stdout.fileno())
+        if sys.stdout is not None:
+            os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
         return BROKEN_PIPE
     return code

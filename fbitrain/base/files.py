@@ -34,6 +34,25 @@ def replacing(path: Path) -> Iterator[Path]:
     fsync_folder(path.parent)
 
 
+def require_writable(path: Path, option: str, *, makes_folders: bool = False) -> None:
+    """Raises UserError if the file `path`, which `option` names, cannot be written; asked before the work it is for.
+
+    makes_folders: folders on the way to it that are missing are no reason, as the caller makes them.
+    """
+    folder = path.absolute().parent
+    while makes_folders and not folder.exists():
+        folder = folder.parent
+    if path.is_dir():
+        why = "it is a folder"
+    elif not folder.is_dir():
+        why = f"{folder} is no folder" if folder.exists() else f"there is no folder {folder}"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        why = f"{folder} is not yours to write to"
+    else:
+        return
+    raise UserError(f"{option} {path} cannot be written: {why}; name another file")
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` by a file holding `text` (UTF-8), on disk before it gets its name."""
     with replacing(path) as temporary:

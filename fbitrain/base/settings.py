@@ -17,6 +17,7 @@ from fbitrain.base.errors import UserError
 
 T = TypeVar("T")
 INTEGER_BITS = 64
+SHIPPED = Path(__file__).parents[1] / "launch" / "configs"
 
 
 class ConfigError(UserError):
@@ -32,11 +33,19 @@ class ConfigError(UserError):
             )
 
 
-def read_values(path: Path, overrides: Sequence[str], problems: list[str]) -> Any:
-    """The file's plain values with `overrides` such as `optim.lr=1e-3` applied; what is wrong with those is added to
-    `problems`. Raises ConfigError for a file that cannot be read.
+def shipped_configs() -> list[Path]:
+    """The configurations that come with fbitrain."""
+    return sorted(SHIPPED.glob("*.yaml"))
+
+
+def read_values(name: str | Path, overrides: Sequence[str], problems: list[str]) -> Any:
+    """The plain values of the file `name`, or of the shipped one that is called so, such as quickstart.
+
+    `overrides` such as `optim.lr=1e-3` are applied; what is wrong with those is added to `problems`. Raises ConfigError
+    for a file that cannot be read.
     """
-    raw = _read_yaml(path)
+    path, shipped = Path(name), SHIPPED / f"{name}.yaml"
+    raw = _read_yaml(shipped if not path.exists() and shipped in shipped_configs() else path)
     for override in overrides:
         _apply_override(raw, override, problems)
     try:

@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fbitrain.base.errors import UserError
 from fbitrain.benches import decoding_peers
@@ -101,7 +101,7 @@ def bench(folder: Path | None, preset: str, *, peers: bool, threads: int, rounds
         if folder is None:
             folder = Path(scratch) / "packed"
             write_random_packed(folder, ModelConfig(**PRESETS[preset]), BinarizeConfig())
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if why_not := why_not_compiled(config, "cpu", torch.float32, level_for(config)):
             raise UserError(f"{folder} does not run on the compiled decoder: {why_not}")
         print(f"{folder}: {threads} threads, {'CPU' if threads == 1 else 'wall'} time, {rounds} rounds")
@@ -204,12 +204,12 @@ def _random(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
     return drawn if name.endswith("beta") else ((1 + drawn) if "norm" in name else drawn).half()
 
 
-def _plain(config: AutoConfig) -> AutoConfig:
+def _plain(config: LlamaConfig) -> LlamaConfig:
     """The dense twin's config."""
     return llama_config(_dimensions(config))
 
 
-def _dimensions(config: AutoConfig) -> ModelConfig:
+def _dimensions(config: LlamaConfig) -> ModelConfig:
     return ModelConfig(
         vocab_size=config.vocab_size,
         n_layers=config.num_hidden_layers,

@@ -1,6 +1,6 @@
-"""A language model walked one decoder block at a time: each block's inputs are kept, so that each runs by itself.
+"""Runs a language model one decoder block at a time: the inputs of a block are kept, so that the block runs by itself.
 
-Any causal LM of transformers will do whose blocks hand on hidden states and nothing else. Letters: T tokens, D width.
+Supports any causal LM of transformers whose blocks hand on hidden states and nothing else. Letters: T tokens, D width.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fbitrain.base.errors import UserError
-from fbitrain.model.methods import Source, oriented
+from fbitrain.model.methods import FullLinear, oriented
 from fbitrain.ranks import progress_bar
 
 SUPPORTED = "every causal language model of transformers whose decoder blocks are built of nn.Linear or Conv1D"
@@ -32,7 +32,7 @@ def decoder_blocks(lm: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and list of the blocks: the ModuleList that holds most Linears. Raises UserError if none holds any."""
 
     def n_linears(module: nn.Module) -> int:
-        return sum(Source.of(child) is not None for child in module.modules())
+        return sum(FullLinear.of(child) is not None for child in module.modules())
 
     lists = {name: module for name, module in lm.named_modules() if isinstance(module, nn.ModuleList)}
     name = max(lists, key=lambda name: n_linears(lists[name]), default="")

@@ -1,7 +1,7 @@
-"""What a pretrained model's own text says about its weights: masks of salient ones, and binarization without training.
+"""Calibration: masks of salient weights, and GPTQ-PB, from what a pretrained model computes on some text.
 
-Everything goes through the model one decoder block at a time, so that only one block's statistics exist at once, and
-gives the same result for the same model and text. Letters: N out_features, K in_features, T tokens.
+Both walk the model one decoder block at a time, so that only one block's statistics exist at once. The same model and
+text give the same result. Letters: N out_features, K in_features, T tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from fbitrain.base.errors import UserError
 from fbitrain.calibration.block_walk import BlockWalk, by_block, weight_NK
 from fbitrain.config import CalibrationConfig
-from fbitrain.model.build import chosen_sources
+from fbitrain.model.build import chosen_linears
 from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.gptq_pb import PartialWeights, gptq_partial
 from fbitrain.model.hessian import HessianSum, SingularHessianError
@@ -39,7 +39,7 @@ def select_masks(
     token_ids: calibration sequences, int64 [n, T]; None will do for salient.criterion=magnitude. The model, in eval
     mode, is left as it was. Raises UserError for a layer that calibration cannot reach or whose Hessian is useless.
     """
-    linears = {name: source.module for name, source in chosen_sources(lm, binarize).items()}
+    linears = {name: linear.module for name, linear in chosen_linears(lm, binarize).items()}
     if binarize.salient.criterion == "magnitude":
         return {name: _mask(magnitude_scores(weight_NK(linear)), binarize) for name, linear in linears.items()}
     assert token_ids is not None, f"criterion={binarize.salient.criterion} needs calibration sequences"
@@ -63,7 +63,7 @@ def quantize_(
     they are after quantization. `lm`, fp32 and in eval mode, holds each result's `weight` afterwards, from which
     PartialBinaryLinear makes the same effective weights. token_ids and errors as in `select_masks`.
     """
-    linears = {name: source.module for name, source in chosen_sources(lm, binarize).items()}
+    linears = {name: linear.module for name, linear in chosen_linears(lm, binarize).items()}
     by_hessian = binarize.salient.criterion == "hessian"
     masks = {} if by_hessian else select_masks(lm, binarize, token_ids)
     if not by_hessian and not calibration.feedback:

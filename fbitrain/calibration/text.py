@@ -1,4 +1,4 @@
-"""The text that fine-tuning looks at before its first step, tokenized: whether there need be any, and what it is."""
+"""Calibration text: whether a configuration needs any, and its token ids."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ def read_calibration(
     return cut_sequences(tokens, n_sequences, seq_len, ", ".join(paths))
 
 
-def cut_sequences(tokens: Iterable[int], n_sequences: int, seq_len: int, source: str) -> Tensor:
-    """The first tokens as int64 [n_sequences, seq_len]; UserError, which names the `source`, if there are too few."""
+def cut_sequences(tokens: Iterable[int], n_sequences: int, seq_len: int, origin: str) -> Tensor:
+    """The first tokens as int64 [n_sequences, seq_len]; UserError, which names the `origin`, if there are too few."""
     needed = n_sequences * seq_len
     ids = torch.tensor(list(islice(tokens, needed)), dtype=torch.int64)
     if len(ids) < needed:
         raise UserError(
-            f"calibration asks for {n_sequences} sequences of {seq_len} tokens, but {source} holds {len(ids)} tokens "
+            f"calibration asks for {n_sequences} sequences of {seq_len} tokens, but {origin} holds {len(ids)} tokens "
             f"in all, enough for {len(ids) // seq_len}; give more text or a smaller calibration.n_sequences"
         )
     return ids.view(n_sequences, seq_len)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fbitrain.base.command import positive
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import write_text
+from fbitrain.base.files import require_writable, write_text
 from fbitrain.studies.plots import draw
 from fbitrain.studies.results import outcomes, read_results, write_results
 from fbitrain.studies.runs import Run, begin, end, is_finished, is_teacher, overrides, runs, teacher_of, waits_for
@@ -29,6 +29,8 @@ from fbitrain.studies.table import table
 
 def main(arguments: argparse.Namespace) -> int:
     study = load_study(arguments.study)
+    if arguments.results:
+        require_writable(arguments.results, "--results")
     folder = arguments.runs / arguments.study.stem
     texts = [text.lower() for text in arguments.only or [""]]
     for text in texts:

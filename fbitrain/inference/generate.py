@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel
 from fbitrain.base.errors import UserError
 from fbitrain.data.tokenizer import Tokenizer
 from fbitrain.model.compiled import PackedLlama
+
+LEAST_TEMPERATURE = 1e-30  # what is smaller takes the most likely token as well, and fp32 may take it for 0
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,10 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"temperature={self.temperature} must not be negative; 0 takes the most likely token")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature={self.temperature} must be 0 or more; 0 takes the most likely token")
+        if not 0 <= self.seed < 2**64:
+            raise UserError(f"seed={self.seed} must be from 0 to 2**64 - 1")
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k} must not be negative; 0 keeps every token")
         if not 0 < self.top_p <= 1:
@@ -46,6 +51,11 @@ def stream_text(
     prompt_ids = ([bos] if bos is not None else []) + tokenizer.encode(prompt)
     if not prompt_ids:
         raise UserError("the prompt is empty and the model has no BOS token to start from; give some text")
+    if max(prompt_ids) >= model.config.vocab_size:
+        raise UserError(
+            f"the prompt holds token {max(prompt_ids)}, but the model's vocabulary has {model.config.vocab_size}: "
+            "the tokenizer is not the model's"
+        )
     ids = list(prompt_ids)
     shown = len(tokenizer.decode(ids))
     for token in stream_tokens(model, prompt_ids, sampling):
@@ -112,11 +122,15 @@ def _logits_of(model: PreTrainedModel) -> Callable[[list[int]], Tensor]:
 
 
 def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token by `sampling`, from fp32 logits [V]."""
+    """The next token by `sampling`, from fp32 logits [V]. Raises UserError where those are not finite."""
+    if not logits_V.max().isfinite():
+        raise UserError("the model's logits are not finite: its weights or scales are damaged, or training diverged")
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    logits, ids = (logits_V / sampling.temperature).sort(descending=True, stable=True)
-    if sampling.top_k:
+    # Of the distances to the largest logit, so that a temperature near 0 makes no infinities of them.
+    scaled_V = (logits_V - logits_V.max()) / max(sampling.temperature, LEAST_TEMPERATURE)
+    logits, ids = scaled_V.sort(descending=True, stable=True)
+    if 0 < sampling.top_k < len(ids):
         logits, ids = logits[: sampling.top_k], ids[: sampling.top_k]
     probabilities = logits.softmax(dim=0)
     before = probabilities.cumsum(dim=0) - probabilities  # the share of the tokens above each one

@@ -32,12 +32,7 @@ def export_gguf(gguf_path: str | Path, out_dir: str | Path) -> bool:
     sha256 = sha256_of(gguf_path)
     if is_export_of(out_dir, sha256):
         return False
-    if (
-        out_dir.exists()
-        and not (out_dir / EXPORT_MARKER).is_file()
-        and (not out_dir.is_dir() or any(out_dir.iterdir()))
-    ):
-        raise UserError(f"{out_dir} exists and was not made from a GGUF file; remove it or choose another folder")
+    require_replaceable(out_dir)
     building = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
     try:
         building.mkdir(parents=True)
@@ -52,6 +47,16 @@ def export_gguf(gguf_path: str | Path, out_dir: str | Path) -> bool:
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return True
+
+
+def require_replaceable(out_dir: Path) -> None:
+    """Raises UserError if something is at `out_dir` that is neither an export nor an empty folder."""
+    if (
+        out_dir.exists()
+        and not (out_dir / EXPORT_MARKER).is_file()
+        and (not out_dir.is_dir() or any(out_dir.iterdir()))
+    ):
+        raise UserError(f"{out_dir} exists and was not made from a GGUF file; remove it or choose another folder")
 
 
 def is_export_of(folder: Path, sha256: str) -> bool:

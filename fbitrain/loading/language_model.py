@@ -5,22 +5,26 @@ Teachers and the models that fine-tuning starts from are loaded here alike. `rol
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fbitrain.base.errors import UserError
 from fbitrain.data.tokenizing.gguf_tokenizer import read_metadata
-from fbitrain.loading.pretrained_shape import HUB_ID
+from fbitrain.loading.pretrained_shape import HUB_ID, POSITIONS
 
 TEACHER = "teacher"
 SUPPORTED = "a causal language model of transformers whose logits are the product of its last hidden state and its head"
+SOFT_CAP = re.compile(r"logits?_soft_?cap")
+LARGE_LOGITS = 1e4  # far beyond any cap, and finite in float16
 # What transformers raises on files it cannot make sense of.
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
 
 
 def load_language_model(
@@ -38,9 +42,10 @@ def load_language_model(
         model, info = AutoModelForCausalLM.from_pretrained(
             where or path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise _not_loadable(path, error, role) from error
     _require_all_weights(path, info, role)
+    _require_finite(path, model, role)
     return model
 
 
@@ -49,16 +54,23 @@ def load_gguf(path: Path, dtype: torch.dtype, *, role: str = TEACHER) -> PreTrai
     _gguf_vocab_size(path, role)  # a damaged header is told apart here
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
         _require_all_weights(path, info, role)
         del loaded.config.quantization_config
-        model = AutoModelForCausalLM.from_config(without_dropout(loaded.config), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            without_dropout(loaded.config), dtype=torch.float32, trust_remote_code=False
+        )
         model.load_state_dict(loaded.state_dict())
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise _not_loadable(path, error, role) from error
     for parameter in model.parameters():  # model.to(dtype) would round the rotary embedding's buffers too
         parameter.data = parameter.data.to(dtype)
+    _require_finite(path, model, role)
     return model
 
 
@@ -85,21 +97,40 @@ def vocab_size_of(path: str | Path, role: str = TEACHER) -> int:
     return size
 
 
+def positions_of(path: str | Path, role: str = TEACHER) -> int | None:
+    """How long a sequence the model at `path` can read, as far as its files and its architecture's defaults say.
+
+    None for architectures without positions, such as Mamba. Raises UserError if there is no such model.
+    """
+    where = locate(path, role)
+    values = _gguf_sizes(where, role) if where is not None and where.is_file() else read_hf_config(path, role)
+    values = {**values, **(values.get("text_config") or {})}
+    if known := [values[name] for name in POSITIONS if isinstance(values.get(name), int) and values[name] > 0]:
+        return int(known[0])
+    model_type = values.get("model_type")
+    default = getattr(CONFIG_MAPPING[model_type](), POSITIONS[0], None) if model_type in CONFIG_MAPPING else None
+    return default if isinstance(default, int) and default > 0 else None
+
+
 def read_hf_config(path: str | Path, role: str = TEACHER) -> dict[str, Any]:
     """The bare values of the config.json in a folder or on the hub: no code that comes with a model is run for them.
 
-    Raises UserError if there is no such model.
+    Raises UserError if there is no such model, or if it caps its logits.
     """
     try:
         values, _ = PretrainedConfig.get_config_dict(locate(path, role) or path)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise _not_loadable(path, error, role) from error
+    if name := soft_cap(values):
+        raise UserError(f"{role} {path} caps its logits ({name} in its config.json); it must be {SUPPORTED}")
     return dict(values)
 
 
 @torch.no_grad()
 def checked_head(model: PreTrainedModel, path: str | Path, role: str = TEACHER) -> Tensor:
     """The head's weight [V, D], after trying on two tokens that logits are nothing but hidden state · headᵀ.
+
+    A cap on logits is looked for in the configuration too, and by making the two tokens' logits large.
 
     Raises UserError for a model without a head, with a bias in it, or with other logits.
     """
@@ -109,13 +140,55 @@ def checked_head(model: PreTrainedModel, path: str | Path, role: str = TEACHER) 
     if getattr(head, "bias", None) is not None:  # whatever its values: it would be neither trained nor released
         raise UserError(f"{role} {path} is a {kind}, whose output head has a bias; it must be {SUPPORTED}")
     head_VD: Tensor = head.weight.detach()
-    token_ids = trial_tokens(head_VD.device)
-    logits = model(input_ids=token_ids, use_cache=False).logits.float()
-    product = (model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state @ head_VD.t()).float()
-    # A bias, a scale or soft-capping changes logits by far more than bf16 rounding does.
-    if product.shape != logits.shape or (product - logits).abs().max() > 1e-2 * logits.abs().max():
-        raise UserError(f"{role} {path} is a {kind}, which scales, caps or shifts its logits; it must be {SUPPORTED}")
+    _require_plain_logits(model, path, role)
     return head_VD
+
+
+def _require_plain_logits(model: PreTrainedModel, path: str | Path, role: str) -> None:
+    head = model.get_output_embeddings()
+    token_ids = trial_tokens(head.weight.device)
+    hidden = model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
+    product = (hidden @ head.weight.t()).float()
+    plain = not soft_cap(model.config.to_dict())
+    for factor in (1.0, LARGE_LOGITS / max(float(product.abs().max()), 1e-6)):
+        logits, multiplied = _logits_times(model, token_ids, factor)
+        wanted = product * factor if multiplied else product
+        # A bias, a scale or soft-capping changes logits by far more than bf16 rounding does.
+        fits = wanted.shape == logits.shape and (wanted - logits).abs().max() <= 1e-2 * wanted.abs().max()
+        plain = plain and bool(fits)
+    if not plain:
+        raise UserError(
+            f"{role} {path} is a {type(model).__name__}, which scales, caps or shifts its logits; "
+            f"it must be {SUPPORTED}"
+        )
+
+
+def _logits_times(model: PreTrainedModel, token_ids: Tensor, factor: float) -> tuple[Tensor, bool]:
+    """The model's logits in fp32 where its head gives `factor` times as much, and whether its head was called at all:
+    some architectures multiply with the head's weight themselves."""
+    called = False
+
+    def multiply(module: object, inputs: object, output: Tensor) -> Tensor:
+        nonlocal called
+        called = True
+        return output * factor
+
+    hook = model.get_output_embeddings().register_forward_hook(multiply)
+    try:
+        return model(input_ids=token_ids, use_cache=False).logits.float(), called
+    finally:
+        hook.remove()
+
+
+def soft_cap(values: Mapping[str, Any]) -> str:
+    """The setting of a config.json that caps a model's logits, as Gemma 2's final_logit_softcapping; "" if none does.
+
+    A cap inside of attention is none of the head's.
+    """
+    for name, value in {**values, **(values.get("text_config") or {})}.items():
+        if SOFT_CAP.search(name) and not name.startswith("att") and value:
+            return str(name)
+    return ""
 
 
 def trial_tokens(device: torch.device) -> Tensor:
@@ -152,13 +225,28 @@ def _require_all_weights(path: str | Path, info: dict[str, Any], role: str) -> N
         raise UserError(f"{role} {path} lacks {len(missing)} of its tensors, among them {missing[0]}; get it anew")
 
 
+@torch.no_grad()
+def _require_finite(path: str | Path, model: PreTrainedModel, role: str) -> None:
+    for name, parameter in model.named_parameters():
+        # The extremes of a tensor with a NaN are NaN; unlike isfinite they take no memory of the tensor's size.
+        if parameter.numel() and not torch.stack(torch.aminmax(parameter)).isfinite().all():
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise UserError(f"{role} {path} has a weight in {name} that is not finite in {dtype}; get it anew")
+
+
 def _gguf_vocab_size(path: Path, role: str) -> int:
+    sizes = _gguf_sizes(path, role)
+    return int(sizes.get("vocab_size") or len(sizes.get("tokenizer.ggml.tokens", ())))
+
+
+def _gguf_sizes(path: Path, role: str) -> dict[str, Any]:
+    """What a GGUF file's header says, the architecture's own entries without its name in front."""
     try:
         metadata = read_metadata(str(path), "")
     except UserError:
         raise UserError(f"{role} {path} is damaged, or not a GGUF file; fetch it again") from None
-    size = metadata.get(f"{metadata.get('general.architecture')}.vocab_size")
-    return int(size) if size else len(metadata.get("tokenizer.ggml.tokens", ()))
+    prefix = f"{metadata.get('general.architecture')}."
+    return {key.removeprefix(prefix): value for key, value in metadata.items()}
 
 
 def _not_loadable(path: str | Path, error: Exception, role: str) -> UserError:

@@ -9,12 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fbitrain.base.errors import UserError
-from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
+from fbitrain.data.tokenizer import Tokenizer, check_special, load_tokenizer
 from fbitrain.loading.gguf_export import export_gguf
+from fbitrain.loading.language_model import LOAD_ERRORS, first_line
 from fbitrain.model.compiled import PackedLlama, level_for, why_not_compiled
 from fbitrain.model.hf import register
 
@@ -54,16 +54,24 @@ def open_model(
     with model_folder(path) as folder:
         tokenizer = load_tokenizer(path if path.is_file() else folder)
         lm, runs_on = _load(folder, DTYPES[dtype], device, activations, transformers_only)
+        _check_specials(lm, folder)
         yield Pretrained(lm, tokenizer, folder, runs_on)
+
+
+def _check_specials(lm: PreTrainedModel | PackedLlama, folder: Path) -> None:
+    """Raises UserError for a BOS or EOS token, as generation takes them, that the model has no embedding for."""
+    file = folder / "generation_config.json"
+    for kind in ("bos", "eos"):
+        ids = getattr(lm.generation_config, f"{kind}_token_id")
+        for token_id in ids if isinstance(ids, list) else [ids]:
+            check_special(token_id, kind, file if file.is_file() else folder / "config.json", lm.config.vocab_size)
 
 
 def _load(
     folder: Path, dtype: torch.dtype, device: str, activations: str, transformers_only: bool
 ) -> tuple[PreTrainedModel | PackedLlama, str]:
     """The model, and `Pretrained.runs_on`."""
-    with _one_sentence(folder):
-        _register_if_packed(folder)
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = read_config(folder)
     level = level_for(config) if device == "cpu" else ""  # asking compiles the CPU kernels
     why_not = "transformers is asked for" if transformers_only else why_not_compiled(config, device, dtype, level)
     if not why_not:
@@ -71,6 +79,14 @@ def _load(
     if activations != "float":
         raise UserError(f"activations={activations} needs the compiled decoder, which does not run {folder}: {why_not}")
     return load_lm(folder, dtype, device), f"transformers ({why_not})"
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The config of the model in `folder`, packed or not. Raises UserError; code that comes with it is never run."""
+    with _one_sentence(folder):
+        _register_if_packed(folder)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return config
 
 
 @contextmanager
@@ -98,7 +114,7 @@ def load_lm(folder: Path, dtype: torch.dtype, device: str | torch.device = "cpu"
         _register_if_packed(folder)
         # Without ignore_mismatched_sizes a wrong shape raises; a missing tensor would only be warned about.
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, local_files_only=True
+            folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
         )
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{folder} lacks {len(missing)} of its model's tensors, among them {missing[0]}; get it anew")
@@ -113,8 +129,10 @@ def _register_if_packed(folder: Path) -> None:
 def _one_sentence(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be loaded as a language model: {_first_sentence(error)}") from error
+    except LOAD_ERRORS as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{folder} brings its own code, which is never run; give another model") from error
+        raise UserError(f"{folder} cannot be loaded as a language model: {first_line(error)}") from error
 
 
 def _no_model(path: Path) -> str:
@@ -125,8 +143,3 @@ def _no_model(path: Path) -> str:
     if (path / "checkpoints").is_dir() or (path / "COMPLETE.json").is_file():
         return f"{path} holds checkpoints, not a model; release it first: python launch/release.py {path}"
     return f"{path} holds no model: it is neither a .gguf file nor a folder with a config.json"
-
-
-def _first_sentence(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

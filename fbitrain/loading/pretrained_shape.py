@@ -28,6 +28,7 @@ _NAMES = {
     "d_ff": ("intermediate_size", "n_inner", "ffn_dim", "feed_forward_length"),
     "max_seq_len": ("max_position_embeddings", "n_positions", "context_length"),
 }
+POSITIONS = _NAMES["max_seq_len"]
 SIZES = tuple(_NAMES)  # the fields of ModelConfig that a pretrained model fixes
 
 

@@ -78,12 +78,12 @@ def write_tokenizer(trained: Tokenizer, folder: Path) -> None:
 
 def _copy(tokenizer: Tokenizer, folder: Path) -> list[Path]:
     """Copies of a Hugging Face folder's tokenizer files; none of a tokenizer that is a single file."""
-    source = Path(tokenizer.path)
-    return [Path(shutil.copy(source / name, folder)) for name in FILES if (source / name).is_file()]
+    original = Path(tokenizer.path)
+    return [Path(shutil.copy(original / name, folder)) for name in FILES if (original / name).is_file()]
 
 
 def _reads_alike(folder: Path, trained: Tokenizer) -> bool:
-    readers = AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    readers = AutoTokenizer.from_pretrained(folder, trust_remote_code=False), load_tokenizer(folder)
     for text in PROBES:
         ids = trained.encode(text)
         if readers[0].encode(text, add_special_tokens=False) != ids or readers[1].encode(text) != ids:

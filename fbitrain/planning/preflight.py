@@ -14,12 +14,12 @@ from fbitrain.build import check_vocabularies
 from fbitrain.checkpoint_files import trained_parameters
 from fbitrain.config import Config
 from fbitrain.config_optim import describe_optimizer
-from fbitrain.engine import resolve_precision
 from fbitrain.fine_tune import own_checkpoint, with_known_sizes
 from fbitrain.model.size import ParameterCount, count_parameters
 from fbitrain.optim.schedules import batch_spans
 from fbitrain.planning.estimate import RankMemory, TeacherSize, rank_memory, read_teacher_size, tokens_in_total
 from fbitrain.planning.preflight_data import look_at_data
+from fbitrain.process import resolve_precision
 
 GB = 1e9
 CHECKPOINT_BYTES = 12  # per parameter: an fp32 weight and its two Adam moments; 4 less where Muon keeps one number
@@ -86,7 +86,10 @@ def _describe_pretrained(report: Report, config: Config) -> int:
 
 
 def _count_pretrained(pretrained: str) -> int:
-    """Of a checkpoint of ours what it trains, of a folder all. Raises UserError for a run that has no checkpoint."""
+    """The trained parameters of a checkpoint of ours, or all parameters of a model's folder.
+
+    Raises UserError for a run that has no checkpoint.
+    """
     checkpoint = own_checkpoint(pretrained)
     return trained_parameters(checkpoint) if checkpoint else read_teacher_size(Path(pretrained)).n_parameters
 

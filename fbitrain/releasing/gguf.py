@@ -36,19 +36,18 @@ FILE_TYPES = {
 }
 
 
-def check_gguf(source: Path, config: PretrainedConfig, dtype: str) -> None:
-    """Raises UserError if the run `source`, a model of `config`, cannot be written as GGUF in `dtype`."""
+def check_gguf(run: Path, config: PretrainedConfig, dtype: str) -> None:
+    """Raises UserError if the run `run`, a model of `config`, cannot be written as GGUF in `dtype`."""
     if config.model_type != "llama":
         raise UserError(
-            f"{source} is a {config.model_type}, and only Llamas are written as GGUF; release it as dense or packed"
+            f"{run} is a {config.model_type}, and only Llamas are written as GGUF; release it as dense or packed"
         )
     if dtype != "float16":
         raise UserError(f"GGUF's blocks have their scales in fp16; release it with dtype float16, not {dtype}")
     kind = config.rope_parameters.get("rope_type", "default")
     if kind != "default":
         raise UserError(
-            f"{source} scales its rotary embedding ({kind}), which is not written as GGUF; "
-            "release it as dense or packed"
+            f"{run} scales its rotary embedding ({kind}), which is not written as GGUF; release it as dense or packed"
         )
 
 
@@ -69,7 +68,7 @@ def write_gguf(
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     for name, tensor in tensors.items():
         values = _reordered(name, tensor.numpy(), model.config)
-        is_binary = name.rpartition(".")[0] in model.sources and values.ndim == 2
+        is_binary = name.rpartition(".")[0] in model.linears and values.ndim == 2
         _add_tensor(writer, names.get_name(name, (".weight", ".bias")), values, kind if is_binary else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

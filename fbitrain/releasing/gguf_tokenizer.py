@@ -46,9 +46,9 @@ def check_tokenizer(path: Path, trained: Tokenizer) -> None:
             raise _not_writable(trained.path)
 
 
-def _not_writable(source: str) -> UserError:
+def _not_writable(path: str) -> UserError:
     return UserError(
-        f"tokenizer {source} is of a kind that cannot be written as GGUF (it must be byte-level BPE that cuts text as "
+        f"tokenizer {path} is of a kind that cannot be written as GGUF (it must be byte-level BPE that cuts text as "
         "GPT-2 or SmolLM does, or a SentencePiece model); release as dense or packed"
     )
 

@@ -27,9 +27,9 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PretrainedConfig
 
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import fsync_folder, fsync_tree
-from fbitrain.checkpoint import find_latest
-from fbitrain.checkpoint_files import load_weights
+from fbitrain.base.files import fsync_folder, fsync_tree, require_writable
+from fbitrain.checkpoint_files import load_weights, trainer_state
+from fbitrain.checkpoint_folders import find_latest
 from fbitrain.config import Config, load_config
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.fine_tune import lm_config_of
@@ -46,24 +46,25 @@ DEFAULT_FORMATS = ("dense", "packed")
 CARD = "README.md"
 
 
-def release(source: Path, out: Path, formats: Sequence[str] = DEFAULT_FORMATS, dtype: str = "float16") -> Path:
+def release(run: Path, out: Path, formats: Sequence[str] = DEFAULT_FORMATS, dtype: str = "float16") -> Path:
     """Writes a run (its newest complete checkpoint) or one checkpoint to `out`; returns the checkpoint.
 
     formats: which of FORMATS. dtype: what the scales of binary layers, and all other weights, are rounded to.
     An older release at `out` is replaced, all its formats, once the new one is whole.
-    Raises UserError for an unknown format or dtype, a format that the model does not have, a source without checkpoint,
+    Raises UserError for an unknown format or dtype, a format that the model does not have, a folder without checkpoint,
     weights that do not fit `dtype`, a disk that is full, and an `out` that is something else than a release.
     """
     for given, known, what in ((formats, FORMATS, "format"), ([dtype], DTYPES, "dtype")):
         if unknown := [name for name in given if name not in known] or not given:
             raise UserError(f"release {what} {unknown} is unknown; choose from {', '.join(known)}")
-    checkpoint = find_checkpoint(source)
+    require_replaceable(out)
+    checkpoint = find_checkpoint(run)
     trainer = json.loads((checkpoint / "trainer.json").read_text())
     config = load_config(checkpoint / "config.yaml", world_size=trainer["world_size"])
     lm_config = lm_config_of(checkpoint, config)
-    _require_possible(source, formats, config.binarize, trainer["step"])
+    _require_possible(run, formats, config.binarize, trainer["step"])
     if "gguf" in formats:
-        check_gguf(source, lm_config, dtype)
+        check_gguf(run, lm_config, dtype)
     heldout = heldout_metrics(checkpoint.parent.parent, trainer["step"])
     training = Training(trainer["step"], trainer["tokens"], heldout)
     model = _released_model(lm_config, config.binarize, load_weights(checkpoint), dtype, trainer["step"])
@@ -75,8 +76,7 @@ def release(source: Path, out: Path, formats: Sequence[str] = DEFAULT_FORMATS, d
 
 def phase_of(checkpoint: Path) -> str:
     """What the model of a checkpoint is, as long as it is not binary yet (`unfinished_phase`); else empty."""
-    step = json.loads((checkpoint / "trainer.json").read_text())["step"]
-    return unfinished_phase(load_config(checkpoint / "config.yaml").binarize, step)
+    return unfinished_phase(load_config(checkpoint / "config.yaml").binarize, trainer_state(checkpoint).step)
 
 
 def _released_model(
@@ -89,20 +89,20 @@ def _released_model(
     return ReleasedModel.of(lm_config, binarize, weights, DTYPES[dtype])
 
 
-def _require_possible(source: Path, formats: Sequence[str], binarize: BinarizeConfig, step: int) -> None:
+def _require_possible(run: Path, formats: Sequence[str], binarize: BinarizeConfig, step: int) -> None:
     if phase := unfinished_phase(binarize, step):
-        _require_plain(source, formats, binarize, step, phase)
+        _require_plain(run, formats, binarize, step, phase)
         return
     if not binarize.enabled and "packed" in formats:
-        raise UserError(f"{source} has no binary weights (binarize.enabled=false) to pack; release it as dense only")
+        raise UserError(f"{run} has no binary weights (binarize.enabled=false) to pack; release it as dense only")
     if binarize.enabled and binarize.traits.routed and set(formats) != {"packed"}:
         raise UserError(
-            f"{source} mixes its scales anew for every token (binarize.method={binarize.method}), so there are no "
+            f"{run} mixes its scales anew for every token (binarize.method={binarize.method}), so there are no "
             "fixed weights to write out; release it as packed only"
         )
 
 
-def _require_plain(source: Path, formats: Sequence[str], binarize: BinarizeConfig, step: int, phase: str) -> None:
+def _require_plain(run: Path, formats: Sequence[str], binarize: BinarizeConfig, step: int, phase: str) -> None:
     one_bit = [
         name
         for name in formats
@@ -110,23 +110,23 @@ def _require_plain(source: Path, formats: Sequence[str], binarize: BinarizeConfi
     ]
     if one_bit:
         raise UserError(
-            f"{source} is {phase}, so there are no bits to write as {' or '.join(one_bit)}; "
+            f"{run} is {phase}, so there are no bits to write as {' or '.join(one_bit)}; "
             "release it as dense only, or release a later checkpoint"
         )
     if binarize.traits.routed and binary_share(binarize, step) > 0:
         raise UserError(
-            f"{source} is {phase}, and binarize.method={binarize.method} has no fixed weights to mix; "
+            f"{run} is {phase}, and binarize.method={binarize.method} has no fixed weights to mix; "
             "release another checkpoint"
         )
 
 
-def find_checkpoint(source: Path) -> Path:
-    """`source` itself if it is a complete checkpoint, otherwise the newest one of the run in `source`."""
-    if (source / "COMPLETE.json").is_file():
-        return source
-    latest = find_latest(source)
+def find_checkpoint(run: Path) -> Path:
+    """`run` itself if it is a complete checkpoint, otherwise the newest one of the run in `run`."""
+    if (run / "COMPLETE.json").is_file():
+        return run
+    latest = find_latest(run)
     if latest is None:
-        raise UserError(f"{source} holds no complete checkpoint; give a run folder such as runs/NAME, or a checkpoint")
+        raise UserError(f"{run} holds no complete checkpoint; give a run folder such as runs/NAME, or a checkpoint")
     return latest
 
 
@@ -194,6 +194,13 @@ def _refuse_non_finite(tensors: Mapping[str, Tensor], dtype: str) -> None:
             )
 
 
+def require_replaceable(out: Path) -> None:
+    """Raises UserError if something is at `out` that is not a release, or if no folder can be made there."""
+    if out.exists() and not is_release(out):
+        raise UserError(f"{out} exists and is not a release, so it is not replaced; choose another folder")
+    require_writable(out.with_name(f".{out.absolute().name}.unfinished") / CARD, "--out", makes_folders=True)
+
+
 @contextmanager
 def replacing_release(out: Path) -> Iterator[Path]:
     """Yields an empty folder beside `out` that takes its name at the end; on an error it is removed, `out` untouched.
@@ -205,8 +212,7 @@ def replacing_release(out: Path) -> Iterator[Path]:
     unfinished, old = (out.with_name(f".{out.name}.{state}") for state in ("unfinished", "old"))
     if old.exists() and not out.exists():  # a crash between the two renames below
         old.rename(out)
-    if out.exists() and not is_release(out):
-        raise UserError(f"{out} exists and is not a release, so it is not replaced; choose another folder")
+    require_replaceable(out)
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)

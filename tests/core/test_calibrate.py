@@ -31,7 +31,7 @@ from fbitrain.calibration.calibrate import fisher_diagonals, quantize_, select_m
 from fbitrain.calibration.text import cut_sequences, read_calibration
 from fbitrain.config import CalibrationConfig
 from fbitrain.data.tokenizer import load_tokenizer
-from fbitrain.model.build import binarize_, chosen_sources
+from fbitrain.model.build import binarize_, chosen_linears
 from fbitrain.model.config import BinarizeConfig, SalientConfig
 from fbitrain.model.gptq_pb import gptq_partial
 from fbitrain.model.partial import PartialBinaryLinear
@@ -83,7 +83,7 @@ def sequences(n: int = 5, seq_len: int = 16) -> Tensor:
 
 
 def linears_of(lm: PreTrainedModel, binarize: BinarizeConfig) -> dict[str, nn.Module]:
-    return {name: source.module for name, source in chosen_sources(lm, binarize).items()}
+    return {name: linear.module for name, linear in chosen_linears(lm, binarize).items()}
 
 
 def hessians_by_hooks(lm: PreTrainedModel, linears: Mapping[str, nn.Module], ids: Tensor) -> dict[str, Tensor]:
@@ -151,20 +151,20 @@ def test_each_block_is_solved_for_the_quantized_blocks_before_it(architecture: s
     binarize, ids = setting(criterion="hessian"), sequences()
     original, lm = build(architecture), build(architecture)
     parts = quantize_(lm, binarize, CalibrationConfig(block_size=7), ids)
-    sources, linears = linears_of(original, binarize), linears_of(lm, binarize)
+    originals, linears = linears_of(original, binarize), linears_of(lm, binarize)
     assert list(parts) == list(linears)
     # `original` becomes the quantized model, block by block, and gives the inputs that each block's solution is for.
     for block in range(original.config.num_hidden_layers):
         names = [name for name in parts if f".{block}." in name]
         assert len(names) >= 4
-        hessians = hessians_by_hooks(original, {name: sources[name] for name in names}, ids)
+        hessians = hessians_by_hooks(original, {name: originals[name] for name in names}, ids)
         for name in names:
-            expected = gptq_partial(weight_NK(sources[name]), hessians[name], parts[name].mask, block_size=7)
+            expected = gptq_partial(weight_NK(originals[name]), hessians[name], parts[name].mask, block_size=7)
             same = (expected.effective_weight() - parts[name].effective_weight()).abs() < 1e-4
             assert same.float().mean() > 0.97, name  # the rest: weights so near 0 that fp32 decides their sign
             assert torch.equal(weight_NK(linears[name]), parts[name].weight)
         for name in names:
-            weight_NK(sources[name]).copy_(parts[name].effective_weight())
+            weight_NK(originals[name]).copy_(parts[name].effective_weight())
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "hessian", "fisher"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 
 from fbitrain.base.command import BROKEN_PIPE, INTERRUPTED, natural, positive, run
 from fbitrain.base.errors import UserError
+from fbitrain.base.files import require_writable
 from fbitrain.commands import verbs
 from fbitrain.data.commands.arguments import config_parser
 from fbitrain.data.tools.tables import human_bytes, table
@@ -35,6 +37,41 @@ def test_an_error_is_one_sentence_and_an_exit_code(
 
     assert run(main, config_parser("inspect", ""), ["config.yaml"]) == code
     assert capsys.readouterr().err == f"fbitrain data inspect: {message}\n"
+
+
+TALK = """
+import sys
+from fbitrain.base.command import run
+from fbitrain.base.errors import UserError
+from fbitrain.data.commands.arguments import config_parser
+def main(options):
+    print("\\u6f22 \\udcff")
+    print("said", file=sys.stderr)
+    if "fail" in sys.argv:
+        raise UserError("kaputt: \\xfc")
+sys.exit(run(main, config_parser("inspect", ""), ["config.yaml"]))
+"""
+
+
+def test_letters_that_the_terminal_has_not_are_written_out() -> None:
+    for encoding, shown in (("ascii", "\\u6f22 \\udcff"), ("utf-8", "漢 \\udcff")):
+        env = {**os.environ, "PYTHONIOENCODING": encoding}
+        ended = subprocess.run([sys.executable, "-c", TALK, "fail"], capture_output=True, env=env, timeout=60)
+        assert ended.returncode == 1
+        assert ended.stdout.decode(encoding) == f"{shown}\n"
+        assert "kaputt" in ended.stderr.decode(encoding)
+        assert b"Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "2>&1 | true"])
+@pytest.mark.parametrize("how", ["fail", ""])
+def test_a_closed_stdout_or_stderr_is_no_fault(closed: str, how: str) -> None:
+    script = f'exec "$0" -c "$1" {how} {closed}'
+    ended = subprocess.run(["bash", "-c", script, sys.executable, TALK], capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert "Exception ignored" not in ended.stdout + ended.stderr
+    if "|" not in closed:
+        assert ended.returncode == (1 if how else 0)
 
 
 PRINT = """
@@ -129,3 +166,45 @@ def test_a_shipped_configuration_is_shown_by_its_name_alone(
     assert "quickstart " in capsys.readouterr().out
     assert verbs.call(["config", "show", "quikstart"]) == 1
     assert "`fbitrain config list` names the shipped ones" in capsys.readouterr().err
+
+
+def test_whether_a_file_can_be_written_is_asked_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    require_writable(tmp_path / "file", "--out")
+    require_writable(tmp_path / "new", "--out")
+    require_writable(tmp_path / "a" / "b" / "new", "--out", makes_folders=True)
+    for path, makes, why in (
+        (tmp_path, False, "it is a folder"),
+        (tmp_path / "a" / "new", False, "there is no folder"),
+        (tmp_path / "file" / "new", False, "is no folder"),
+        (tmp_path / "file" / "a" / "new", True, "is no folder"),
+        (Path("/proc/self/new"), False, "is not yours to write to"),
+    ):
+        if why.startswith("is not yours") and os.access("/proc/self", os.W_OK):
+            continue
+        with pytest.raises(UserError, match=f"--out {path} cannot be written: .*{why}"):
+            require_writable(path, "--out", makes_folders=makes)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["eval", "MODEL", "--ppl", "a=TEXT", "--out", "nowhere/figures.json"],
+        ["compare", str(ROOT / "launch" / "studies" / "recipes.yaml"), "--results", "nowhere/results.json"],
+        ["data", "duplicates", "CONFIG", "--out", "nowhere/copies.npz"],
+        ["data", "holdout", "CONFIG", "--out", "file/heldout.jsonl.zst"],
+        ["data", "train-tokenizer", "TEXT", "--out", "file/tokenizer.model"],
+        ["release", "RUN", "--out", "file/release"],
+        ["release", "RUN", "--out", "file"],
+        ["fetch-teacher", "--out", "file"],
+    ],
+    ids=lambda command: "-".join(command[:2]),
+)
+def test_every_out_is_looked_at_before_the_inputs_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    """None of the inputs exists: what is said is about the output all the same."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert verbs.call(command) == 1
+    assert re.search(r"cannot be written|exists and (is|was) not", capsys.readouterr().err)

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from fbitrain.base.command import run
 from fbitrain.base.errors import UserError
 from fbitrain.commands import eval as command
-from fbitrain.data.reading.heldout_text import Heldout
+from fbitrain.data.reading.heldout_text import HeldoutText
 from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.inference import evaluate
 from fbitrain.inference.evaluate import (
@@ -86,7 +86,7 @@ def test_no_more_than_a_chunk_of_logits_exists(model: PreTrainedModel) -> None:
 
 
 def test_perplexity_is_that_of_the_mean(model: PreTrainedModel) -> None:
-    text = Heldout(random_ids(103, model.config.vocab_size), n_bytes=412, n_documents=1)
+    text = HeldoutText(random_ids(103, model.config.vocab_size), n_bytes=412, n_documents=1)
     found = perplexity(model, text, 10, batch_size=4)
     windows = heldout_windows(text.token_ids, 10)
     mean = nll_by_hand(model, windows) / 90
@@ -105,16 +105,16 @@ def test_a_uniform_model_costs_log2_of_the_vocabulary_per_token() -> None:
 def test_other_architectures_are_measured_by_their_own_logits() -> None:
     torch.manual_seed(0)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2)).eval()
-    text = Heldout(random_ids(64, 50), n_bytes=64, n_documents=1)
+    text = HeldoutText(random_ids(64, 50), n_bytes=64, n_documents=1)
     found = perplexity(gpt2, text, 8)
     assert found.nll_per_token == pytest.approx(nll_by_hand(gpt2, heldout_windows(text.token_ids, 8)) / 56, rel=1e-6)
 
 
 def test_texts_the_model_cannot_read_are_refused(model: PreTrainedModel) -> None:
-    known = Heldout(torch.zeros(5000, dtype=torch.int64), 5000, 1)
+    known = HeldoutText(torch.zeros(5000, dtype=torch.int64), 5000, 1)
     with pytest.raises(UserError, match=r"seq_len=4096 .* 2048 positions"):
         perplexity(model, known, 4096)
-    unknown = Heldout(torch.full((50,), model.config.vocab_size), 50, 1)
+    unknown = HeldoutText(torch.full((50,), model.config.vocab_size), 50, 1)
     with pytest.raises(UserError, match="tokenizer is not the model's"):
         perplexity(model, unknown, 10)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from fbitrain.base.errors import UserError
 from fbitrain.benches import decoding
 from fbitrain.benches.decoding import write_random_packed
 from fbitrain.commands import generate as command
-from fbitrain.data.reading.heldout_text import Heldout
+from fbitrain.data.reading.heldout_text import HeldoutText
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.inference import generate
 from fbitrain.inference.evaluate import perplexity
@@ -96,11 +97,33 @@ def test_sampling_follows_the_softmax_of_what_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}]
+    "settings",
+    [
+        *({"max_new_tokens": 0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": math.nan}),
+        *({"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf}),
+        *({"seed": 123456789012345678901}, {"seed": -1}),
+    ],
 )
 def test_impossible_sampling_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"{next(iter(settings))}="):
         Sampling(**settings)
+
+
+def test_the_extremes_of_sampling_sample(model: PreTrainedModel) -> None:
+    greedy = list(stream_tokens(model, PROMPT, Sampling(max_new_tokens=5)))
+    for temperature in (1e-40, 1e-320, 1e-6):
+        cold = Sampling(max_new_tokens=5, temperature=temperature, seed=2**64 - 1)
+        assert list(stream_tokens(model, PROMPT, cold)) == greedy
+    hot = Sampling(max_new_tokens=5, temperature=1e300, top_k=10**30)
+    assert len(list(stream_tokens(model, PROMPT, hot))) <= 5
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_one_sentence(value: float, temperature: float) -> None:
+    logits = torch.tensor([0.0, value, 1.0])
+    with pytest.raises(UserError, match="logits are not finite"):
+        choose(logits, Sampling(temperature=temperature), torch.Generator())
 
 
 def test_pieces_are_whole_characters_and_add_up(
@@ -177,7 +200,7 @@ def test_a_packed_folder_generates_the_same_tokens_either_way(packed: Path) -> N
 
 @needs_kernels
 def test_perplexity_is_the_same_either_way(packed: Path) -> None:
-    text = Heldout(token_ids=torch.randint(3, 200, (200,)), n_bytes=500, n_documents=1)
+    text = HeldoutText(token_ids=torch.randint(3, 200, (200,)), n_bytes=500, n_documents=1)
     with open_model(packed) as compiled, open_model(packed, transformers_only=True) as transformers:
         expected = perplexity(transformers.lm, text, 48)
         assert perplexity(compiled.lm, text, 48, batch_size=3).ppl == pytest.approx(expected.ppl, rel=1e-5)
@@ -232,6 +255,30 @@ def test_a_folder_without_a_model_is_one_sentence(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert words.get(where, str(folder)) in error
+
+
+@pytest.mark.parametrize(("kind", "value"), [("bos", 128000), ("eos", [1, 128000])])
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_a_special_the_model_has_no_embedding_for_is_one_sentence(
+    workspace: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, kind: str, value: Any
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(workspace.teacher, folder)
+    if name == "config.json":
+        (folder / "generation_config.json").unlink()
+    values = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**values, f"{kind}_token_id": value}))
+    assert run(command.main, command.parser(), [str(folder), "--prompt", "the"]) == 1
+    error = capsys.readouterr().err
+    assert f"{folder / name} names 128000 as the {kind.upper()} token" in error
+    assert error.endswith("\n")
+    assert "Traceback" not in error
+
+
+def test_a_prompt_of_another_vocabulary_is_one_sentence(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    model.config.vocab_size = 20
+    with pytest.raises(UserError, match="but the model's vocabulary has 20: the tokenizer is not the model's"):
+        list(stream_text(model, tokenizer, "the weight", Sampling()))
 
 
 def test_ctrl_c_is_no_error_of_ours(capsys: pytest.CaptureFixture[str]) -> None:

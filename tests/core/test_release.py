@@ -306,10 +306,10 @@ def test_heldout_figures_are_the_newest_up_to_the_step(run_dir: Path) -> None:
 
 def test_a_tokenizer_that_is_one_file_becomes_a_folder(tmp_path: Path, workspace: Any) -> None:
     (tmp_path / "bare").mkdir()
-    source = tmp_path / "bare" / "tokenizer.json"
-    source.write_bytes((workspace.teacher / "tokenizer.json").read_bytes())
+    original = tmp_path / "bare" / "tokenizer.json"
+    original.write_bytes((workspace.teacher / "tokenizer.json").read_bytes())
     (tmp_path / "out").mkdir()
-    trained = load_tokenizer(source)
+    trained = load_tokenizer(original)
     write_tokenizer(trained, tmp_path / "out")
     read = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert all(read.encode(text, add_special_tokens=False) == trained.encode(text) for text in PROBES)
@@ -319,20 +319,20 @@ def test_a_tokenizer_that_is_one_file_becomes_a_folder(tmp_path: Path, workspace
 
 @pytest.mark.parametrize("kind", ["a folder", "a bare file", "specials elsewhere", "a SentencePiece model"])
 def test_a_run_keeps_its_tokenizer(kind: str, tmp_path: Path, workspace: Any) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(workspace.teacher, source)
+    original = tmp_path / "original"
+    shutil.copytree(workspace.teacher, original)
     if kind == "a bare file":
-        source = source / "tokenizer.json"
+        original = original / "tokenizer.json"
     elif kind == "specials elsewhere":
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            (source / name).unlink(missing_ok=True)
-        (source / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2}')
+            (original / name).unlink(missing_ok=True)
+        (original / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2}')
     elif kind == "a SentencePiece model":
-        source = tmp_path / "small.model"
+        original = tmp_path / "small.model"
         texts = tmp_path / "text.jsonl"
         texts.write_text("\n".join(json.dumps({"text": f"kato misen {i} sola"}) for i in range(400)))
-        assert call(["data", "train-tokenizer", "--vocab-size", "280", "--out", str(source), str(texts)]) == 0
-    trained = load_tokenizer(source)
+        assert call(["data", "train-tokenizer", "--vocab-size", "280", "--out", str(original), str(texts)]) == 0
+    trained = load_tokenizer(original)
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     assert kept_tokenizer(run_dir) == ""

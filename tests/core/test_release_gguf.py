@@ -184,10 +184,10 @@ def llama_python() -> str | None:
     ids=["TQ2_0", "Q1_0", "F16", "TQ2_0-sentencepiece"],
 )
 def test_llama_cpp_runs_the_file(tmp_path: Path, workspace: Any, binarize: BinarizeConfig, tokenizer: str) -> None:
-    source = workspace.teacher if tokenizer == "byte-level" else LLAMA_TOKENIZER
-    if not source.exists():
-        pytest.skip(f"{source} is absent")
-    path, dense = write(tmp_path, source, binarize)
+    tokenizer_path = workspace.teacher if tokenizer == "byte-level" else LLAMA_TOKENIZER
+    if not tokenizer_path.exists():
+        pytest.skip(f"{tokenizer_path} is absent")
+    path, dense = write(tmp_path, tokenizer_path, binarize)
     text, out = "def f(x):\n\treturn x['a']  # it's 1234,5\n\n two  spaces 漢字 é", tmp_path / "out.npz"
     command = [str(llama_python()), "-c", RUN, str(path), text, str(out), *map(str, IDS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -195,4 +195,4 @@ def test_llama_cpp_runs_the_file(tmp_path: Path, workspace: Any, binarize: Binar
     found, wanted = np.load(out), logits(dense).numpy()
     error = np.abs(found["logits"] - wanted).max() / wanted.std()
     assert error < (0.01 if "F16" in path.name else 0.15)  # blocks are multiplied by activations in 8 bits
-    assert found["tokens"].tolist() == load_tokenizer(source).encode(text)
+    assert found["tokens"].tolist() == load_tokenizer(tokenizer_path).encode(text)

@@ -98,10 +98,10 @@ def test_the_hidden_states_distance_is_the_sum_over_layers_of_mean_squares(kd_we
     mine, theirs = llama(), llama().eval().requires_grad_(False)
     distill = DistillConfig(kd_weight=kd_weight, ce_weight=0.3, hidden_weight=10.0)
     ids = batch(3)
-    hints = teacher_of(theirs).hints(ids[:, :-1], with_states=True)
+    targets = teacher_of(theirs).targets(ids[:, :-1], with_states=True)
     student = Student(mine, distill)
-    loss, metrics = student(ids, *hints)
-    without, _ = student(ids, *hints[:2])
+    loss, metrics = student(ids, *targets)
+    without, _ = student(ids, *targets[:2])
     states = [m.base_model(ids[:, :-1], output_hidden_states=True).hidden_states for m in (mine, theirs)]
     naive = 0.0
     for layer in range(1, 4):
@@ -114,7 +114,7 @@ def test_the_hidden_states_distance_is_the_sum_over_layers_of_mean_squares(kd_we
     loss.backward()
     gradient = mine.model.layers[0].mlp.up_proj.weight.grad.clone()
     mine.zero_grad()
-    student(ids, *hints[:2])[0].backward()
+    student(ids, *targets[:2])[0].backward()
     assert not torch.allclose(gradient, mine.model.layers[0].mlp.up_proj.weight.grad)
 
 
@@ -123,7 +123,7 @@ def test_the_loss_does_not_depend_on_how_sequences_are_batched() -> None:
     student, teacher = Student(llama(), DistillConfig(ce_weight=0.5, hidden_weight=10.0)), teacher_of(llama().eval())
 
     def loss_of(ids: Tensor) -> Tensor:
-        loss: Tensor = student(ids, *teacher.hints(ids[:, :-1], with_states=True))[0]
+        loss: Tensor = student(ids, *teacher.targets(ids[:, :-1], with_states=True))[0]
         return loss.detach()
 
     ids = batch(4)

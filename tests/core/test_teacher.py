@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,17 @@ from transformers import LlamaForCausalLM
 
 from fbitrain import teacher as teacher_module
 from fbitrain.base.errors import UserError
-from fbitrain.loading.language_model import vocab_size_of
+from fbitrain.build import check_vocabularies
+from fbitrain.config import load_config
+from fbitrain.loading import language_model
+from fbitrain.loading.language_model import load_language_model, positions_of, vocab_size_of
 from fbitrain.teacher import load_teacher
+from fbitrain.train import suspects
 from tests.core.tiny_teacher import FF, D, V, load, tiny_llama, token_ids
 
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
-def source(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LlamaForCausalLM, Path]:
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LlamaForCausalLM, Path]:
     model = tiny_llama(tied=request.param)
     model.save_pretrained(tmp_path / "teacher")
     return model, tmp_path / "teacher"
@@ -33,8 +40,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "teacher"
 
 
-def test_a_folder_gives_the_models_own_logits(source: tuple[LlamaForCausalLM, Path]) -> None:
-    model, path = source
+def test_a_folder_gives_the_models_own_logits(saved: tuple[LlamaForCausalLM, Path]) -> None:
+    model, path = saved
     teacher = load(path)
     ids = token_ids()
     with torch.no_grad():
@@ -71,9 +78,9 @@ def test_bf16_rounds_the_weights_but_not_the_rotary_frequencies(folder: Path) ->
     assert set(frequencies.values()) == {torch.float32}
 
 
-def test_sharding_takes_the_body_and_leaves_a_whole_head(source: tuple[LlamaForCausalLM, Path]) -> None:
+def test_sharding_takes_the_body_and_leaves_a_whole_head(saved: tuple[LlamaForCausalLM, Path]) -> None:
     """A stand-in for ZeRO-3: empties the body's parameters, and fills them only while it is called."""
-    _, path = source
+    _, path = saved
 
     def shard(body: nn.Module) -> Any:
         whole = copy.deepcopy(body)
@@ -118,6 +125,25 @@ def test_models_whose_logits_are_more_than_a_product_are_refused(tmp_path: Path)
         model.save_pretrained(tmp_path / name)
         with pytest.raises(UserError, match=f"{said}; it must be a causal language model"):
             load(tmp_path / name)
+
+
+def test_a_cap_that_two_tokens_do_not_reach_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"vocab_size": V, "hidden_size": D, "intermediate_size": FF, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    for name, cap in (("capped", 1e3), ("plain", None)):  # attention is capped in both
+        Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, final_logit_softcapping=cap)).save_pretrained(tmp_path / name)
+    load(tmp_path / "plain")
+    assert vocab_size_of(tmp_path / "plain") == V
+    with pytest.raises(UserError, match=r"caps its logits \(final_logit_softcapping in its config.json\)"):
+        vocab_size_of(tmp_path / "capped")
+    with pytest.raises(UserError, match="which scales, caps or shifts its logits"):
+        load(tmp_path / "capped")
+    monkeypatch.setattr(language_model, "soft_cap", lambda _: "")  # a cap under a name that nobody knows
+    with pytest.raises(UserError, match="which scales, caps or shifts its logits"):
+        load(tmp_path / "capped")
 
 
 def write_config(folder: Path, **values: object) -> Path:
@@ -175,3 +201,79 @@ def test_unsuitable_folders_are_one_sentence(folder: Path, tmp_path: Path) -> No
     (folder / "model.safetensors").write_bytes(b"not a safetensors file at all")
     with pytest.raises(UserError, match="cannot be loaded"):
         load(folder)
+
+
+def test_positions_are_read_from_any_architectures_config(tmp_path: Path) -> None:
+    from tests.core.tiny_teacher import write_gguf
+
+    for i, (values, positions) in enumerate(
+        (
+            ({"model_type": "llama", "max_position_embeddings": 96}, 96),
+            ({"model_type": "llama"}, 2048),  # the architecture's default
+            ({"model_type": "gpt2", "n_positions": 32}, 32),
+            ({"model_type": "gpt2"}, 1024),
+            ({"model_type": "gemma3", "text_config": {"max_position_embeddings": 40}}, 40),
+            ({"model_type": "mamba"}, None),
+            ({"model_type": "own", "max_position_embeddings": 7}, 7),
+        )
+    ):
+        assert positions_of(write_config(tmp_path / str(i), **values)) == positions, values
+    write_gguf(tmp_path / "model.gguf", tiny_llama(tied=True))
+    assert positions_of(tmp_path / "model.gguf") == 64
+
+
+@pytest.mark.parametrize("key", ["distill.teacher", "model.pretrained"])
+def test_sequences_beyond_a_models_positions_are_refused(tmp_path: Path, workspace: Any, key: str) -> None:
+    """Before anything is loaded; GPT-2 and OPT would end in an IndexError, a Llama be trained out of its range."""
+    text = workspace.config.read_text()
+    if key == "model.pretrained":
+        text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith(("model:", "distill:")))
+    (tmp_path / "run.yaml").write_text(text)
+    shutil.copytree(workspace.teacher, tmp_path / "model")
+    values = json.loads((tmp_path / "model" / "config.json").read_text())
+    for positions, said in ((16, "data.seq_len=24 is (more|longer) than"), (24, "")):
+        (tmp_path / "model" / "config.json").write_text(json.dumps({**values, "max_position_embeddings": positions}))
+        try:
+            check_vocabularies(load_config(tmp_path / "run.yaml", [f"{key}={tmp_path}/model"]))
+            message = ""
+        except UserError as error:
+            message = str(error)
+        assert re.search(said, message) if said else not message
+    values = {name: value for name, value in values.items() if name != "max_position_embeddings"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(values))
+    longer = ["data.seq_len=4096", "train.global_batch_tokens=4096", "eval.max_tokens=4096", "model.max_seq_len=8192"]
+    longer = longer if key == "distill.teacher" else longer[:-1]
+    with pytest.raises(UserError, match=r"data.seq_len=4096 is more than the 2048 positions of .*model"):
+        check_vocabularies(load_config(tmp_path / "run.yaml", [f"{key}={tmp_path}/model", *longer]))
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_weights_that_are_not_finite_are_refused_by_name(folder: Path, name: str, value: float) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights[name].view(-1)[-1] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"teacher .* has a weight in {name} that is not finite in float32; get it"):
+        load(folder)
+    with pytest.raises(UserError, match=rf"^model.pretrained .* {name} that is not finite"):
+        load_language_model(folder, torch.float32, role="model.pretrained")
+
+
+def test_what_overflows_in_the_runs_precision_is_refused(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][0, 0] = torch.finfo(torch.float32).max
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    load_language_model(folder, torch.float32)
+    with pytest.raises(UserError, match=r"lm_head.weight that is not finite in bfloat16"):
+        load_teacher(folder, dtype=torch.bfloat16, device="cpu")
+
+
+def test_at_the_first_step_the_learning_rate_is_no_suspect(workspace: Any) -> None:
+    config = load_config(workspace.config)
+    first = suspects(config, 1)
+    assert f"the teacher {workspace.teacher}" in first
+    assert "model.init_std" in first
+    assert "optim.lr" not in first
+    assert suspects(config, 2) == "lower optim.lr or check the data"
+    alone = load_config(workspace.config, ["distill.kd_weight=0", "distill.ce_weight=1"])
+    assert "teacher" not in suspects(alone, 1)

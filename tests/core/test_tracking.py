@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fbitrain.engine import Fragment
 from fbitrain.kernels.reference import sign
 from fbitrain.model.config import BinarizeConfig, has_signs_of_weights
 from fbitrain.model.linear import BinaryLinear
 from fbitrain.model.method_table import METHODS
-from fbitrain.model.methods import Source, make_layer
+from fbitrain.model.methods import FullLinear, make_layer
 from fbitrain.model.partial import PartialBinaryLinear
+from fbitrain.shards import Fragment
 from fbitrain.tracking import SignTracker
 
 N, K = 5, 9
@@ -31,7 +31,8 @@ def engine_of(layer: nn.Module, cut: int) -> Any:
         for start, stop in ((0, cut), (cut, N * K)):
             yield Fragment("layer.weight", (N, K), start, stop, flat[start:stop], {})
 
-    return SimpleNamespace(student=SimpleNamespace(lm=nn.ModuleDict({"layer": layer})), fragments=fragments)
+    shards = SimpleNamespace(fragments=fragments)
+    return SimpleNamespace(student=SimpleNamespace(lm=nn.ModuleDict({"layer": layer})), shards=shards)
 
 
 def shares(layer: nn.Module, flip: Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
@@ -67,10 +68,10 @@ def test_signs_are_watched_where_they_are_the_weights_own(method: str) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(K, N, bias=False)
     nn.init.uniform_(linear.weight, -0.5, 1.0)  # a mean that is not 0
-    source = Source.of(linear)
-    assert source is not None
+    full = FullLinear.of(linear)
+    assert full is not None
     mask = torch.zeros(N, K, dtype=torch.bool) if METHODS[method].salient else None
-    layer = make_layer(source, binarize, mask, 0.0)
+    layer = make_layer(full, binarize, mask, 0.0)
     weight = layer.effective_weight().detach()
     same = torch.equal(sign(weight), sign(linear.weight.detach())) and bool((weight != 0).all())
     assert same == has_signs_of_weights(binarize)

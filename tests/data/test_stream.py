@@ -20,7 +20,7 @@ from fbitrain.data.reading.documents import Document
 from fbitrain.data.sources.cache import ShardCache
 from fbitrain.data.sources.shards import Shard
 from fbitrain.data.streaming.plan import LanePlan, Unit, cut, deal, find_sources, plan_lanes
-from fbitrain.data.streaming.source_reader import Shelf, SourceState
+from fbitrain.data.streaming.source_reader import SharedFiles, SourceState
 from fbitrain.data.streaming.stream import Lane
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import UNENCODABLE
@@ -40,7 +40,7 @@ def config(root: Path, names: list[str], **fields: Any) -> DataConfig:
 
 
 def open_lane(plan: LanePlan, tokenizer: Tokenizer, state: Any = None) -> Lane:
-    return Lane(plan, tokenizer, Shelf(ShardCache("/nonexistent", 0)), state)
+    return Lane(plan, tokenizer, SharedFiles(ShardCache("/nonexistent", 0)), state)
 
 
 def lanes(data: DataConfig, tokenizer: Tokenizer) -> list[Lane]:

@@ -330,3 +330,18 @@ def test_a_gguf_file_damaged_anywhere_is_one_sentence(tmp_path: Path, bpe: token
 def test_gguf_tokenizers_of_other_kinds_are_refused(tmp_path: Path, bpe: tokenizers.Tokenizer, changed: Any) -> None:
     with pytest.raises(UserError, match=r"give the model's folder with its tokenizer\.json"):
         load_tokenizer(write_gguf(tmp_path / "t.gguf", bpe, **changed))
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("kind", ["bos", "eos"])
+def test_a_special_outside_the_vocabulary_is_refused(
+    bpe: tokenizers.Tokenizer, tmp_path: Path, name: str, kind: str
+) -> None:
+    """Of a folder that took another model's config: 128000 of 400 words."""
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    for token_id in (400, 128000, -1):
+        (tmp_path / name).write_text(json.dumps({f"{kind}_token_id": token_id}))
+        with pytest.raises(UserError, match=rf"{name} names {token_id} as the {kind.upper()} token.* 0 to 399"):
+            load_tokenizer(tmp_path)
+    (tmp_path / name).write_text(json.dumps({f"{kind}_token_id": 399}))
+    assert getattr(load_tokenizer(tmp_path), f"{kind}_id") == 399

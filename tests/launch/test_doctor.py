@@ -189,6 +189,10 @@ def test_nothing_is_allocated_for_a_large_model(capsys: pytest.CaptureFixture[st
         (["data.heldout=[/nowhere/heldout.jsonl]"], "/nowhere/heldout.jsonl"),
         (["data.tokenizer=/nowhere/tokenizer.json"], "/nowhere/tokenizer.json"),
         (["model.vocab_size=17"], "vocab_size=16"),
+        (
+            ["data.seq_len=4096", "model.max_seq_len=4096", "train.global_batch_tokens=8192", "eval.max_tokens=4096"],
+            "data.seq_len=4096 is more than the 2048 positions of the teacher",
+        ),
         (["model.d_model=80000", "model.d_ff=400000", "model.n_layers=400"], "of memory and"),
         (["model.d_model=80000", "model.d_ff=400000", "model.n_layers=400"], "checkpoints need"),
     ],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fbitrain import checkpoint
+from fbitrain import resume
 from fbitrain.base.command import run
 from fbitrain.base.errors import UserError
 from fbitrain.checkpoint_files import fixed_tensors, load_weights
@@ -26,6 +25,7 @@ from fbitrain.commands import finetune as finetune_command
 from fbitrain.commands import pretrain
 from fbitrain.config import load_config
 from fbitrain.model import method_table
+from tests.launch.run_folders import copy_run
 
 pytestmark = pytest.mark.launch
 ROOT = Path(__file__).parents[2]
@@ -76,14 +76,6 @@ def partial(finetune: Any) -> Any:
     return finetune("partial", *PARTIAL, *SHORT, "engine.zero_stage=3")
 
 
-def copy_until(run_dir: Path, copy: Path, step: int) -> None:
-    """Copies a run as it was after `step` steps."""
-    shutil.copytree(run_dir, copy)
-    for saved in (copy / "checkpoints").iterdir():
-        if int(saved.name.removeprefix("step_")) > step:
-            shutil.rmtree(saved)
-
-
 def test_a_partially_binary_model_is_trained_and_leaves_what_a_run_promises(partial: Any) -> None:
     assert partial.losses[4] < partial.losses[1]
     assert "bits each" in partial.output
@@ -104,7 +96,7 @@ def test_masks_and_frozen_weights_stay_what_calibration_made_them(partial: Any) 
 
 
 def test_under_zero_3_the_rest_of_a_run_is_the_same_run(finetune: Any, launch: Any, partial: Any) -> None:
-    copy_until(partial.run_dir, launch._scratch / "runs" / "partial-resumed", 2)
+    copy_run(partial.run_dir, launch.runs / "partial-resumed", 2)
     again = finetune("partial-resumed", *PARTIAL, *SHORT, "engine.zero_stage=3")
     assert "resumed from" in again.output
     assert again.losses == partial.losses
@@ -113,7 +105,7 @@ def test_under_zero_3_the_rest_of_a_run_is_the_same_run(finetune: Any, launch: A
 def test_what_calibration_found_is_never_found_anew(launch: Any, config: Path, partial: Any) -> None:
     """Where calibrating is deadly, and on one rank under another stage, the run goes on from step 0."""
     fault: Any = {"script": FAULTS, "env": {"FAULT": "without_calibration", "COMMAND": "finetune"}, "ranks": 1}
-    copy_until(partial.run_dir, launch._scratch / "runs" / "partial-moved", 0)
+    copy_run(partial.run_dir, launch.runs / "partial-moved", 0)
     again = launch("partial-moved", *PARTIAL, *SHORT, "engine.zero_stage=1", config=config, **fault)
     assert again.losses == pytest.approx(partial.losses, rel=3e-4)
     start = fixed_tensors(partial.run_dir / "checkpoints" / "step_00000000")
@@ -126,7 +118,7 @@ def test_another_mode_or_selection_is_refused(partial: Any, config: Path, key: s
     dtype = ("binarize.salient.dtype=float16",) if key == "method=cherry" else ()
     other = load_config(config, [*PARTIAL, *SHORT, f"binarize.{key}", *dtype], world_size=2)
     with pytest.raises(UserError, match=f"belongs to another configuration: .*{key.partition('=')[0]} .* there"):
-        checkpoint.require_same_config(partial.run_dir / "checkpoints" / "step_00000004", other)
+        resume.require_same_config(partial.run_dir / "checkpoints" / "step_00000004", other)
 
 
 @pytest.mark.slow
@@ -178,7 +170,7 @@ def test_frozen_parameters_stay_as_they_were(launch: Any, config: Path, workspac
         checkpoint_folder = whole.run_dir / "checkpoints" / f"step_0000000{step}"
         assert torch.equal(fixed_tensors(checkpoint_folder)[name], loaded)
         assert torch.equal(load_weights(checkpoint_folder)[name], loaded)
-    copy_until(whole.run_dir, launch._scratch / "runs" / f"frozen-{stage}-{then}", 2)
+    copy_run(whole.run_dir, launch.runs / f"frozen-{stage}-{then}", 2)
     moved = launch(f"frozen-{stage}-{then}", *SHORT, f"engine.zero_stage={then}", **options)
     assert moved.losses == pytest.approx(whole.losses, rel=3e-4)
 
@@ -211,7 +203,7 @@ def test_every_method_trains_and_resumes(config: Path, tmp_path: Path, stage: in
     whole = run_all("")
     assert all(len(found) == 4 for found in whole.values())
     for name in METHODS:
-        copy_until(tmp_path / name, tmp_path / f"{name}-resumed", 2)
+        copy_run(tmp_path / name, tmp_path / f"{name}-resumed", 2)
     assert run_all("-resumed") == whole
 
 

@@ -8,12 +8,13 @@ two lanes, so that a step takes as many sequences of each on any number of ranks
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.launch.run_folders import copy_run
 
 pytestmark = pytest.mark.launch
 FAULTS = Path(__file__).with_name("faulty_pretrain.py")
@@ -34,21 +35,6 @@ GROWING = (
 def grown(launch: Any) -> Any:
     """Six uninterrupted steps, stage 1, two ranks."""
     return launch("grown", *GROWING, deepspeed=True)
-
-
-@pytest.fixture(scope="module")
-def half(grown: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run as it was after 3 steps."""
-    folder = tmp_path_factory.mktemp("half") / "run"
-    shutil.copytree(grown.run_dir, folder)
-    shutil.rmtree(folder / "checkpoints" / "step_00000006")
-    return folder
-
-
-def assert_close(found: dict[int, float], wanted: dict[int, float]) -> None:
-    assert sorted(found) == sorted(wanted)
-    for step, loss in wanted.items():
-        assert found[step] == pytest.approx(loss, rel=3e-4), f"step {step}"
 
 
 def test_every_step_has_its_size_and_every_phase_its_steps(grown: Any) -> None:
@@ -78,9 +64,9 @@ def test_a_kill_between_two_sizes_changes_nothing(launch: Any, grown: Any) -> No
         assert [batch for batch in again.batches(rank) if batch["step"] > 3][-len(wanted) :] == wanted
 
 
-def test_a_step_is_what_it_is_where_all_have_its_size(launch: Any, grown: Any, half: Path) -> None:
+def test_a_step_is_what_it_is_where_all_have_its_size(launch: Any, grown: Any) -> None:
     """Steps 4 and 5 by an engine that began with their number of micro-batches, on a stream that counts anew."""
-    shutil.copytree(half, launch._scratch / "runs" / "constant")
+    copy_run(grown.run_dir, launch.runs / "constant", step=3)
     constant = launch("constant", "train.global_batch_tokens=240", *STREAM)
     assert "train.batch_changes" in constant.output, "the changed setting is not said"
     for step in (4, 5):
@@ -101,14 +87,12 @@ def test_a_step_is_what_it_is_where_all_have_its_size(launch: Any, grown: Any, h
         ),
     ],
 )
-def test_goes_on_under_other_stages_and_ranks(
-    launch: Any, grown: Any, half: Path, stage: int, ranks: int, offload: bool
-) -> None:
+def test_goes_on_under_other_stages_and_ranks(launch: Any, grown: Any, stage: int, ranks: int, offload: bool) -> None:
     name = f"moved-{stage}-{ranks}-{offload}"
-    shutil.copytree(half, launch._scratch / "runs" / name)
+    copy_run(grown.run_dir, launch.runs / name, step=3)
     settings = (f"engine.zero_stage={stage}", f"engine.offload_optimizer={str(offload).lower()}")
     run = launch(name, *GROWING, *settings, ranks=ranks)
-    assert_close(run.losses, grown.losses)
+    assert run.losses == pytest.approx(grown.losses, rel=3e-4)
 
 
 def test_an_old_run_may_begin_to_grow(launch: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from fbitrain.checkpoint_files import load_weights
+from tests.launch.run_folders import copy_run
 
 pytestmark = pytest.mark.launch
 FAULTS = Path(__file__).with_name("faulty_pretrain.py")
@@ -25,16 +25,10 @@ def alone(launch: Any) -> Any:
     return launch("alone", *MUON, "engine.zero_stage=0", ranks=1)
 
 
-def assert_same_losses(found: dict[int, float], wanted: dict[int, float], relative: float) -> None:
-    assert sorted(found) == sorted(wanted)
-    for step, loss in wanted.items():
-        assert found[step] == pytest.approx(loss, rel=relative), f"step {step}"
-
-
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=slow), 1, pytest.param(2, marks=slow), 3])
 def test_two_ranks_at_every_stage_update_as_one_process(launch: Any, alone: Any, stage: int) -> None:
     run = launch(f"stage{stage}", *MUON, f"engine.zero_stage={stage}")
-    assert_same_losses(run.losses, alone.losses, 2e-4)
+    assert run.losses == pytest.approx(alone.losses, rel=2e-4)
     found, wanted = (load_weights(each.run_dir / "checkpoints" / "step_00000006") for each in (run, alone))
     for name, weight in wanted.items():
         assert (found[name] - weight).norm() < 2e-3 * weight.norm(), name
@@ -76,22 +70,14 @@ def test_three_steps_kill_and_the_rest_are_the_same_run(launch: Any, stage: int)
     assert again.losses == whole.losses
 
 
-@pytest.fixture(scope="module")
-def half(alone: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("half") / "run"
-    shutil.copytree(alone.run_dir, folder)
-    shutil.rmtree(folder / "checkpoints" / "step_00000006")
-    return folder
-
-
 @pytest.mark.parametrize(
     ("stage", "ranks"), [(3, 2), *(pytest.param(*more, marks=slow) for more in ((0, 2), (1, 4), (2, 2), (3, 1)))]
 )
-def test_resumes_on_other_stages_and_ranks(launch: Any, alone: Any, half: Path, stage: int, ranks: int) -> None:
+def test_resumes_on_other_stages_and_ranks(launch: Any, alone: Any, stage: int, ranks: int) -> None:
     name = f"moved-{stage}-{ranks}"
-    shutil.copytree(half, launch._scratch / "runs" / name)
+    copy_run(alone.run_dir, launch.runs / name, step=3)
     run = launch(name, *MUON, f"engine.zero_stage={stage}", ranks=ranks)
-    assert_same_losses(run.losses, alone.losses, 3e-4)
+    assert run.losses == pytest.approx(alone.losses, rel=3e-4)
 
 
 @pytest.mark.parametrize("stage", [2, pytest.param(1, marks=slow), pytest.param(3, marks=slow)])
@@ -100,11 +86,11 @@ def test_offload_in_bf16_with_accumulation_and_clipping(launch: Any, stage: int)
     common = (*MUON, "engine.precision=bf16", f"engine.zero_stage={stage}", "optim.max_grad_norm=0.1")
     here = launch(f"here{stage}", *common)
     offloaded = launch(f"offloaded{stage}", *common, "engine.offload_optimizer=true")
-    assert_same_losses(offloaded.losses, here.losses, 2e-3)
+    assert offloaded.losses == pytest.approx(here.losses, rel=2e-3)
 
 
-def test_a_change_of_optimizer_is_refused_or_starts_anew_by_name(launch: Any, half: Path) -> None:
-    shutil.copytree(half, launch._scratch / "runs" / "changed")
+def test_a_change_of_optimizer_is_refused_or_starts_anew_by_name(launch: Any, alone: Any) -> None:
+    copy_run(alone.run_dir, launch.runs / "changed", step=3)
     refused = launch("changed", "engine.zero_stage=1", expect=1)
     assert "was written by another optimizer and holds no state of this one for 14 parameters" in refused.output
     assert "optim.on_change=restart" in refused.output

@@ -5,7 +5,6 @@ Steps 1 and 2 are in full precision, 3 and 4 are mixed, 5 and 6 are binary, wher
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from fbitrain.loading.model_folder import load_lm
 from fbitrain.model.binarize import init_scales
 from fbitrain.releasing.release import release
 from fbitrain.tensorboard_page import tag_of
+from tests.launch.run_folders import copy_run
 
 pytestmark = pytest.mark.launch
 ROOT = Path(__file__).parents[2]
@@ -42,23 +42,8 @@ def switched(launch: Any) -> Any:
     return launch("switched", *SWITCH, "engine.zero_stage=1")
 
 
-def assert_same_losses(found: dict[int, float], wanted: dict[int, float], relative: float) -> None:
-    assert sorted(found) == sorted(wanted)
-    for step, loss in wanted.items():
-        assert found[step] == pytest.approx(loss, rel=relative), f"step {step}"
-
-
 def weights_at(run: Any, step: int) -> dict[str, torch.Tensor]:
     return load_weights(run.run_dir / "checkpoints" / f"step_{step:08d}")
-
-
-def copy_of(run: Any, name: str, launch: Any, step: int) -> None:
-    """The run as it was after `step`, under another name."""
-    target = launch._scratch / "runs" / name
-    shutil.copytree(run.run_dir, target)
-    for folder in (target / "checkpoints").iterdir():
-        if folder.name > f"step_{step:08d}":
-            shutil.rmtree(folder)
 
 
 def test_logs_the_share_of_each_step(reference: Any) -> None:
@@ -106,7 +91,7 @@ def test_a_kill_between_the_phases_changes_nothing(launch: Any, reference: Any) 
 
 @pytest.mark.parametrize("step", [2, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 4, 5))])
 def test_resumes_in_every_phase(launch: Any, reference: Any, step: int) -> None:
-    copy_of(reference, f"from{step}", launch, step)
+    copy_run(reference.run_dir, launch.runs / f"from{step}", step)
     run = launch(f"from{step}", *PHASES)
     assert run.losses == reference.losses
 
@@ -118,23 +103,23 @@ def test_resumes_in_every_phase(launch: Any, reference: Any, step: int) -> None:
 def test_stages_and_ranks_agree(launch: Any, switched: Any, stage: int, ranks: int) -> None:
     """Where an evaluation comes right before the scales are set, which leaves parameters gathered under stage 3."""
     run = launch(f"stage{stage}-{ranks}", *SWITCH, f"engine.zero_stage={stage}", ranks=ranks)
-    assert_same_losses(run.losses, switched.losses, 3e-4)
+    assert run.losses == pytest.approx(switched.losses, rel=3e-4)
 
 
 @pytest.mark.parametrize(
     ("stage", "ranks"), [(3, 1), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((0, 1), (2, 4), (3, 2)))]
 )
 def test_binarization_begins_after_a_resume_elsewhere(launch: Any, switched: Any, stage: int, ranks: int) -> None:
-    copy_of(switched, f"moved{stage}-{ranks}", launch, 3)
+    copy_run(switched.run_dir, launch.runs / f"moved{stage}-{ranks}", 3)
     run = launch(f"moved{stage}-{ranks}", *SWITCH, f"engine.zero_stage={stage}", ranks=ranks)
-    assert_same_losses(run.losses, switched.losses, 3e-4)
+    assert run.losses == pytest.approx(switched.losses, rel=3e-4)
 
 
 @pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2))])
 def test_bf16_sets_masters_and_copies(launch: Any, switched: Any, stage: int) -> None:
     options = ("engine.precision=bf16", f"engine.zero_stage={stage}", f"engine.offload_optimizer={stage == 2}")
     run = launch(f"bf16-{stage}", *SWITCH, *options, "checkpoint.every=1")
-    assert_same_losses(run.losses, switched.losses, 2e-2)  # step 4's loss is that of the new scales' copies
+    assert run.losses == pytest.approx(switched.losses, rel=2e-2)  # step 4's loss is that of the new scales' copies
     then, after = weights_at(run, 3), weights_at(run, 4)
     rate = next(line["optim/lr"] for line in run.metrics if line["step"] == 4 and "optim/lr" in line)
     size = rate  # of AdamW's first update
@@ -150,14 +135,14 @@ def test_every_kind_of_layer_changes_over(launch: Any, method: str) -> None:
         launch(f"{method}{stage}", *PHASES, f"binarize.method={method}", f"engine.zero_stage={stage}", ranks=ranks)
         for stage, ranks in ((1, 2), (3, 1))
     ]
-    assert_same_losses(runs[1].losses, runs[0].losses, 3e-4)
+    assert runs[1].losses == pytest.approx(runs[0].losses, rel=3e-4)
     assert runs[0].losses[6] < runs[0].losses[1]
 
 
 @pytest.mark.slow
 def test_compiled_layers_learn_the_same(launch: Any, reference: Any) -> None:
     run = launch("compiled", *PHASES, "train.compile=true", "eval.every=0", ranks=1)
-    assert_same_losses(run.losses, reference.losses, 3e-4)
+    assert run.losses == pytest.approx(reference.losses, rel=3e-4)
 
 
 @pytest.mark.slow
@@ -205,7 +190,7 @@ def test_fine_tuning_goes_on_from_a_run_in_full_precision(
 
 
 def test_a_full_precision_run_may_decide_later(launch: Any, switched: Any) -> None:
-    copy_of(switched, "later", launch, 3)
+    copy_run(switched.run_dir, launch.runs / "later", 3)
     run = launch("later", "binarize.from_step=4", "binarize.anneal_steps=1")
     assert "binarize.from_step 3 -> 4" in run.output
     shares = {line["step"]: line["phase/binary_share"] for line in run.metrics if "phase/binary_share" in line}

@@ -6,7 +6,6 @@ What is promised: `total_steps=6` in one go, and 3 steps, a kill, and the rest, 
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from fbitrain.tensorboard_page import tag_of
+from tests.launch.run_folders import copy_run
 
 pytestmark = pytest.mark.launch
 FAULTS = Path(__file__).with_name("faulty_pretrain.py")
@@ -25,12 +25,6 @@ FAULTS = Path(__file__).with_name("faulty_pretrain.py")
 def reference(launch: Any) -> Any:
     """Six uninterrupted steps, stage 1, two ranks."""
     return launch("reference", "engine.zero_stage=1", deepspeed=True)
-
-
-def assert_same_losses(found: dict[int, float], wanted: dict[int, float], relative: float) -> None:
-    assert sorted(found) == sorted(wanted)
-    for step, loss in wanted.items():
-        assert found[step] == pytest.approx(loss, rel=relative), f"step {step}"
 
 
 def test_learns_and_leaves_what_a_run_promises(reference: Any) -> None:
@@ -73,18 +67,18 @@ def test_tensorboard_shows_what_metrics_jsonl_holds(reference: Any) -> None:
 @pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2)), 3])
 def test_stages_agree(launch: Any, reference: Any, stage: int) -> None:
     run = launch(f"stage{stage}", f"engine.zero_stage={stage}")
-    assert_same_losses(run.losses, reference.losses, 2e-4)
+    assert run.losses == pytest.approx(reference.losses, rel=2e-4)
 
 
 def test_a_teacher_cut_over_the_ranks_says_the_same(launch: Any, reference: Any) -> None:
     run = launch("zero3-teacher", "distill.host=zero3", "engine.zero_stage=3")
-    assert_same_losses(run.losses, reference.losses, 2e-4)
+    assert run.losses == pytest.approx(reference.losses, rel=2e-4)
 
 
 @pytest.mark.slow
 def test_compiled_layers_learn_the_same(launch: Any, reference: Any) -> None:
     run = launch("compiled", "train.compile=true")
-    assert_same_losses(run.losses, reference.losses, 2e-4)
+    assert run.losses == pytest.approx(reference.losses, rel=2e-4)
 
 
 def test_a_finished_run_is_left_alone(launch: Any, reference: Any) -> None:
@@ -108,24 +102,15 @@ def test_three_steps_kill_and_the_rest_are_the_same_run(launch: Any, reference: 
         assert [batch for batch in again.batches(rank) if batch["step"] > 3][-len(wanted) :] == wanted
 
 
-@pytest.fixture(scope="module")
-def half(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reference as it was after 3 steps."""
-    folder = tmp_path_factory.mktemp("half") / "run"
-    shutil.copytree(reference.run_dir, folder)
-    shutil.rmtree(folder / "checkpoints" / "step_00000006")
-    return folder
-
-
 @pytest.mark.parametrize(
     ("stage", "ranks"), [(3, 1), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((0, 1), (2, 4), (3, 2)))]
 )
-def test_resumes_on_other_stages_and_ranks(launch: Any, reference: Any, half: Path, stage: int, ranks: int) -> None:
+def test_resumes_on_other_stages_and_ranks(launch: Any, reference: Any, stage: int, ranks: int) -> None:
     name = f"moved-{stage}-{ranks}"
-    shutil.copytree(half, launch._scratch / "runs" / name)
+    copy_run(reference.run_dir, launch.runs / name, step=3)
     run = launch(name, f"engine.zero_stage={stage}", ranks=ranks)
     # The optimizer's state is intact: with fresh moments the fourth step differs in the second digit.
-    assert_same_losses(run.losses, reference.losses, 3e-4)
+    assert run.losses == pytest.approx(reference.losses, rel=3e-4)
 
 
 @pytest.mark.slow
@@ -133,7 +118,7 @@ def test_stage_3_hands_over_to_stage_1(launch: Any, reference: Any) -> None:
     first = launch.start("from3", "engine.zero_stage=3", script=FAULTS, env={"FAULT": "kill_at_step_4"}, ranks=2)
     first.wait()
     run = launch("from3", "engine.zero_stage=1", ranks=1)
-    assert_same_losses(run.losses, reference.losses, 3e-4)
+    assert run.losses == pytest.approx(reference.losses, rel=3e-4)
 
 
 def test_bf16_offload_and_activation_checkpointing(launch: Any, reference: Any) -> None:
@@ -174,9 +159,8 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_older_checkpoint(launch: Any,
     assert again.losses == reference.losses
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(launch: Any, half: Path, reference: Any) -> None:
-    run_dir = launch._scratch / "runs" / "damaged"
-    shutil.copytree(reference.run_dir, run_dir)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(launch: Any, reference: Any) -> None:
+    run_dir = copy_run(reference.run_dir, launch.runs / "damaged")
     shard = run_dir / "checkpoints" / "step_00000006" / "shard_rank00001.safetensors"
     content = bytearray(shard.read_bytes())
     content[-3] ^= 1
@@ -217,8 +201,7 @@ def test_a_stream_that_fails_on_one_rank_stops_all_and_loses_nothing(
 
 
 def test_a_run_that_goes_back_sets_its_later_checkpoints_aside(launch: Any, reference: Any) -> None:
-    run_dir = launch._scratch / "runs" / "back"
-    shutil.copytree(reference.run_dir, run_dir)
+    run_dir = copy_run(reference.run_dir, launch.runs / "back")
     run = launch("back", f"train.resume={run_dir}/checkpoints/step_00000003", "checkpoint.every=2")
     assert "renamed" in run.output
     names = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
@@ -227,8 +210,7 @@ def test_a_run_that_goes_back_sets_its_later_checkpoints_aside(launch: Any, refe
 
 
 def test_a_refused_launch_leaves_the_run_as_it_was(launch: Any, reference: Any) -> None:
-    run_dir = launch._scratch / "runs" / "refused"
-    shutil.copytree(reference.run_dir, run_dir)
+    run_dir = copy_run(reference.run_dir, launch.runs / "refused")
     before = (run_dir / "config.yaml").read_bytes()
     run = launch("refused", "model.n_layers=1", "train.total_steps=9", expect=1)
     assert "belongs to another configuration" in run.output
@@ -255,8 +237,8 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_names_the_disk(launch: Any,
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_checkpoint_of_another_configuration_names_the_keys(launch: Any, half: Path) -> None:
-    shutil.copytree(half, launch._scratch / "runs" / "other")
+def test_a_checkpoint_of_another_configuration_names_the_keys(launch: Any, reference: Any) -> None:
+    copy_run(reference.run_dir, launch.runs / "other", step=3)
     run = launch("other", "model.n_layers=1", "binarize.scale=row", "optim.lr=1e-3", expect=1)
     assert "model.n_layers (2 there, 1 here)" in run.output
     assert "binarize.scale ('column' there, 'row' here)" in run.output
@@ -281,7 +263,7 @@ def test_two_launchers_on_two_nodes_make_one_run(launch: Any, reference: Any, tm
         for rank in (0, 1)
     ]
     assert [node.wait() for node in nodes] == [0, 0], "\n".join(node.output[-2000:] for node in nodes)
-    assert_same_losses(nodes[0].losses, reference.losses, 1e-6)
+    assert nodes[0].losses == pytest.approx(reference.losses, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from fbitrain.base.errors import UserError
-from fbitrain.model.build import binarize_, chosen_sources, pack_
+from fbitrain.model.build import binarize_, chosen_linears, pack_
 from fbitrain.model.config import (
     BinarizeConfig,
     ModelConfig,
@@ -29,7 +29,7 @@ from fbitrain.model.config import (
 )
 from fbitrain.model.latent import LatentLinear
 from fbitrain.model.method_table import METHODS
-from fbitrain.model.packed import PackedBinaryLinear
+from fbitrain.model.packed_layers import PackedBinaryLinear
 
 VOCABULARY, D = 61, 24
 
@@ -70,8 +70,8 @@ def config_of(method: str) -> BinarizeConfig:
 def masks_of(model: nn.Module, binarize: BinarizeConfig) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return {
-        name: torch.rand(source.out_features, source.in_features, generator=generator) < 0.1
-        for name, source in chosen_sources(model, binarize).items()
+        name: torch.rand(linear.out_features, linear.in_features, generator=generator) < 0.1
+        for name, linear in chosen_linears(model, binarize).items()
     }
 
 

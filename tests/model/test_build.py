@@ -18,7 +18,7 @@ from fbitrain.model.config import PRESETS, BinarizeConfig, ModelConfig
 from fbitrain.model.latent import LatentLinear
 from fbitrain.model.linear import BinaryLinear
 from fbitrain.model.method_table import METHODS
-from fbitrain.model.packed import PackedBinaryLinear
+from fbitrain.model.packed_layers import PackedBinaryLinear
 from fbitrain.model.size import ParameterCount, count_parameters
 from fbitrain.model.storage import storage_bits
 

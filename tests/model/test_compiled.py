@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -118,6 +119,28 @@ def test_a_damaged_folder_is_one_sentence(tmp_path: Path) -> None:
     file.write_bytes(b"short")
     with pytest.raises(UserError, match="cannot be loaded as a packed model"):
         opened(folder)
+
+
+def test_scales_and_flags_that_the_files_contradict_are_one_sentence(tmp_path: Path) -> None:
+    folder = written(tmp_path)
+    file, config = folder / "model.safetensors", folder / "config.json"
+    whole, settings = load_file(file), config.read_text()
+    for name, value in (("1.mlp.up_proj.alpha", torch.nan), ("0.self_attn.q_proj.beta", torch.inf)):
+        damaged = whole[f"model.layers.{name}"].clone()
+        damaged.view(-1)[-1] = value
+        save_file(whole | {f"model.layers.{name}": damaged}, file)
+        with pytest.raises(UserError, match=f"{name} is not finite"):
+            opened(folder)
+    save_file(whole, file)
+    flipped = json.loads(settings)
+    flipped["binarize"]["options"]["beta"] = False
+    config.write_text(json.dumps(flipped))
+    with pytest.raises(UserError, match=r"hold model.layers.0.mlp.down_proj.beta, which its config.json has no place"):
+        opened(folder)
+    config.write_text(settings)
+    save_file(whole | {"model.norm.weight": torch.full_like(whole["model.norm.weight"], torch.nan)}, file)
+    with pytest.raises(UserError, match="hidden states are not finite"):
+        opened(folder).continuation(2).likeliest([1])
 
 
 def test_int8_refuses_a_diverged_model_in_the_users_words(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fbitrain.base.errors import UserError
-from fbitrain.model.build import chosen_sources
+from fbitrain.model.build import chosen_linears
 from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.direct_reads import check_direct_reads
 
@@ -32,8 +32,8 @@ class Block(nn.Module):
 
 
 def check(block: Block) -> None:
-    sources = chosen_sources(block, BinarizeConfig(skip=[]))
-    check_direct_reads(sources, lambda: block(torch.ones(1, 4, 4)))
+    linears = chosen_linears(block, BinarizeConfig(skip=[]))
+    check_direct_reads(linears, lambda: block(torch.ones(1, 4, 4)))
 
 
 @pytest.mark.parametrize("how", ["matmul", "transposed", "in a list"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
+from fbitrain.base.errors import UserError
 from fbitrain.kernels.reference import unpack_signs
+from fbitrain.loading.model_folder import load_lm
 from fbitrain.model import remote_code, remote_layers
-from fbitrain.model.build import binarize_, build_student, chosen_sources, llama_config
+from fbitrain.model.build import binarize_, build_student, chosen_linears, llama_config
 from fbitrain.model.config import BinarizeConfig, ModelConfig, SalientConfig
 from fbitrain.model.hf import REMOTE_CODE, BinaryLlamaForCausalLM, ReleasedModel, copy_remote_code, register
 from fbitrain.model.method_table import METHODS
-from fbitrain.model.packed import PackedBinaryLinear
+from fbitrain.model.packed_layers import PackedBinaryLinear
 from fbitrain.model.packing import Levels, pack_layer
 
 SHAPE = ModelConfig(vocab_size=61, n_layers=2, n_heads=4, n_kv_heads=2, d_model=48, d_ff=80, max_seq_len=64)
@@ -219,8 +223,8 @@ def fine_tuned(architecture: str, binarize: BinarizeConfig) -> PreTrainedModel:
     config = AutoConfig.for_model(architecture, **sizes, **ARCHITECTURES[architecture])
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     masks = {  # one in ten in every second layer, which is stored as a mask, one in a hundred in the others
-        name: torch.rand(source.out_features, source.in_features) < (0.1 if i % 2 else 0.01)
-        for i, (name, source) in enumerate(chosen_sources(lm, binarize).items())
+        name: torch.rand(linear.out_features, linear.in_features) < (0.1 if i % 2 else 0.01)
+        for i, (name, linear) in enumerate(chosen_linears(lm, binarize).items())
     }
     binarize_(lm, binarize, masks=masks if binarize.traits.salient else None)
     with torch.no_grad():
@@ -346,3 +350,68 @@ def test_in_a_bare_environment_packed_loads_by_its_own_code_and_equals_dense(tmp
     torch.testing.assert_close(bare["packed"], expected, atol=1e-4, rtol=0)
     assert torch.equal(bare["again"], bare["packed"])
     torch.testing.assert_close(bare["gpt2"], logits(gpt2), atol=3e-3, rtol=0)
+
+
+def _last_row(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[f"{name}.salient_rows"][-1] = 2**31 - 1
+
+
+def _falling_rows(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[f"{name}.salient_rows"][3] = 2**30
+
+
+def _columns_beyond(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[f"{name}.salient_columns"] = torch.full_like(tensors[f"{name}.salient_columns"].int(), 60000).to(
+        torch.uint16
+    )
+
+
+def _equal_columns(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[f"{name}.salient_columns"] = torch.zeros_like(tensors[f"{name}.salient_columns"].int()).to(torch.uint16)
+    rows = tensors[f"{name}.salient_rows"]
+    rows[1:] = rows[-1]  # all in the first row, all in its first column
+
+
+def _other_mask(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[f"{name}.salient_mask"].zero_()
+
+
+def _scale(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[f"{name}.alpha"][-1] = torch.nan
+
+
+def _salient(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[f"{name}.salient_values"][-1] = torch.inf
+
+
+@pytest.mark.parametrize(
+    ("tamper", "kind", "said"),
+    [
+        (_last_row, "salient_rows", "salient_rows does not divide the"),
+        (_falling_rows, "salient_rows", "salient_rows does not divide the"),
+        (_columns_beyond, "salient_columns", "columns beyond the"),
+        (_equal_columns, "salient_columns", "not in ascending order"),
+        (_other_mask, "salient_mask", "marks 0 weights"),
+        (_scale, "alpha", "alpha is not finite"),
+        (_salient, "salient_values", "salient_values is not finite"),
+    ],
+)
+def test_a_tampered_release_is_refused_before_anything_is_allocated(
+    tmp_path: Path, tamper: Callable[[dict[str, torch.Tensor], str], None], kind: str, said: str
+) -> None:
+    """With fbitrain and without; a last row of 2**31 - 1 asked for 8.6 GB."""
+    binarize = binarize_config("cherry")
+    lm = fine_tuned("llama", binarize)
+    model = ReleasedModel.of(lm.config, binarize, checkpointed(lm), torch.float16)
+    save_packed(tmp_path, model)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(key for key in tensors if key.endswith(kind)).rpartition(".")[0]
+    tamper(tensors, name)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for model_class in (AutoModelForCausalLM, getattr(remote_code, model.packed_config.architectures[0])):
+        with pytest.raises(ValueError, match=f"files are damaged: {name}.*{said}"):
+            model_class.from_pretrained(tmp_path, dtype=torch.float32)
+    with pytest.raises(UserError, match=f"{name}.*{said}"):
+        load_lm(tmp_path, torch.float32)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from fbitrain.kernels import reference
 from fbitrain.model import scaled_product
 from fbitrain.model.linear import BinaryLinear
-from fbitrain.model.packed import PackedBinaryLinear
+from fbitrain.model.packed_layers import PackedBinaryLinear
 
 N, K, G = 7, 33, 11
 PATTERNS = [*product(("column", "row", "tensor"), (True, False)), ("group", False)]

@@ -10,9 +10,9 @@ from fbitrain.model import remote_layers
 from fbitrain.model.config import BinarizeConfig, SalientConfig
 from fbitrain.model.latent import LatentLinear
 from fbitrain.model.method_table import METHODS
-from fbitrain.model.methods import Source, make_layer
-from fbitrain.model.packed import LAYERS, PackedPartialLinear
-from fbitrain.model.packing import PackedLayer, pack_layer
+from fbitrain.model.methods import FullLinear, make_layer
+from fbitrain.model.packed_layers import LAYERS, PackedPartialLinear
+from fbitrain.model.packing import StoredLayer, pack_layer
 from fbitrain.model.remote_code import BinaryModel
 from fbitrain.model.storage import storage_bits
 
@@ -41,18 +41,18 @@ def trained(case: BinarizeConfig, share: float = 0.3) -> LatentLinear:
     mask = torch.rand(N, K, generator=generator) < share
     mask[0], mask[1] = True, False
     torch.manual_seed(1)
-    layer = make_layer(Source.of(nn.Linear(K, N)), case, mask, 0.0).eval()
+    layer = make_layer(FullLinear.of(nn.Linear(K, N)), case, mask, 0.0).eval()
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     return layer
 
 
-def pack(case: BinarizeConfig, layer: LatentLinear, dtype: torch.dtype = torch.float16) -> PackedLayer:
+def pack(case: BinarizeConfig, layer: LatentLinear, dtype: torch.dtype = torch.float16) -> StoredLayer:
     return pack_layer(case, {name: t for name, t in layer.state_dict().items() if name != "bias"}, dtype)
 
 
-def build(packed: PackedLayer, bias: Tensor, ours: bool = True) -> remote_layers.PackedWeight:
+def build(packed: StoredLayer, bias: Tensor, ours: bool = True) -> remote_layers.PackedWeight:
     layer_class = (LAYERS if ours else BinaryModel.layers)[packed.kind]
     layer = layer_class(K, N, bias=True, **packed.options, **packed.own_options)
     layer.load_state_dict({**packed.tensors, "bias": bias})

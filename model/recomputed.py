@@ -17,43 +17,43 @@ from torch.nn import functional as F
 
 from fbitrain.model.latent import LatentLinear
 
-Rebuild = Callable[..., Tensor]
+Recipe = Callable[..., Tensor]
 
 
-def rebuilt_linear(x: Tensor, rebuild: Rebuild, *tensors: Tensor | None) -> Tensor:
-    """x ŵᵀ for x [..., K] and ŵ [N, K] = rebuild(*tensors), in x's dtype.
+def recomputed_linear(x: Tensor, recipe: Recipe, *tensors: Tensor | None) -> Tensor:
+    """x ŵᵀ for x [..., K] and ŵ [N, K] = recipe(*tensors), in x's dtype.
 
-    `rebuild` must be a pure function of its arguments; the gradients of those that need one are what autograd gives.
+    `recipe` must be a pure function of its arguments; the gradients of those that need one are what autograd gives.
     """
-    y: Tensor = _run(x, rebuild, *tensors)
+    y: Tensor = _run(x, recipe, *tensors)
     return y
 
 
-class RebuiltLinear(LatentLinear):
+class RecomputedLinear(LatentLinear):
     """A LatentLinear whose ŵ is a pure function of its tensors."""
 
     @abstractmethod
-    def recipe(self) -> tuple[Rebuild, tuple[Tensor | None, ...]]:
-        """(rebuild, tensors) with ŵ = rebuild(*tensors) in the weight's dtype."""
+    def recipe(self) -> tuple[Recipe, tuple[Tensor | None, ...]]:
+        """(recipe, tensors) with ŵ = recipe(*tensors) in the weight's dtype."""
 
     def product(self, x: Tensor) -> Tensor:
         """x [..., K] -> x ŵᵀ [..., N] in x's dtype."""
-        rebuild, tensors = self.recipe()
-        return rebuilt_linear(x, rebuild, *tensors)
+        recipe, tensors = self.recipe()
+        return recomputed_linear(x, recipe, *tensors)
 
     @torch.no_grad()
     def binary_weight(self) -> Tensor:
         """ŵ [N, K] in the weight's dtype, without a graph. The parameters must be whole."""
-        rebuild, tensors = self.recipe()
-        return rebuild(*tensors)
+        recipe, tensors = self.recipe()
+        return recipe(*tensors)
 
 
-class _Rebuilt(torch.autograd.Function):
+class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rebuild: Rebuild, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, recipe: Recipe, *tensors: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, *tensors)
-        ctx.rebuild = rebuild
-        return F.linear(x, rebuild(*tensors).to(x.dtype))
+        ctx.recipe = recipe
+        return F.linear(x, recipe(*tensors).to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -65,7 +65,7 @@ class _Rebuilt(torch.autograd.Function):
                 tensor.detach().requires_grad_(need) if need else tensor
                 for tensor, need in zip(tensors, needs, strict=True)
             ]
-            effective = ctx.rebuild(*leaves)
+            effective = ctx.recipe(*leaves)
         dx = dy @ effective.detach().to(dy.dtype) if needs_x else None
         gradients: list[Tensor | None] = [None] * len(leaves)
         if any(needs):
@@ -78,4 +78,4 @@ class _Rebuilt(torch.autograd.Function):
 
 
 # torch.compile cannot follow a backward pass that runs autograd itself: it goes round this product, not through it.
-_run = torch.compiler.disable(_Rebuilt.apply)  # type: ignore[no-untyped-call]
+_run = torch.compiler.disable(_Recomputed.apply)  # type: ignore[no-untyped-call]

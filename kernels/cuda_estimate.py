@@ -1,6 +1,6 @@
 """The least time that the CUDA kernels can take, by calculation.
 
-    python -m fbitrain.kernels.paper        prints the table of docs/kernels.md
+    python -m fbitrain.kernels.cuda_estimate        prints the table of docs/kernels.md
 
 NOT MEASURED. For each call the plan says which kernel runs; from its data path follow bytes, products and instructions,
 and from the GPU's data sheet the time of each. The longest is the bound. No torch, no GPU.

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from fbitrain.kernels.cuda_estimate import GPUS, OPS, SHAPES, TOKENS, bytes_of, dense_seconds, estimate, table
 from fbitrain.kernels.cuda_plan import plan_xnor_gemm
-from fbitrain.kernels.paper import GPUS, OPS, SHAPES, TOKENS, bytes_of, dense_seconds, estimate, table
 
 A100 = GPUS[0]
 
 
 def test_the_documentation_shows_the_table() -> None:
     page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
-    assert "\n".join(table()) in page, "run python -m fbitrain.kernels.paper and put its table into docs/kernels.md"
+    assert "\n".join(table()) in page, (
+        "run python -m fbitrain.kernels.cuda_estimate and put its table into docs/kernels.md"
+    )
 
 
 def test_one_token_is_bound_by_reading_the_bits() -> None:
