@@ -5,7 +5,7 @@
 The library lies in $FBITRAIN_KERNEL_CACHE, or $XDG_CACHE_HOME/fbitrain/kernels, or ~/.cache/fbitrain/kernels, under a
 name made of the sources, the compiler and the flags: whatever changes, a new file is built. It is built under a lock
 and renamed into place, so that several processes may start at once and none ever sees half a file. One that others may
-have written is not loaded.
+have written, or may have put into its folder, is not loaded.
 """
 
 from __future__ import annotations
@@ -87,11 +87,14 @@ def build() -> Path:
     folder = cache_folder()
     library = folder / f"cpu-{_fingerprint(compiler)}.so"
     if library.exists():
+        _require_own(folder)
         _require_own(library)
         return library
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with open(folder / "lock", "w") as lock:
+        _require_own(folder)
+        # A link in the lock's place would have its target opened for writing.
+        with os.fdopen(os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
             if not library.exists():
                 with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
@@ -102,16 +105,17 @@ def build() -> Path:
     return library
 
 
-def _require_own(library: Path) -> None:
-    """Whoever can write the library runs code in our name."""
-    about = library.stat()
+def _require_own(path: Path) -> None:
+    """Whoever can write the library, or replace it in its folder, runs code in our name."""
+    about = path.stat()
     if about.st_uid not in (0, os.geteuid()):
         why = f"belongs to user {about.st_uid}"
     elif about.st_mode & _WRITABLE_BY_OTHERS:
         why = f"can be written by others (mode {stat.S_IMODE(about.st_mode):o})"
     else:
         return
-    raise BuildError(f"{library} {why} and is not loaded; delete it, or set {CACHE_VARIABLE} to a folder of your own")
+    what = "nothing in it is loaded; `chmod go-w` it" if path.is_dir() else "is not loaded; delete it"
+    raise BuildError(f"{path} {why} and {what}, or set {CACHE_VARIABLE} to a folder of your own")
 
 
 def _fingerprint(compiler: list[str]) -> str:

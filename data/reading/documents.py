@@ -36,7 +36,7 @@ class Entry:
     at: Position
     after: Position  # where the next record begins
     size: int  # bytes it takes undecoded: what the limit of a block counts
-    raw: Any  # the line's bytes, or the cell of a table
+    raw: Any  # the line's bytes, or the cell of a table; TooLong in place of either
 
 
 @dataclass(frozen=True)

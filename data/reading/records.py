@@ -19,7 +19,7 @@ import numpy.typing as npt
 import orjson
 
 from fbitrain.data.reading.documents import START, BadRecord, Document, Entry, Position
-from fbitrain.data.reading.line_files import Damaged, read_lines
+from fbitrain.data.reading.line_files import MAX_RECORD_BYTES, Damaged, TooLong, read_lines
 from fbitrain.data.reading.table_files import Cell, read_cells
 
 PARQUET_SUFFIX = ".parquet"
@@ -57,15 +57,22 @@ def read_entries(
         if path.endswith(PARQUET_SUFFIX):
             for cell in read_cells(path, format.key, line):
                 if line % n_parts == part:
-                    yield Entry(Position(line), Position(line + 1), cell.size, cell)
+                    content = TooLong(cell.size) if cell.size > MAX_RECORD_BYTES else cell
+                    yield Entry(Position(line), Position(line + 1), cell.size, content)
                 line += 1
             return
         for raw in read_lines(path, offset):
+            if isinstance(raw, TooLong):
+                end = offset + raw.n_bytes + 1
+                if line % n_parts == part:
+                    yield Entry(Position(line, offset), Position(line + 1, end), raw.n_bytes, raw)
+                line, offset = line + 1, end
+                continue
             end = offset + len(raw) + 1
             if line % n_parts == part:
-                content = raw.removeprefix(UTF8_BOM) if line == 0 else raw
-                if content and not content.isspace():
-                    yield Entry(Position(line, offset), Position(line + 1, end), len(raw), content)
+                text = raw.removeprefix(UTF8_BOM) if line == 0 else raw
+                if text and not text.isspace():
+                    yield Entry(Position(line, offset), Position(line + 1, end), len(raw), text)
             line, offset = line + 1, end
     except Damaged as error:
         if line % n_parts == part:
@@ -74,6 +81,8 @@ def read_entries(
 
 def decode(entry: Entry, format: RecordFormat, path: str) -> Document | BadRecord:
     """The document in `entry`, which `read_entries` gave with the same `format`; `path` is what a BadRecord names."""
+    if isinstance(entry.raw, TooLong):
+        return BadRecord(path, entry.at.line, str(entry.raw))
     try:
         value = entry.raw.value if isinstance(entry.raw, Cell) else _field(entry.raw, format.key)
         return _ready_made(value, format.key) if format.kind == "token_ids" else _text(value, format.key)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fbitrain.data.reading.line_files import Damaged, unreadable
+from fbitrain.data.reading.line_files import MAX_RECORD_BYTES, Damaged, unreadable
 
 if TYPE_CHECKING:
     import pyarrow
 
 BATCH_ROWS = 32  # rows hold whole documents: more of them would fill memory
+# Text shrinks to a third or a tenth. Where a row group claims more, its rows may share one long value: one at a time.
+COMPRESSED_WELL = 20
+COMPRESSED_TOO_WELL = 200  # beyond, a large row group is no text: a page of it is decompressed whole
 BUFFER_BYTES = 1 << 20  # read ahead within the column, instead of all of it at once
 ID_BYTES = 4  # a token id counts as this many bytes, whatever integer the file stores
 
@@ -45,7 +48,8 @@ def read_cells(path: str, column: str, row: int = 0) -> Iterator[Cell]:
             for group in range(file.num_row_groups):
                 n_rows = file.metadata.row_group(group).num_rows
                 if row < n_rows:
-                    options = {"batch_size": BATCH_ROWS, "columns": [column], "use_threads": False}
+                    batch_rows = _batch_rows(file.metadata.row_group(group), column)
+                    options = {"batch_size": batch_rows, "columns": [column], "use_threads": False}
                     for batch in file.iter_batches(row_groups=[group], **options):
                         yield from _cells(batch.column(0).slice(min(row, len(batch))))
                         row = max(0, row - len(batch))
@@ -56,6 +60,19 @@ def read_cells(path: str, column: str, row: int = 0) -> Iterator[Cell]:
         if isinstance(error, OSError) and error.errno is not None:
             raise unreadable(path, error) from None
         raise Damaged(" ".join(str(error).split())) from None
+
+
+def _batch_rows(group: pyarrow.RowGroupMetaData, column: str) -> int:
+    """How many rows of the group to read at a time. Raises Damaged where even one may fill the memory."""
+    n_stored = n_expanded = 0
+    for i in range(group.num_columns):
+        chunk = group.column(i)
+        if chunk.path_in_schema.partition(".")[0] == column:
+            n_stored += chunk.total_compressed_size
+            n_expanded += max(chunk.total_uncompressed_size, ID_BYTES * chunk.num_values)
+    if n_expanded > max(MAX_RECORD_BYTES, COMPRESSED_TOO_WELL * n_stored):
+        raise Damaged(f"{n_stored:,} bytes of a row group stand for {n_expanded:,}, which no text does")
+    return 1 if n_expanded > COMPRESSED_WELL * n_stored else BATCH_ROWS
 
 
 def _require_column(schema: pyarrow.Schema, column: str) -> None:

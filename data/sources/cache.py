@@ -6,7 +6,6 @@ import errno
 import hashlib
 import io
 import logging
-import os
 import queue
 import threading
 import time
@@ -77,7 +76,8 @@ class ShardCache:
     def open(self, shard: Shard) -> OpenShard:
         """Blocks until the shard is here, whole and verified. A local shard is opened as itself.
 
-        Raises UserError where it cannot be fetched (remote.fetch), does not fit, or the folder cannot be written.
+        Raises UserError where it cannot be fetched (remote.fetch), does not fit, or the folder cannot be written or can
+        be written by others.
         """
         return self._open(shard, self._patience_s)
 
@@ -104,7 +104,7 @@ class ShardCache:
             return OpenShard(shard.path)
         key = key_of(shard.path)
         try:
-            os.makedirs(self._folder.folder, exist_ok=True)
+            self._folder.make()
             held = self._hold(key, shard)
             if held is None:
                 with self._folder.lock(key) as lock:
@@ -114,7 +114,7 @@ class ShardCache:
         except OSError as error:
             raise UserError(
                 f"the cache folder {self._folder.folder} cannot be used ({error.strerror or error}); "
-                "set data.cache_dir to a folder that can be written"
+                "set data.cache_dir to a folder of your own that can be written"
             ) from None
         return OpenShard(self._folder.path(key), held)
 

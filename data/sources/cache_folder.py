@@ -8,6 +8,7 @@ file that can be locked is in nobody's use.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -19,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
+from fbitrain.base.errors import UserError
+from fbitrain.base.files import why_not_ours
 from fbitrain.data.sources.patterns import file_part
 
 MAX_TAIL = 80
@@ -55,13 +58,26 @@ def key_of(url: str) -> str:
 
 
 class CacheFolder:
-    """Raises OSError where the folder cannot be written."""
+    """Raises OSError where the folder cannot be written, or holds a link or another user's file in place of an entry.
+
+    What others can write is not believed, neither the folder nor what lies in it: a record says which shards have been
+    verified.
+    """
 
     def __init__(self, folder: str) -> None:
         self.folder = os.path.abspath(os.path.expanduser(folder))
 
     def path(self, key: str) -> str:
         return os.path.join(self.folder, key)
+
+    def make(self) -> None:
+        """Makes the folder, for this user alone, if it is not there. Raises UserError if others can write in it."""
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        if why := why_not_ours(os.stat(self.folder)):
+            raise UserError(
+                f"the cache folder {self.folder} {why}, who may put shards into it; `chmod -R go-w` it, or set "
+                "data.cache_dir to a folder of your own"
+            )
 
     def hold(self, key: str, record: Record | None) -> io.FileIO | None:
         """The whole shard, held until the file is closed; None if it is not here or not as `record` says."""
@@ -90,7 +106,7 @@ class CacheFolder:
     def record(self, key: str, url: str) -> Record | None:
         """What is known of the shard; None if nothing, or half of it."""
         try:
-            with open(self.path(key) + LOCK, encoding="utf-8") as file:
+            with open(self.path(key) + LOCK, encoding="utf-8", opener=_open_own) as file:
                 fields = json.load(file)
             record = Record(fields["url"], fields["size"], fields.get("sha256", ""))
         except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
@@ -157,7 +173,7 @@ class CacheFolder:
             if entry.name.endswith(PART) and self._remove_unused(entry.name):
                 continue
             try:
-                status = entry.stat()
+                status = entry.stat(follow_symlinks=False)
             except FileNotFoundError:  # its owner has just given up
                 continue
             n_held += status.st_size
@@ -182,15 +198,24 @@ class CacheFolder:
             yield
 
 
+def _open_own(path: str, flags: int) -> int:
+    """The descriptor of a file. Raises OSError for a link, and for a file that others own or can write."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    if why := why_not_ours(os.fstat(descriptor)):
+        os.close(descriptor)
+        raise PermissionError(errno.EPERM, f"{os.path.basename(path)} {why}")
+    return descriptor
+
+
 def _locked(path: str, operation: int, *, create: bool = True) -> io.FileIO:
     """Opens `path` unbuffered and flocks it; the file that has this name once the lock is there."""
     while True:
         # Writable, because NFS gives an exclusive lock to no other; closing releases it.
-        descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666)
+        descriptor = _open_own(path, os.O_RDWR | (os.O_CREAT if create else 0))
         file = io.FileIO(descriptor, "r+")
         try:
             fcntl.flock(descriptor, operation)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
                 return file
         except FileNotFoundError:
             pass

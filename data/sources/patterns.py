@@ -7,6 +7,7 @@ import glob
 import itertools
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 
 from fbitrain.base.errors import UserError
@@ -100,9 +101,9 @@ def each_file_once(sizes: Sizes) -> Sizes:
 
 def _find_local(pattern: str, suffixes: tuple[str, ...]) -> Sizes:
     path = os.path.abspath(os.path.expanduser(pattern))
-    if os.path.isfile(path):
+    if os.path.exists(path) and not os.path.isdir(path):
         _require_suffix(pattern, suffixes)
-        return {path: os.path.getsize(path)}
+        return {path: _size(path)}
     if os.path.isdir(path):
         return dict(_below(path, suffixes))
     found: Sizes = {}
@@ -110,7 +111,7 @@ def _find_local(pattern: str, suffixes: tuple[str, ...]) -> Sizes:
         if os.path.isdir(match):
             found.update(_below(match, suffixes))
         elif match.endswith(suffixes):
-            found[match] = os.path.getsize(match)
+            found[match] = _size(match)
     return found
 
 
@@ -139,7 +140,15 @@ def _below(folder: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int]]:
         for name in names:
             if name.endswith(suffixes) and not name.startswith("."):
                 path = os.path.join(parent, name)
-                yield path, os.path.getsize(path)
+                yield path, _size(path)
+
+
+def _size(path: str) -> int:
+    """Bytes of the file. Raises UserError for a pipe, a socket or a device, which reading may wait for for ever."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is no file but a pipe, a socket or a device; remove it, or name the shards one by one")
+    return status.st_size
 
 
 def _folders(top: str) -> Iterator[tuple[str, list[str]]]:

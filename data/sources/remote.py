@@ -15,6 +15,8 @@ from typing import TypeVar
 from fbitrain.base.errors import UserError
 from fbitrain.data.sources.transport import RemoteError, Stream, Timeouts, list_files, open_stream
 
+LEAST_BYTES_PER_S = 1024
+
 logger = logging.getLogger(__name__)
 # Ranks that seed their generators alike must not all come back at the same moment.
 _jitter = random.SystemRandom()
@@ -69,15 +71,21 @@ def fetch(
     return Fetched(download.n_done, download.version, retries)
 
 
-def fetch_text(url: str, policy: FetchPolicy = DEFAULT_POLICY) -> str:
-    """A small remote UTF-8 file, such as a list of URLs. Raises UserError."""
+def fetch_small(url: str, max_bytes: int, policy: FetchPolicy = DEFAULT_POLICY) -> bytes:
+    """A small remote file, such as a list of URLs. Raises UserError, also for one that is larger than `max_bytes`."""
+
+    def reserve(n_bytes: int) -> None:
+        if n_bytes > max_bytes:
+            raise too_large(url, max_bytes)
+
     memory = io.BytesIO()
-    download = _Download(url, memory, -1, "", policy.timeouts, lambda n_bytes: None)
-    _retry(download.attempt, f"{url} cannot be read", policy)
-    try:
-        return memory.getvalue().decode()
-    except UnicodeDecodeError:
-        raise UserError(f"{url} is not UTF-8 text; correct data.sources") from None
+    _retry(_Download(url, memory, -1, "", policy.timeouts, reserve).attempt, f"{url} cannot be read", policy)
+    return memory.getvalue()
+
+
+def too_large(path: str, max_bytes: int) -> UserError:
+    """What to say of a list that does not end, or is none."""
+    return UserError(f"{path} has more than {max_bytes:,} bytes, which no list has; correct data.sources")
 
 
 def list_remote(pattern: str, *, is_glob: bool, policy: FetchPolicy = DEFAULT_POLICY) -> dict[str, int]:
@@ -146,8 +154,7 @@ class _Download:
             stream = open_stream(self.url, start, self.version, self.timeouts)
             try:
                 self._begin(stream, start)
-                while chunk := stream.read():
-                    self._write(chunk)
+                self._read(stream)
                 stream.confirm()
             finally:
                 stream.close()
@@ -156,6 +163,22 @@ class _Download:
             if error.anew:
                 self._start_anew()
             raise
+
+    def _read(self, stream: Stream) -> None:
+        """Reads to the end. A server that sends next to nothing for `stall_s` seconds counts as silent too."""
+        n_bytes, waited_s = 0, 0.0  # of the span that is being watched
+        while True:
+            asked = time.monotonic()
+            chunk = stream.read()
+            waited_s += time.monotonic() - asked
+            if not chunk:
+                return
+            self._write(chunk)
+            n_bytes += len(chunk)
+            if waited_s >= self.timeouts.stall_s:
+                if n_bytes < LEAST_BYTES_PER_S * waited_s:
+                    raise RemoteError(f"the server has gone all but silent ({n_bytes} bytes in {waited_s:.0f} s)")
+                n_bytes, waited_s = 0, 0.0
 
     def _begin(self, stream: Stream, start: int) -> None:
         if not start or stream.start != start:

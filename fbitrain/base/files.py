@@ -6,7 +6,9 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,8 @@ _held: list[IO[str]] = []  # open for as long as the process lives
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder, which is fsynced and renamed to `path`; on an error, removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A name that nobody can foresee: a link of that name would lead the writer to another's file.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
         fsync_file(temporary)
@@ -88,7 +91,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def lock_folder(path: Path) -> bool:
     """Holds `path` for this process until it ends, however it ends; False if another process holds it."""
-    handle = (path / ".lock").open("w")
+    handle = os.fdopen(os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
     if not _lock(handle.fileno()):
         handle.close()
         return False
@@ -103,7 +106,10 @@ def scratch_folder(path: Path) -> Iterator[Path]:
     Raises UserError if another process is using it.
     """
     path.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        raise UserError(f"{path} is a link, and what it leads to would be cleared; remove it") from None
     try:
         if not _lock(handle):
             raise UserError(f"{path} is in use by another run of this command; wait for it, or write elsewhere")
@@ -114,6 +120,15 @@ def scratch_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
     finally:
         os.close(handle)
+
+
+def why_not_ours(status: os.stat_result) -> str:
+    """Why others than this user and root may have written what has this status; empty if none can have."""
+    if status.st_uid not in (0, os.geteuid()):
+        return f"belongs to user {status.st_uid}"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"can be written by others (mode {stat.S_IMODE(status.st_mode):o})"
+    return ""
 
 
 def _lock(descriptor: int) -> bool:

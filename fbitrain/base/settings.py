@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fbitrain.base.errors import UserError
 
 T = TypeVar("T")
+INTEGER_BITS = 64
 SHIPPED = Path(__file__).parents[1] / "launch" / "configs"
 
 
@@ -48,9 +49,13 @@ def read_values(name: str | Path, overrides: Sequence[str], problems: list[str])
     for override in overrides:
         _apply_override(raw, override, problems)
     try:
-        return OmegaConf.to_container(raw, resolve=True)
+        values = OmegaConf.to_container(raw, resolve=True)
+        _require_small_integers(values)
     except OmegaConfBaseException as error:
         raise ConfigError(str(path), [f"an interpolation cannot be resolved: {_first_line(error)}"]) from None
+    except (RecursionError, OverflowError) as error:
+        raise ConfigError(str(path), [_excess(error)]) from None
+    return values
 
 
 def typed(root: type[T], values: Any, defaults: Mapping[str, Any], problems: list[str]) -> tuple[T, list[str]]:
@@ -143,7 +148,9 @@ def _read_yaml(path: Path) -> DictConfig:
         raw = OmegaConf.load(path)
     except FileNotFoundError:
         raise ConfigError(str(path), ["there is no such file; `fbitrain config list` names the shipped ones"]) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (RecursionError, ValueError) as error:
+        raise ConfigError(str(path), [f"it cannot be read as YAML: {_excess(error)}"]) from None
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(str(path), [f"it cannot be read as YAML: {' '.join(str(error).split())}"]) from None
     if not isinstance(raw, DictConfig):
         raise ConfigError(str(path), ["it must hold sections such as model: and train:, not a list or a single value"])
@@ -159,8 +166,24 @@ def _apply_override(raw: DictConfig, override: str, problems: list[str]) -> None
         # OmegaConf's own YAML dialect, in which 1e-3 is a number.
         parsed = OmegaConf.create(f"value: {value}" if value else "value: ''")
         OmegaConf.update(raw, key, OmegaConf.select(parsed, "value"))
+    except RecursionError as error:
+        problems.append(f"override {override[:80]!r} cannot be applied: {_excess(error)}")
     except (OmegaConfBaseException, yaml.YAMLError, AssertionError, ValueError, IndexError, TypeError) as error:
-        problems.append(f"override {override!r} cannot be applied: {_first_line(error)}")
+        problems.append(f"override {override[:80]!r} cannot be applied: {_first_line(error)}")
+
+
+def _excess(error: Exception) -> str:
+    """What Python could not read, in the user's words."""
+    return "it is nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+
+
+def _require_small_integers(values: Any) -> None:
+    """Raises OverflowError for an integer that no field has room for: Python cannot even print the largest ones."""
+    if isinstance(values, int) and values.bit_length() > INTEGER_BITS:
+        raise OverflowError(f"it holds an integer of {values.bit_length():,} bits; {INTEGER_BITS} are the most")
+    if isinstance(values, Mapping | list):
+        for item in values.values() if isinstance(values, Mapping) else values:
+            _require_small_integers(item)
 
 
 def _first_line(error: Exception) -> str:

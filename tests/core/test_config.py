@@ -453,3 +453,28 @@ def test_a_tilde_is_the_home_folder_in_every_path(
 def test_a_tilde_that_is_no_path_stays(minimal: Path) -> None:
     config = load_config(minimal, ["eval.prompts=['~/x']", "data.sources.0.include=['~*']", "run.name='~'"])
     assert (config.eval.prompts, config.data.sources[0].include, config.run.name) == (["~/x"], ["~*"], "~")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("a: " + "[" * 20_000 + "]" * 20_000, "nested too deep"),
+        ("a: " + "{a: " * 20_000 + "}" * 20_000, "nested too deep"),
+        ("a: " + "[" * 300 + "]" * 300, "nested too deep"),
+        ("optim: {lr: 1" + "0" * 5_000 + "}", "4300 digits"),
+        ("optim: {lr: 0x1" + "0" * 5_000 + "}", "20,001 bits"),
+        ("data: {seed: 0x1" + "0" * 5_000 + "}", "20,001 bits"),
+    ],
+)
+def test_what_python_cannot_read_is_one_sentence(tmp_path: Path, content: str, words: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(content + "\n")
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_config(path)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("value", ["[" * 20_000 + "]" * 20_000, "1" + "0" * 5_000, "0x1" + "0" * 5_000])
+def test_what_python_cannot_read_in_an_override(minimal: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"nested too deep|4300 digits|20,001 bits"):
+        load_config(minimal, [f"data.seed={value}"])

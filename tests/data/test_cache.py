@@ -17,6 +17,7 @@ import pytest
 
 from fbitrain.base.errors import UserError
 from fbitrain.data.sources.cache import OpenShard, ShardCache
+from fbitrain.data.sources.cache_folder import key_of
 from fbitrain.data.sources.remote import FetchPolicy
 from fbitrain.data.sources.shards import Shard
 from fbitrain.data.sources.transport import Timeouts
@@ -260,12 +261,51 @@ def test_a_folder_that_cannot_be(server: http.FaultyServer, tmp_path: Path, plac
         cache_in(folder).open(put(server, "a.jsonl"))
 
 
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o775])
+def test_a_folder_that_others_can_write_is_not_believed(server: http.FaultyServer, folder: Path, mode: int) -> None:
+    shard = put(server, "a.jsonl")
+    assert read(cache_in(folder).open(shard)) == CONTENT
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(mode)
+    with pytest.raises(UserError, match=rf"{folder} can be written by others \(mode {mode:o}\).*data\.cache_dir"):
+        cache_in(folder).open(shard)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("what", ["the folder", "a shard", "its record"])
+def test_what_belongs_to_another_user_is_not_served(server: http.FaultyServer, folder: Path, what: str) -> None:
+    shard = put(server, "a.jsonl")
+    read(cache_in(folder).open(shard))
+    (planted,) = folder.glob("*-a.jsonl")
+    place = {"the folder": folder, "a shard": planted, "its record": Path(f"{planted}.lock")}[what]
+    os.chown(place, 12345, -1)
+    with pytest.raises(UserError, match=r"belongs to user 12345.*data\.cache_dir"):
+        cache_in(folder).open(shard)
+
+
+@pytest.mark.parametrize("name", ["{}", "{}.part", "{}.lock", "room.lock"])
+def test_a_link_is_not_followed(server: http.FaultyServer, folder: Path, tmp_path: Path, name: str) -> None:
+    shard = put(server, "a.jsonl")
+    target = tmp_path / "target"
+    target.write_text("mine")
+    folder.mkdir(parents=True, mode=0o700)
+    (folder / name.format(key_of(shard.path))).symlink_to(target)
+    if name == "{}":
+        assert read(cache_in(folder).open(shard)) == CONTENT  # the link is replaced
+    else:
+        with pytest.raises(UserError, match="cannot be used"):
+            cache_in(folder).open(shard)
+    assert target.read_text() == "mine"
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 3 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m,mode=755", "tmpfs", folder], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"NOT TESTED, a full disk: mounting a tmpfs is not permitted ({mounted.stderr.strip()})")
     yield folder

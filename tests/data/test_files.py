@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from fbitrain.base.files import replacing, scratch_folder
+from fbitrain.base.errors import UserError
+from fbitrain.base.files import lock_folder, replacing, scratch_folder, write_json
 
 
 def test_a_file_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
@@ -39,3 +41,22 @@ def test_a_scratch_folder_goes_with_an_error_too(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), scratch_folder(tmp_path / "scratch"):
         raise ZeroDivisionError
     assert not (tmp_path / "scratch").exists()
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    target, run_dir = tmp_path / "target", tmp_path / "run"
+    run_dir.mkdir()
+    target.mkdir()
+    (target / "file").write_text("mine")
+    (run_dir / ".lock").symlink_to(target / "file")
+    with pytest.raises(OSError, match="symbolic links"):
+        lock_folder(run_dir)
+    (tmp_path / "scratch").symlink_to(target)
+    with (
+        pytest.raises(UserError, match="scratch is a link, and what it leads to would be cleared"),
+        scratch_folder(tmp_path / "scratch"),
+    ):
+        raise AssertionError
+    (run_dir / f".list.json.{os.getpid()}.tmp").symlink_to(target / "file")  # a name that could be foreseen
+    write_json(run_dir / "list.json", [1])
+    assert (target / "file").read_text() == "mine"

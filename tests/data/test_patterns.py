@@ -104,6 +104,16 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(corpus: Path, monkeypatc
         names(corpus)
 
 
+@pytest.mark.parametrize("pattern", ["{}", "{}/p.jsonl", "{}/*", "{}/**/*.jsonl"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, pattern: str) -> None:
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    os.mkfifo(tmp_path / "p.jsonl")
+    os.mkfifo(tmp_path / "p.other")
+    with pytest.raises(UserError, match=r"p\.jsonl is no file but a pipe"):
+        find_files([pattern.format(tmp_path)], "text")
+    assert len(find_files([f"{tmp_path}/a*"], "text")) == 1
+
+
 @pytest.mark.parametrize("pattern", ["train/*.jsonl", "tra?n", "./**/*.jsonl", "../exp [lr=1e-3]/train", "~/train/*"])
 def test_no_character_of_the_working_or_home_folder_is_a_wildcard(
     tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import tracemalloc
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from fbitrain.data.reading import line_files, table_files
+from fbitrain.data.reading import line_files, records, table_files
 from fbitrain.data.reading.documents import START, BadRecord, Document, Entry, Position
 from fbitrain.data.reading.records import RecordFormat, decode, read_entries
 
@@ -50,6 +51,25 @@ def texts(items: Any) -> list[str]:
 
 def damage(items: Any) -> list[tuple[int, str]]:
     return [(item.line, item.reason) for item in items if isinstance(item, BadRecord)]
+
+
+def bomb(path: Path, n_mib: int, byte: bytes) -> Path:
+    """A small file that stands for `n_mib` MiB of one byte, and a document on the last line."""
+    last = b"\n" + line("last")
+    if path.suffix == ".jsonl":
+        with path.open("wb") as file:
+            file.truncate(n_mib << 20)  # a hole
+            file.seek(0, 2)
+            file.write(last)
+        return path
+    compressor: Any = zlib.compressobj(9, zlib.DEFLATED, 31)
+    if path.suffix == ".zst":
+        compressor = zstandard.ZstdCompressor(level=19).compressobj()
+    with path.open("wb") as file:
+        for _ in range(n_mib):
+            file.write(compressor.compress(byte * (1 << 20)))
+        file.write(compressor.compress(last) + compressor.flush())
+    return path
 
 
 def one(path: Path, raw: bytes, format: RecordFormat = TEXT) -> Document | BadRecord:
@@ -389,3 +409,86 @@ def test_real_redpajama_records() -> None:
         expected = [json.loads(raw)["text"] for raw in path.read_bytes().split(b"\n") if raw]
         assert texts(found) == expected
         assert not damage(found)
+
+
+# Small files that stand for much
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_line_beyond_the_limit_is_a_bad_record_that_nobody_holds(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(line_files, "MAX_RECORD_BYTES", 4 << 20)
+    path = bomb(tmp_path / f"a{suffix}", 100, b"x")
+    tracemalloc.start()
+    first, last = list(read(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert damage([first]) == [(0, "it has 104,857,600 bytes, and a record may have 4,194,304; divide it")]
+    assert texts([last]) == ["last"]
+    assert peak < 20 << 20
+    (entry,) = entries(path, Position(1, (100 << 20) + 1))
+    assert entry.at == Position(1, (100 << 20) + 1)
+    assert [item.at.line for item in read_entries(str(path), TEXT, part=1, n_parts=2)] == [1]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES[1:])
+def test_compressed_blank_lines_take_no_memory(tmp_path: Path, suffix: str) -> None:
+    path = bomb(tmp_path / f"a{suffix}", 4, b"\n")
+    tracemalloc.start()
+    (last,) = read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert texts([last]) == ["last"]
+    assert peak < 8 << 20
+
+
+def test_zstandard_frames_of_every_kind(tmp_path: Path) -> None:
+    content = line("one") * 20_000 + random.Random(0).randbytes(300_000).replace(b"\n", b"") + b"\n"
+    skipped = bytes.fromhex("5c2a4d18") + (7).to_bytes(4, "little") + b"skipped"
+    frames = [
+        zstandard.ZstdCompressor(write_checksum=check, write_content_size=size, level=level).compress(content)
+        for check, size, level in [(True, True, 3), (False, True, 1), (True, False, 19), (False, False, -5)]
+    ]
+    small = zstandard.compress(line("two"))
+    empty = zstandard.compress(b"")
+    path = tmp_path / "a.jsonl.zst"
+    whole = b"".join([skipped, *frames, empty, small, b"\0" * 70_001, small, skipped, b"\0\0\0"])
+    path.write_bytes(whole)
+    found = b"".join(raw + b"\n" for raw in line_files.read_lines(str(path)) if isinstance(raw, bytes))
+    assert found == content * 4 + line("two") * 2
+    for cut in (3, 9, len(skipped) + 5, len(skipped) + 9, len(whole) - 8):
+        path.write_bytes(whole[:cut])
+        assert "cut off" in str(list(read(path))[-1]), cut
+    path.write_bytes(small + b"no frame")
+    assert [type(item).__name__ for item in read(path)] == ["Document", "BadRecord"]
+
+
+def test_cells_and_row_groups_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (line_files, table_files, records):
+        monkeypatch.setattr(module, "MAX_RECORD_BYTES", 1 << 20)
+    path = tmp_path / "a.parquet"
+    long = random.Random(0).randbytes(600_000).hex()
+    parquet.write_table(pyarrow.table({"text": ["one", long, "two"]}), path)
+    items = list(read(path))
+    assert texts(items) == ["one", "two"]
+    assert damage(items) == [(1, "it has 1,200,000 bytes, and a record may have 1,048,576; divide it")]
+    parquet.write_table(pyarrow.table({"text": ["x" * (30 << 20)]}), path, compression="zstd")
+    ((place, reason),) = damage(read(path))
+    assert place == 0
+    assert "bytes of a row group stand for 31,4" in reason
+    ids = pyarrow.array([[0] * (1 << 20)])
+    parquet.write_table(pyarrow.table({"token_ids": ids}), path, compression="zstd")
+    ((place, reason),) = damage(read(path, IDS))
+    assert "stand for 4,194,304, which no text does" in reason
+
+
+def test_rows_that_share_one_long_value_are_read_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    indices, values = pyarrow.array([0] * 64, pyarrow.int32()), pyarrow.array(["x" * (2 << 20)])
+    table = pyarrow.table({"text": pyarrow.DictionaryArray.from_arrays(indices, values)})
+    parquet.write_table(table, path, compression="zstd", dictionary_pagesize_limit=1 << 30)
+    before = pyarrow.default_memory_pool().max_memory()
+    pool = pyarrow.default_memory_pool()
+    assert sum(len(item.text) for item in read(path) if isinstance(item, Document)) == 64 * (2 << 20)
+    assert max(pool.max_memory() - before, 0) < 32 * (2 << 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import io
@@ -20,7 +21,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 
 from fbitrain.base.errors import UserError
-from fbitrain.data.sources.remote import Fetched, FetchPolicy, fetch, fetch_text, list_remote
+from fbitrain.data.sources.remote import Fetched, FetchPolicy, fetch, fetch_small, list_remote
 from fbitrain.data.sources.transport import RemoteError, Timeouts, within
 from tests.data import faulty_http as http
 
@@ -173,9 +174,44 @@ def test_a_stored_gzip_stays_as_it_is_stored(server: http.FaultyServer, tmp_path
 
 
 def test_text(server: http.FaultyServer) -> None:
-    assert fetch_text(server.put("urls.txt", "ä\n".encode(), http.first(1, http.status(500))), QUICK) == "ä\n"
-    with pytest.raises(UserError, match="not UTF-8"):
-        fetch_text(server.put("urls.txt", b"\xff"), QUICK)
+    url = server.put("urls.txt", "ä\n".encode(), http.first(1, http.status(500)))
+    assert fetch_small(url, 3, QUICK).decode() == "ä\n"
+    with pytest.raises(UserError, match=r"urls.txt has more than 3 bytes, which no list has"):
+        fetch_small(server.put("urls.txt", b"1234"), 3, QUICK)
+
+
+def trickle(handler: http.Handler, content: bytes, n_before: int) -> bool:
+    """A byte now and then, which is never silence."""
+    handler.answer(200, b"", Content_Length=str(len(content)))
+    with contextlib.suppress(OSError):
+        for i in range(len(content)):
+            handler.wfile.write(content[i : i + 1])
+            handler.wfile.flush()
+            time.sleep(0.05)
+    handler.close_connection = True
+    return True
+
+
+def test_a_server_that_sends_a_byte_now_and_then_counts_as_silent(server: http.FaultyServer, tmp_path: Path) -> None:
+    url = server.put("a.jsonl", CONTENT, http.first(1, trickle))
+    assert get(url, tmp_path / "a")[0] == CONTENT
+    assert server.requests["a.jsonl"] == 2
+    server.put("a.jsonl", CONTENT, trickle)
+    with pytest.raises(UserError, match=r"after 4 attempts: the server has gone all but silent \(\d+ bytes"):
+        get(url, tmp_path / "a")
+
+
+def test_a_text_that_never_ends_is_left(server: http.FaultyServer) -> None:
+    def endless(handler: http.Handler, content: bytes, n_before: int) -> bool:
+        handler.answer(200, b"", Content_Length="", Transfer_Encoding="chunked")
+        with contextlib.suppress(OSError):
+            while True:
+                handler.wfile.write(b"%x\r\n%s\r\n" % (len(content), content))
+        handler.close_connection = True
+        return True
+
+    with pytest.raises(UserError, match="has more than 100,000 bytes"):
+        fetch_small(server.put("urls.txt", CONTENT, endless), 100_000, QUICK)
 
 
 class FlakyFileSystem(MemoryFileSystem):  # type: ignore[misc]

@@ -14,6 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from fbitrain.base.errors import UserError
 from fbitrain.data.config import SourceConfig
+from fbitrain.data.sources import shard_lists
 from fbitrain.data.sources.shards import Shard, find_files, find_shards
 from tests.data import faulty_http as http
 
@@ -192,6 +193,50 @@ def test_what_is_no_url_list(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "urls.txt").write_text(text)
     with pytest.raises(UserError, match=message):
         find(url_lists=[str(tmp_path / "urls.txt")])
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/a.jsonl",
+        "local:///etc/a.jsonl",
+        "memory://b/a.jsonl",
+        "FILE:///etc/a.jsonl",
+        "zip://a.jsonl::file:///etc/a.jsonl",
+        "https://a/b.zip::file:///etc/a.jsonl",
+        "reference://a.jsonl",
+    ],
+)
+def test_a_list_from_a_server_names_no_file_of_this_machine(tmp_path: Path, url: str) -> None:
+    content = f"https://a/1.jsonl\n{url}\n"
+    with http.serving() as server, pytest.raises(UserError, match=r"urls\.txt', line 2: .* is not on a server"):
+        find(url_lists=[server.put("urls.txt", content.encode())])
+
+
+def test_ones_own_list_may_name_files_of_this_machine(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jsonl")
+    (tmp_path / "urls.txt").write_text(f"file://{tmp_path}/a.jsonl\n")
+    assert names(url_lists=[str(tmp_path / "urls.txt")]) == ["a.jsonl"]
+    assert names(url_lists=[f"file://{tmp_path}/urls.txt"]) == ["a.jsonl"]
+
+
+def test_lists_may_begin_with_a_byte_order_mark_and_must_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = hashlib.sha256(b"1").hexdigest()
+    sums, urls = f"\ufeff{one}  1.jsonl\n".encode(), "\ufeff# shards\nhttps://h/1.jsonl\n".encode()
+    (tmp_path / "SUMS").write_bytes(sums)
+    (tmp_path / "urls.txt").write_bytes(urls)
+    with http.serving() as server:
+        for where in (f"{tmp_path}/", server.url("")):
+            for name, content in (("SUMS", sums), ("urls.txt", urls)):
+                server.put(name, content)
+            (shard,) = find(url_lists=[f"{where}urls.txt"], checksums=[f"{where}SUMS"])
+            assert (shard.name, shard.sha256) == ("1.jsonl", one)
+    monkeypatch.setattr(shard_lists, "MAX_LIST_BYTES", 1000)
+    with pytest.raises(UserError, match="/dev/zero has more than 1,000 bytes, which no list has"):
+        find(url_lists=["/dev/zero"])
+    (tmp_path / "latin1").write_bytes(b"\xe4")
+    with pytest.raises(UserError, match="it is not UTF-8"):
+        find(url_lists=[str(tmp_path / "latin1")])
 
 
 def test_skip_by_name_pattern_and_url(tmp_path: Path) -> None:

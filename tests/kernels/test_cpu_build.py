@@ -224,6 +224,28 @@ def test_a_library_that_others_can_write_is_not_loaded() -> None:
     assert build() == library
 
 
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("built", [False, True])
+def test_nothing_is_loaded_from_a_folder_that_others_can_write(empty_cache: Path, built: bool) -> None:
+    if built:
+        build()
+    empty_cache.mkdir(exist_ok=True)
+    empty_cache.chmod(0o777)
+    with pytest.raises(BuildError, match=f"{empty_cache} can be written by others .mode 777. and nothing in it is"):
+        build()
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_link_in_the_locks_place_is_not_followed(empty_cache: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("mine")
+    empty_cache.mkdir(exist_ok=True, mode=0o700)
+    (empty_cache / "lock").symlink_to(target)
+    with pytest.raises(BuildError, match="cannot be built"):
+        build()
+    assert target.read_text() == "mine"
+
+
 @pytest.mark.usefixtures("compiler", "empty_cache")
 def test_a_library_of_another_user_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     library = build()
