@@ -253,7 +253,7 @@ def _specials(folder: Path, backend: tokenizers.Tokenizer) -> tuple[int | None, 
             continue
         try:
             values = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{folder / name} cannot be read ({error}); fetch the tokenizer again") from None
         if not isinstance(values, dict):
             raise UserError(f"{folder / name} is not a JSON object; fetch the tokenizer again")
@@ -266,7 +266,7 @@ def _specials(folder: Path, backend: tokenizers.Tokenizer) -> tuple[int | None, 
 
 def check_special(token_id: int | None, kind: str, file: Path, vocab_size: int) -> None:
     """Raises UserError for a `kind` ("bos", "eos") of token, named in `file`, that is outside the vocabulary."""
-    if token_id is not None and not 0 <= token_id < vocab_size:
+    if token_id is not None and not (isinstance(token_id, int) and 0 <= token_id < vocab_size):
         raise UserError(
             f"{file} names {token_id} as the {kind.upper()} token, but the vocabulary has ids 0 to {vocab_size - 1}; "
             f"correct {kind}_token_id there, or use the tokenizer that belongs to it"

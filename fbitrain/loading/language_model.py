@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -18,13 +20,17 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from fbitrain.base.errors import UserError
 from fbitrain.data.tokenizing.gguf_tokenizer import read_metadata
 from fbitrain.loading.pretrained_shape import HUB_ID, POSITIONS
+from fbitrain.loading.sane_settings import require_sane
 
 TEACHER = "teacher"
 SUPPORTED = "a causal language model of transformers whose logits are the product of its last hidden state and its head"
 SOFT_CAP = re.compile(r"logits?_soft_?cap")
 LARGE_LOGITS = 1e4  # far beyond any cap, and finite in float16
 # What transformers raises on files it cannot make sense of.
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+LOAD_ERRORS = (
+    *(OSError, EOFError, ValueError, RuntimeError, LookupError, ImportError, TypeError, AttributeError),
+    *(ArithmeticError, AssertionError, MemoryError, SafetensorError, UnpicklingError, StrictDataclassError),
+)
 
 
 def load_language_model(
@@ -37,6 +43,7 @@ def load_language_model(
     where = locate(path, role)
     if where is not None and where.is_file():
         return load_gguf(where, dtype, role=role)
+    read_hf_config(path, role)  # refuses what makes no model
     try:
         config = without_dropout(AutoConfig.from_pretrained(where or path, trust_remote_code=trust_remote_code))
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -121,6 +128,7 @@ def read_hf_config(path: str | Path, role: str = TEACHER) -> dict[str, Any]:
         values, _ = PretrainedConfig.get_config_dict(locate(path, role) or path)
     except LOAD_ERRORS as error:
         raise _not_loadable(path, error, role) from error
+    require_sane(values, f"{role} {path}")
     if name := soft_cap(values):
         raise UserError(f"{role} {path} caps its logits ({name} in its config.json); it must be {SUPPORTED}")
     return dict(values)

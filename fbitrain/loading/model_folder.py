@@ -15,6 +15,7 @@ from fbitrain.base.errors import UserError
 from fbitrain.data.tokenizer import Tokenizer, check_special, load_tokenizer
 from fbitrain.loading.gguf_export import export_gguf
 from fbitrain.loading.language_model import LOAD_ERRORS, first_line
+from fbitrain.loading.sane_settings import require_sane
 from fbitrain.model.compiled import PackedLlama, level_for, why_not_compiled
 from fbitrain.model.hf import register
 
@@ -72,10 +73,11 @@ def _load(
 ) -> tuple[PreTrainedModel | PackedLlama, str]:
     """The model, and `Pretrained.runs_on`."""
     config = read_config(folder)
-    level = level_for(config) if device == "cpu" else ""  # asking compiles the CPU kernels
-    why_not = "transformers is asked for" if transformers_only else why_not_compiled(config, device, dtype, level)
-    if not why_not:
-        return PackedLlama(folder, config, activations), f"compiled decoder ({level}, {activations} activations)"
+    with _one_sentence(folder):
+        level = level_for(config) if device == "cpu" else ""  # asking compiles the CPU kernels
+        why_not = "transformers is asked for" if transformers_only else why_not_compiled(config, device, dtype, level)
+        if not why_not:
+            return PackedLlama(folder, config, activations), f"compiled decoder ({level}, {activations} activations)"
     if activations != "float":
         raise UserError(f"activations={activations} needs the compiled decoder, which does not run {folder}: {why_not}")
     return load_lm(folder, dtype, device), f"transformers ({why_not})"
@@ -122,7 +124,9 @@ def load_lm(folder: Path, dtype: torch.dtype, device: str | torch.device = "cpu"
 
 
 def _register_if_packed(folder: Path) -> None:
-    register(PretrainedConfig.get_config_dict(folder)[0].get("model_type", ""))
+    values, _ = PretrainedConfig.get_config_dict(folder)
+    require_sane(values, str(folder))
+    register(values.get("model_type") or "")
 
 
 @contextmanager
