@@ -114,8 +114,10 @@ def _require_own(path: Path) -> None:
         why = f"can be written by others (mode {stat.S_IMODE(about.st_mode):o})"
     else:
         return
-    what = "nothing in it is loaded; `chmod go-w` it" if path.is_dir() else "is not loaded; delete it"
-    raise BuildError(f"{path} {why} and {what}, or set {CACHE_VARIABLE} to a folder of your own")
+    mend = "`chmod go-w` it" if path.is_dir() else "delete it"
+    raise BuildError(
+        f"{path} {why}, so no kernel is loaded from it; {mend}, or set {CACHE_VARIABLE} to a folder of your own"
+    )
 
 
 def _fingerprint(compiler: list[str]) -> str:

@@ -217,7 +217,8 @@ def test_a_library_that_others_can_write_is_not_loaded() -> None:
     for mode in (0o757, 0o775):
         library.chmod(mode)
         with pytest.raises(
-            BuildError, match=f"{library} can be written by others .mode {mode:o}. and is not loaded; delete"
+            BuildError,
+            match=f"{library} can be written by others .mode {mode:o}., so no kernel is loaded from it; delete it",
         ):
             build()
     library.chmod(0o755)
@@ -231,7 +232,10 @@ def test_nothing_is_loaded_from_a_folder_that_others_can_write(empty_cache: Path
         build()
     empty_cache.mkdir(exist_ok=True)
     empty_cache.chmod(0o777)
-    with pytest.raises(BuildError, match=f"{empty_cache} can be written by others .mode 777. and nothing in it is"):
+    with pytest.raises(
+        BuildError,
+        match=f"{empty_cache} can be written by others .mode 777., so no kernel is loaded from it; `chmod go-w` it",
+    ):
         build()
 
 
@@ -253,7 +257,7 @@ def test_a_library_of_another_user_is_not_loaded(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     else:
         os.chown(library, 12345, -1)
-    with pytest.raises(BuildError, match=r"belongs to user \d+ and is not loaded"):
+    with pytest.raises(BuildError, match=r"belongs to user \d+, so no kernel is loaded from it"):
         build()
 
 
