@@ -18,6 +18,7 @@ from fbitrain.base.errors import UserError
 from fbitrain.data.config import DataConfig
 from fbitrain.data.duplicate_list import DuplicateList
 from fbitrain.data.pretokenized.token_shards import TokenIndex
+from fbitrain.data.reading.documents import Span
 from fbitrain.data.sources.fingerprint import ShardList, fingerprint, require_same_shards, shard_list
 from fbitrain.data.sources.shards import Shard
 from fbitrain.data.streaming.plan import LanePlan, find_sources, plan_lanes, record_format
@@ -61,6 +62,7 @@ class TokenLoader:
         saved_shards: ShardList | None = None,
         sequences_per_step: SequencesPerStep = 0,
         log_documents: bool = False,
+        log_spans: bool = False,
     ) -> None:
         if data.n_lanes < world_size:
             raise UserError(f"data.n_lanes={data.n_lanes} is less than the {world_size} ranks; every rank needs a lane")
@@ -78,7 +80,9 @@ class TokenLoader:
             "duplicates": duplicates.digest if duplicates else "",
             "fingerprint": {name: fingerprint(shards) for name, shards in sources.items()},
         }
-        plans = plan_lanes(data, sources, sequences_per_step=sequences_per_step, log_documents=log_documents)
+        plans = plan_lanes(
+            data, sources, sequences_per_step=sequences_per_step, log_documents=log_documents, log_spans=log_spans
+        )
         mine = plans[rank::world_size]
         self._mixture = {
             "sequences_per_step": StepSizes.of(sequences_per_step).to_json(),
@@ -96,6 +100,7 @@ class TokenLoader:
         # A lane that was found empty is not drawn again; its feed knows.
         self._turn = [plan.lane for plan in _in_turn(mine, first) if not saved[plan.lane]["empty"]]
         self._documents: list[str] = []
+        self._spans: list[tuple[Span, ...]] = []
         # A rank answers for its lanes' share, so that the limit is the same on any number of ranks.
         self._bad_records_allowed = math.ceil(data.max_bad_records * len(mine) / data.n_lanes)
 
@@ -103,6 +108,7 @@ class TokenLoader:
         return self
 
     def __next__(self) -> torch.Tensor:
+        self._spans = []
         sequences = [self._draw() for _ in range(self._micro_batch_size)]
         self._drawn += self._micro_batch_size * self._world_size
         return torch.from_numpy(np.stack(sequences, dtype=np.int64))
@@ -143,6 +149,10 @@ class TokenLoader:
         """With log_documents, `source/shard:line` of each document begun in the batches since the last call."""
         taken, self._documents = self._documents, []
         return taken
+
+    def spans(self) -> list[tuple[Span, ...]]:
+        """With log_spans, of each sequence of the last batch the pieces of documents that it is made of."""
+        return self._spans
 
     def close(self) -> None:
         """Ends the tokenizer processes. May be called twice."""
@@ -206,6 +216,8 @@ class TokenLoader:
         if drawn.error:
             raise UserError(drawn.error)
         self._documents += drawn.documents
+        if drawn.tokens is not None:
+            self._spans.append(drawn.spans)
         if drawn.last_bad and self._bad_records() > self._bad_records_allowed:
             raise UserError(too_many_bad_records(self._data.max_bad_records, drawn.last_bad))
 

@@ -19,6 +19,7 @@ from fbitrain.calibration.text import calibration_ids, needs_text
 from fbitrain.checkpoint_files import TrainerState, damage, data_states, trainer_state
 from fbitrain.config import Config, to_yaml
 from fbitrain.data.loader import TokenLoader
+from fbitrain.data.pretokenized.token_shards import TokenIndex
 from fbitrain.data.reading.heldout_text import load_heldout
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.debug_logs import BatchLog, DocumentLog
@@ -35,7 +36,10 @@ from fbitrain.model.config import has_signs_of_weights
 from fbitrain.optim.schedules import batch_spans
 from fbitrain.process import device, resolve_precision
 from fbitrain.ranks import agreed, from_rank_0, say
+from fbitrain.step_targets import StepTargets
 from fbitrain.student import Student
+from fbitrain.targets.cache_reader import TargetCache
+from fbitrain.targets.teacher_identity import require_same_teacher
 from fbitrain.teacher import Teacher, load_teacher
 from fbitrain.tracking import ScaleTracker, SignTracker
 from fbitrain.utilization import flops_per_token
@@ -55,7 +59,7 @@ class Parts:
 
     config: Config
     engine: Engine
-    teacher: Teacher | None
+    targets: StepTargets
     tokenizer: Tokenizer
     heldout: HeldoutWindows | None
     loader: TokenLoader
@@ -80,7 +84,8 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
     """Checks everything that can be checked cheaply, then loads teacher, student and stream, and resumes."""
     transformers.utils.logging.disable_progress_bar()  # every rank would draw its own, for a second's work
     agreed(lambda: prepare_run_dir(config) if rank == 0 else None)
-    tokenizer = agreed(lambda: check_vocabularies(config))
+    cache = agreed(lambda: open_targets(config))
+    tokenizer = agreed(lambda: check_vocabularies(config, cache))
     heldout = agreed(lambda: load_windows(config, tokenizer))
     resume_from = choose_checkpoint(config)
     # Opened before anything heavy is loaded: a missing or changed shard is found here.
@@ -106,7 +111,7 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
     parts = Parts(
         config=config,
         engine=engine,
-        teacher=teacher,
+        targets=StepTargets(teacher, cache, config.distill.hidden_weight > 0),
         tokenizer=tokenizer,
         heldout=heldout,
         loader=loader,
@@ -185,11 +190,13 @@ def record_start(config: Config, world_size: int, state: TrainerState, tokenizer
         ) from None
 
 
-def check_vocabularies(config: Config) -> Tokenizer:
-    """The tokenizer; student, teacher and tokenizer must count the same tokens, and have a position for each."""
+def check_vocabularies(config: Config, cache: TargetCache | None) -> Tokenizer:
+    """The tokenizer; student, teacher, cache and tokenizer must count the same tokens, and have a position for each."""
     tokenizer = load_tokenizer(config.data.tokenizer)
     problems = list(_too_long(config))
-    if config.distill.uses_teacher:
+    if cache:
+        problems += cache_problems(cache, config, tokenizer)
+    if config.distill.needs_teacher:
         teacher_vocab = vocab_size_of(config.distill.teacher)
         if teacher_vocab != config.model.vocab_size:
             problems.append(
@@ -207,10 +214,45 @@ def check_vocabularies(config: Config) -> Tokenizer:
     return tokenizer
 
 
+def open_targets(config: Config) -> TargetCache | None:
+    """distill.cache, with every shard of the corpus looked at. Raises UserError where targets are missing or of others.
+
+    Which shards have none is said where the teacher takes their place.
+    """
+    distill = config.distill
+    if not distill.cache:
+        return None
+    cache = TargetCache(distill.cache, distill.cache_rest)
+    require_same_teacher(cache.settings, distill.teacher)
+    missing = cache.cover(TokenIndex(config.data.pretokenized), [source.name for source in config.data.sources])
+    if missing and distill.cache_gaps == "refuse":
+        raise UserError(
+            f"distill.cache={distill.cache} has no targets for {len(missing)} shards, {missing[0]} among them; write "
+            "them with `fbitrain cache-teacher`, or set distill.cache_gaps=teacher, which asks the teacher for those"
+        )
+    return cache
+
+
+def cache_problems(cache: TargetCache, config: Config, tokenizer: Tokenizer) -> Iterator[str]:
+    """One sentence for each way in which the tokens of a cache are not those of the run."""
+    settings, where = cache.settings, f"distill.cache={config.distill.cache}"
+    if settings.tokenizer_fingerprint != tokenizer.fingerprint:
+        yield (
+            f"{where} is of the tokens of {settings.tokenizer}, which is another tokenizer than data.tokenizer="
+            f"{config.data.tokenizer}; give that one, or write the cache anew"
+        )
+    if settings.vocab_size != config.model.vocab_size:
+        yield f"{where} is of {settings.vocab_size} words and model.vocab_size={config.model.vocab_size}"
+    for name in ("add_bos", "add_eos"):
+        there, here = getattr(settings, name), getattr(config.data, name)
+        if there != here:
+            yield f"{where} was written with data.{name}={there}, and this run has {here}; give the same"
+
+
 def _too_long(config: Config) -> Iterator[str]:
     """One sentence for each model that is loaded and has fewer positions than a sequence has tokens."""
     lengths = {"data.seq_len": config.data.seq_len}
-    if config.distill.uses_teacher:
+    if config.distill.needs_teacher:
         yield from _beyond(lengths, f"the teacher {config.distill.teacher}", positions_of(config.distill.teacher))
     pretrained = config.model.pretrained
     if pretrained and run_config(Path(pretrained)) is None:
@@ -239,6 +281,7 @@ def open_stream(
         saved_shards=saved_shards,
         sequences_per_step=[(first - 1, tokens // config.data.seq_len) for first, tokens in batch_spans(config.train)],
         log_documents=config.debug.log_documents,
+        log_spans=bool(config.distill.cache),
     )
 
 
@@ -262,7 +305,7 @@ def choose_checkpoint(config: Config) -> Path | None:
 
 def build_teacher(config: Config) -> Teacher | None:
     distill, model = config.distill, config.model
-    if not distill.uses_teacher:
+    if not distill.needs_teacher:
         return None
     dtype = resolve_precision(config.engine.precision)
     teacher = load_teacher(

@@ -47,6 +47,10 @@ class DistillConfig:
     hidden_weight: float = 0.0  # needs a teacher of the student's depth and width; BinaryMoS has 10
     temperature: float = 1.0  # divides both models' logits in the distillation term, which is scaled by temperature²
     chunk_tokens: int = 512  # tokens whose [chunk, vocab] logits exist at one time
+    # A folder of `fbitrain cache-teacher`: its targets in place of the teacher's answers, for data.pretokenized.
+    cache: str = field(default="", metadata=PATH)
+    cache_gaps: str = "refuse"  # shards without targets: refuse, or teacher, which asks it for sequences that have them
+    cache_rest: str = "renormalize"  # of likeliest words, the probability of the others: renormalize, or label
     host: str = (
         "replicated"  # replicated: every rank holds the teacher; zero3: ZeRO-3 shards it (for teachers that do not fit)
     )
@@ -56,6 +60,11 @@ class DistillConfig:
     def uses_teacher(self) -> bool:
         """Whether the loss asks a teacher anything."""
         return self.kd_weight > 0 or self.hidden_weight > 0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher itself is loaded: not where a cache has all its answers."""
+        return self.uses_teacher and (not self.cache or self.cache_gaps == "teacher")
 
 
 @dataclass(frozen=True)

@@ -115,12 +115,32 @@ def _distill_problems(config: Config) -> Iterator[str]:
         yield f"distill.hidden_weight={distill.hidden_weight} must not be negative"
     if not distill.temperature > 0:
         yield f"distill.temperature={distill.temperature} must be positive"
-    if distill.uses_teacher and not distill.teacher:
+    yield from _cache_problems(config)
+    if distill.needs_teacher and not distill.teacher:
         yield "distill.teacher is empty; name the teacher, or set distill.kd_weight=0 to train on labels alone"
     if distill.host not in ("replicated", "zero3"):
         yield f"distill.host={distill.host!r} is unknown; choose replicated or zero3"
     if not (distill.teacher or config.model.pretrained) and config.data.tokenizer == "teacher":
         yield "data.tokenizer=teacher needs distill.teacher; name a tokenizer folder or file instead"
+
+
+def _cache_problems(config: Config) -> Iterator[str]:
+    distill = config.distill
+    for name, choices in (("cache_gaps", ("refuse", "teacher")), ("cache_rest", ("renormalize", "label"))):
+        if getattr(distill, name) not in choices:
+            yield f"distill.{name}={getattr(distill, name)!r} is unknown; choose {' or '.join(choices)}"
+    if not distill.cache:
+        return
+    if not config.data.pretokenized:
+        yield "distill.cache belongs to pretokenized shards; set data.pretokenized to those that it was written for"
+    if not distill.kd_weight:
+        yield "distill.cache has nothing to do at distill.kd_weight=0; leave it out"
+    if distill.hidden_weight > 0:
+        yield "distill.cache holds no hidden states; set distill.hidden_weight=0, or leave the cache out"
+    if distill.temperature != 1:
+        yield f"distill.cache holds targets at temperature 1; set distill.temperature={distill.temperature} to 1"
+    if distill.cache_gaps == "teacher" and distill.host == "zero3":
+        yield "distill.cache_gaps=teacher asks the teacher on single ranks; set distill.host=replicated"
 
 
 def _calibration_problems(config: Config) -> Iterator[str]:

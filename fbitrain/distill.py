@@ -19,12 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORED_LABEL = -100  # tokens with this label count in no term and no metric
+from fbitrain.loss_tiles import Stats, Terms, Tiles
+from fbitrain.targets.sparse import SparseTargets
 
-# fp32 logits that the element-wise work touches at a time. On a CPU a tile must stay in the core's cache (1 MiB; a
-# whole chunk would go through main memory a dozen times); elsewhere it must be large enough to fill the device.
-_CPU_TILE_ELEMENTS = 2**18
-_DEVICE_TILE_ELEMENTS = 2**24
+IGNORED_LABEL = -100  # tokens with this label count in no term and no metric
 
 
 @dataclass(frozen=True)
@@ -49,35 +47,6 @@ class _Model(NamedTuple):
     head_VD: Tensor
 
 
-class _Stats(NamedTuple):
-    """Per token, fp32 [M]; all but label_ce stay 0 without a teacher. The names and order are DistillMetrics'."""
-
-    kd: Tensor
-    teacher_entropy: Tensor
-    label_ce: Tensor
-    teacher_label_ce: Tensor
-    top1_agreement: Tensor
-
-    def rows(self, rows: slice) -> _Stats:
-        return _Stats(*(stat[rows] for stat in self))
-
-
-@dataclass(frozen=True)
-class _Terms:
-    kd_weight: float
-    ce_weight: float
-    temperature: float
-    chunk_tokens: int
-
-    @property
-    def weight(self) -> float:
-        return self.kd_weight + self.ce_weight
-
-    @property
-    def kd_share(self) -> float:
-        return self.kd_weight / self.weight
-
-
 def distill_loss(
     hidden_MD: Tensor,
     head_VD: Tensor,
@@ -89,11 +58,14 @@ def distill_loss(
     ce_weight: float = 0.0,
     temperature: float = 1.0,
     chunk_tokens: int = 512,
+    targets: SparseTargets | None = None,
 ) -> tuple[Tensor, DistillMetrics]:
     """The training loss, a mean over valid tokens (fp32 scalar), and its parts.
 
     `hidden_MD` [M, D] and `head_VD` [V, D] are the student's, of one floating dtype; they get gradients.
     `teacher_hidden_MD` [M, Dt] and `teacher_head_VD` [V, Dt] may be None when `kd_weight` is 0, and are then not read.
+    `targets` of M tokens, words and weights from a cache, take the teacher's place; temperature must then be 1, and of
+    the metrics kd is an estimate and the teacher's other three are 0.
     `labels_M` are token ids (int64 [M]). Tokens labelled -100 count nowhere; with none left, loss and gradients are 0.
 
     Matrices are multiplied in their own dtype; softmax, losses and the head's gradient over chunks are fp32. Beyond the
@@ -102,12 +74,13 @@ def distill_loss(
 
     Raises ValueError on shapes, dtypes or weights that do not fit together.
     """
-    student, teacher = _Model(hidden_MD, head_VD), None
-    if kd_weight > 0:
+    student = _Model(hidden_MD, head_VD)
+    teacher: _Model | SparseTargets | None = targets
+    if kd_weight > 0 and targets is None:
         if teacher_hidden_MD is None or teacher_head_VD is None:
             raise ValueError(f"kd_weight={kd_weight} needs the teacher's hidden states and head")
         teacher = _Model(teacher_hidden_MD.detach(), teacher_head_VD.detach())
-    terms = _Terms(kd_weight, ce_weight, temperature, chunk_tokens)
+    terms = Terms(kd_weight, ce_weight, temperature, chunk_tokens)
     _check(student, labels_M, teacher, terms)
     # Inside an autograd.Function gradient mode is always off, so what is wanted is decided here.
     wanted = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in student)
@@ -122,8 +95,8 @@ class _DistillLoss(torch.autograd.Function):
         hidden_MD: Tensor,
         head_VD: Tensor,
         labels_M: Tensor,
-        teacher: _Model | None,
-        terms: _Terms,
+        teacher: _Model | SparseTargets | None,
+        terms: Terms,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
         student = _Model(hidden_MD, head_VD)
@@ -134,7 +107,7 @@ class _DistillLoss(torch.autograd.Function):
         stats_M = _over_chunks(student, labels_M, teacher, terms, gradients)
 
         stat_sums = torch.where(valid_M, torch.stack(stats_M), 0.0).sum(dim=1)
-        sum_of = _Stats(*stat_sums.unbind())
+        sum_of = Stats(*stat_sums.unbind())
         loss_sum = terms.kd_weight * sum_of.kd + terms.ce_weight * sum_of.label_ce
         sums = torch.cat((loss_sum.view(1), stat_sums, tokens.view(1)))  # in the order of DistillMetrics
         ctx.save_for_backward(gradients.hidden_MD, gradients.finished_head())
@@ -154,20 +127,27 @@ _run = torch.compiler.disable(_DistillLoss.apply)  # type: ignore[no-untyped-cal
 
 
 def _over_chunks(
-    student: _Model, labels_M: Tensor, teacher: _Model | None, terms: _Terms, gradients: _Gradients
-) -> _Stats:
+    student: _Model,
+    labels_M: Tensor,
+    teacher: _Model | SparseTargets | None,
+    terms: Terms,
+    gradients: _Gradients,
+) -> Stats:
     """Adds each chunk to `gradients` and returns the per-token statistics."""
     n_tokens, vocab = len(student.hidden_MD), len(student.head_VD)
     chunk = min(terms.chunk_tokens, n_tokens)
     logits_CV = student.head_VD.new_empty(chunk, vocab)
-    teacher_logits_CV = None if teacher is None else teacher.head_VD.new_empty(chunk, vocab)
-    tiles = _Tiles(terms, chunk, vocab, labels_M.device, want_gradient=gradients.wanted)
-    stats = _Stats(*torch.zeros(len(_Stats._fields), n_tokens, dtype=torch.float32, device=labels_M.device))
+    teacher_logits_CV = teacher.head_VD.new_empty(chunk, vocab) if isinstance(teacher, _Model) else None
+    tiles = Tiles(terms, chunk, vocab, labels_M.device, want_gradient=gradients.wanted)
+    stats = Stats(*torch.zeros(len(Stats._fields), n_tokens, dtype=torch.float32, device=labels_M.device))
     for start in range(0, n_tokens, max(chunk, 1)):
         rows = slice(start, min(start + chunk, n_tokens))
         count = rows.stop - rows.start
-        s_CV, t_CV = torch.mm(student.hidden_MD[rows], student.head_VD.t(), out=logits_CV[:count]), None
-        if teacher is not None and teacher_logits_CV is not None:
+        s_CV = torch.mm(student.hidden_MD[rows], student.head_VD.t(), out=logits_CV[:count])
+        t_CV: Tensor | SparseTargets | None = None
+        if isinstance(teacher, SparseTargets):
+            t_CV = teacher.rows(rows)
+        elif teacher is not None and teacher_logits_CV is not None:
             t_CV = torch.mm(teacher.hidden_MD[rows], teacher.head_VD.t(), out=teacher_logits_CV[:count])
         tiles.run(s_CV, t_CV, labels_M[rows], stats.rows(rows))
         gradients.add(rows, d_logits_CV=s_CV)
@@ -202,90 +182,19 @@ class _Gradients:
         return None if self.head_VD is None else self.head_VD.to(self.student.head_VD.dtype)
 
 
-class _Tiles:
-    """The element-wise work on a chunk of logits, a few rows at a time, with scratch memory kept between chunks."""
-
-    def __init__(self, terms: _Terms, chunk: int, vocab: int, device: torch.device, *, want_gradient: bool) -> None:
-        elements = _CPU_TILE_ELEMENTS * torch.get_num_threads() if device.type == "cpu" else _DEVICE_TILE_ELEMENTS
-        self.n_rows = max(1, min(elements // vocab, chunk))
-        self.terms = terms
-        self.want_gradient = want_gradient
-        # Two softmaxes, and fp32 copies of logits that come in another dtype.
-        self.q_RV, self.p_RV, self.s_RV, self.t_RV = torch.empty(
-            4, self.n_rows, vocab, dtype=torch.float32, device=device
-        )
-
-    def run(self, s_CV: Tensor, t_CV: Tensor | None, labels_C: Tensor, stats: _Stats) -> None:
-        """Fills the chunk's statistics, and writes the gradient of the loss / terms.weight over the logits `s_CV`."""
-        for start in range(0, len(s_CV), self.n_rows):
-            rows = slice(start, start + self.n_rows)
-            label_R1 = labels_C[rows].clamp(min=0).unsqueeze(1)  # an ignored label must be an index, its weight is 0
-            self._tile(s_CV[rows], None if t_CV is None else t_CV[rows], label_R1, stats.rows(rows))
-
-    def _tile(self, gradient_RV: Tensor, teacher_RV: Tensor | None, label_R1: Tensor, stats: _Stats) -> None:
-        n = len(gradient_RV)
-        s_RV, q_RV = _as_fp32(gradient_RV, self.s_RV[:n]), self.q_RV[:n]
-        top_R, lse_R = _softmax(s_RV, out=q_RV)
-        stats.label_ce.copy_(lse_R - s_RV.gather(1, label_R1).squeeze(1))
-        if teacher_RV is None:
-            if self.want_gradient:
-                gradient_RV.copy_(_subtract_at(q_RV, label_R1, 1.0))
-            return
-        t_RV, p_RV = _as_fp32(teacher_RV, self.t_RV[:n]), self.p_RV[:n]
-        teacher_top_R, teacher_lse_R = _softmax(t_RV, out=p_RV)
-        stats.teacher_label_ce.copy_(teacher_lse_R - t_RV.gather(1, label_R1).squeeze(1))
-        # An argmax is ten times slower than a maximum on a CPU, so ask: is the teacher's best also the student's best?
-        best_R = torch.where(t_RV == teacher_top_R.unsqueeze(1), s_RV, -torch.inf).amax(dim=1)
-        stats.top1_agreement.copy_(best_R == top_R)
-        if self.terms.temperature != 1:
-            self._tempered(gradient_RV, s_RV, t_RV, label_R1, stats)
-            return
-        stats.kd.copy_(lse_R - torch.linalg.vecdot(p_RV, s_RV))
-        stats.teacher_entropy.copy_(teacher_lse_R - torch.linalg.vecdot(p_RV, t_RV))
-        if self.want_gradient:  # of the mixture: kd_share · (q − p) + (1 − kd_share) · (q − label)
-            _subtract_at(q_RV, label_R1, 1.0 - self.terms.kd_share)
-            torch.sub(q_RV, p_RV, alpha=self.terms.kd_share, out=gradient_RV)
-
-    def _tempered(self, gradient_RV: Tensor, s_RV: Tensor, t_RV: Tensor, label_R1: Tensor, stats: _Stats) -> None:
-        """The distillation term at τ ≠ 1. The scratch q holds softmax(s); s, t and p are overwritten."""
-        tau, share = self.terms.temperature, self.terms.kd_share
-        q_RV, p_RV = self.q_RV[: len(s_RV)], self.p_RV[: len(s_RV)]
-        s_RV.div_(tau)
-        t_RV.div_(tau)
-        _, teacher_lse_R = _softmax(t_RV, out=p_RV)
-        stats.teacher_entropy.copy_(teacher_lse_R - torch.linalg.vecdot(p_RV, t_RV)).mul_(tau**2)
-        tempered_q_RV = t_RV  # the teacher's logits have done their part
-        _, lse_R = _softmax(s_RV, out=tempered_q_RV)
-        stats.kd.copy_(lse_R - torch.linalg.vecdot(p_RV, s_RV)).mul_(tau**2)
-        if self.want_gradient:  # of the mixture: kd_share · τ · (q_τ − p_τ) + (1 − kd_share) · (q − label)
-            tempered_q_RV.sub_(p_RV).mul_(share * tau)
-            if share < 1:
-                tempered_q_RV.add_(_subtract_at(q_RV, label_R1, 1.0), alpha=1.0 - share)
-            gradient_RV.copy_(tempered_q_RV)
-
-
-def _as_fp32(logits_RV: Tensor, scratch_RV: Tensor) -> Tensor:
-    return logits_RV if logits_RV.dtype == torch.float32 else scratch_RV.copy_(logits_RV)
-
-
-def _softmax(logits_RV: Tensor, *, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Writes the softmax to `out`; returns the logits' maxima [R] and logsumexp [R] without a second exponential."""
-    torch.softmax(logits_RV, dim=1, out=out)
-    top_R = logits_RV.amax(dim=1)
-    return top_R, top_R - out.amax(dim=1).log()  # the largest probability is 1 / Σ exp(logit − top)
-
-
-def _subtract_at(rows_RV: Tensor, index_R1: Tensor, amount: float) -> Tensor:
-    """Subtracts `amount` from one element of each row, in place."""
-    return rows_RV if amount == 0 else rows_RV.scatter_(1, index_R1, rows_RV.gather(1, index_R1) - amount)
-
-
-def _check(student: _Model, labels_M: Tensor, teacher: _Model | None, terms: _Terms) -> None:
+def _check(student: _Model, labels_M: Tensor, teacher: _Model | SparseTargets | None, terms: Terms) -> None:
     if min(terms.kd_weight, terms.ce_weight) < 0 or terms.weight <= 0:
         raise ValueError(f"weights must be >= 0, and one > 0: kd_weight={terms.kd_weight} ce_weight={terms.ce_weight}")
     if not terms.temperature > 0 or terms.chunk_tokens < 1:
         raise ValueError(f"temperature={terms.temperature} and chunk_tokens={terms.chunk_tokens} must be positive")
-    for name, (hidden_MD, head_VD) in [("student", student)] + ([("teacher", teacher)] if teacher else []):
+    if isinstance(teacher, SparseTargets) and (len(teacher) != len(labels_M) or terms.temperature != 1):
+        raise ValueError(
+            f"{len(teacher)} targets for {len(labels_M)} tokens at temperature {terms.temperature}: give one for each, "
+            "and temperature 1, at which they were drawn"
+        )
+    for name, (hidden_MD, head_VD) in [("student", student)] + (
+        [("teacher", teacher)] if isinstance(teacher, _Model) else []
+    ):
         if hidden_MD.dim() != 2 or head_VD.dim() != 2 or hidden_MD.shape[1] != head_VD.shape[1]:
             shapes = f"{tuple(hidden_MD.shape)} and {tuple(head_VD.shape)}"
             raise ValueError(f"the {name}'s hidden states and head must be [M, D] and [V, D], not {shapes}")

@@ -67,8 +67,10 @@ class IntervalMeans:
         if distill.hidden_weight > 0:
             scalars["train/hidden_mse"] = values["hidden_mse"] / tokens
         if distill.kd_weight > 0:
+            scalars["train/kd"] = values["kd"] / tokens
+        # A cache keeps a few words of each distribution: the cross-entropy can be estimated, the rest cannot.
+        if distill.kd_weight > 0 and not distill.cache:
             scalars |= {
-                "train/kd": values["kd"] / tokens,
                 "train/top1_agreement": values["top1_agreement"] / tokens,
                 "teacher/entropy": values["teacher_entropy"] / tokens,
                 "teacher/label_ce": values["teacher_label_ce"] / tokens,

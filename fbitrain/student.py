@@ -6,7 +6,7 @@ B sequences, T seq_len, D width of the student, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import cast
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from fbitrain.config import DistillConfig
 from fbitrain.distill import DistillMetrics, distill_loss
+from fbitrain.targets.sparse import SparseTargets
 
 
 class LossHead(nn.Module):
@@ -45,6 +46,14 @@ def hidden_distance(states: Sequence[Tensor], teacher_states: Sequence[Tensor]) 
     return torch.stack([F.mse_loss(mine.float(), theirs.float()) for mine, theirs in pairs]).sum()
 
 
+@dataclass(frozen=True, eq=False)
+class CachedTargets:
+    """Targets of a batch's sequences; those in `live` the cache does not cover, and the teacher itself serves them."""
+
+    targets: SparseTargets  # of the tokens of the other sequences, one sequence after another
+    live: list[int]
+
+
 class Student(nn.Module):
     """A causal language model together with its training objective; `lm` is the model that is released.
 
@@ -68,6 +77,7 @@ class Student(nn.Module):
         teacher_head: Tensor | None = None,
         teacher_states: Sequence[Tensor] | None = None,
         *,
+        cached: CachedTargets | None = None,
         last_logits: bool = False,
     ) -> tuple[Tensor, DistillMetrics] | Tensor:
         """Loss and metrics over packed sequences, or the next-token logits.
@@ -77,6 +87,7 @@ class Student(nn.Module):
         teacher_hidden [B,T,Dt] and teacher_head [V,Dt]: the teacher's final hidden states and output matrix. Without
         them the loss is the plain cross-entropy on labels, whatever the weights in the config (used for evaluation).
         teacher_states: what each of the teacher's blocks returned [B,T,Dt], where distill.hidden_weight is not 0.
+        cached: targets from a cache; teacher_hidden is then that of the sequences cached.live alone, or None.
         """
         inputs = token_ids if last_logits else token_ids[:, :-1]
         compare = teacher_states is not None
@@ -85,21 +96,17 @@ class Student(nn.Module):
         if last_logits:
             logits: Tensor = self.head(hidden[:, -1])
             return logits
-        labels_M = token_ids[:, 1:].reshape(-1)
 
         def loss(hidden: Tensor, weight: Tensor) -> tuple[Tensor, DistillMetrics]:
-            distilling = teacher_hidden is not None
-            return distill_loss(
-                hidden.flatten(0, 1),
-                weight,
-                labels_M,
-                teacher_hidden.flatten(0, 1) if teacher_hidden is not None else None,
-                teacher_head,
-                kd_weight=self.distill.kd_weight if distilling else 0.0,
-                ce_weight=self.distill.ce_weight if distilling or self.distill.kd_weight == 0 else 1.0,
-                temperature=self.distill.temperature,
-                chunk_tokens=self.distill.chunk_tokens,
-            )
+            of_teacher = (teacher_hidden, teacher_head)
+            if cached is None:
+                return self._loss(hidden, weight, token_ids, of_teacher)
+            if not cached.live:
+                return self._loss(hidden, weight, token_ids, cached.targets)
+            parts = [self._loss(hidden[cached.live], weight, token_ids[cached.live], of_teacher)]
+            if rest := [i for i in range(len(token_ids)) if i not in cached.live]:
+                parts.append(self._loss(hidden[rest], weight, token_ids[rest], cached.targets))
+            return _mean(parts)
 
         total, metrics = self.head(hidden, loss)
         if teacher_states is None:
@@ -107,6 +114,30 @@ class Student(nn.Module):
         distance = hidden_distance(output.hidden_states[1:], teacher_states)
         metrics = replace(metrics, hidden_mse=distance.detach() * metrics.tokens)
         return total + self.distill.hidden_weight * distance, metrics
+
+    def _loss(
+        self,
+        hidden_BTD: Tensor,
+        head_VD: Tensor,
+        token_ids: Tensor,
+        teacher: tuple[Tensor | None, Tensor | None] | SparseTargets,
+    ) -> tuple[Tensor, DistillMetrics]:
+        """The loss of some sequences. Without a teacher's hidden states it is the cross-entropy on labels."""
+        targets = teacher if isinstance(teacher, SparseTargets) else None
+        teacher_hidden, teacher_head = (None, None) if isinstance(teacher, SparseTargets) else teacher
+        distilling = targets is not None or teacher_hidden is not None
+        return distill_loss(
+            hidden_BTD.flatten(0, 1),
+            head_VD,
+            token_ids[:, 1:].reshape(-1),
+            teacher_hidden.flatten(0, 1) if teacher_hidden is not None else None,
+            teacher_head,
+            kd_weight=self.distill.kd_weight if distilling else 0.0,
+            ce_weight=self.distill.ce_weight if distilling or self.distill.kd_weight == 0 else 1.0,
+            temperature=self.distill.temperature,
+            chunk_tokens=self.distill.chunk_tokens,
+            targets=targets,
+        )
 
     @torch.no_grad()
     def greedy(self, token_ids: Tensor, n_new: int, forward: Callable[..., Tensor]) -> Tensor:
@@ -120,3 +151,11 @@ class Student(nn.Module):
             window = token_ids[:, -getattr(self.lm.config, "max_position_embeddings", token_ids.shape[1]) :]
             token_ids = torch.cat([token_ids, forward(window, last_logits=True).argmax(-1, keepdim=True)], dim=1)
         return token_ids
+
+
+def _mean(parts: Sequence[tuple[Tensor, DistillMetrics]]) -> tuple[Tensor, DistillMetrics]:
+    """The mean over the tokens of all parts, each of which has its own tokens' mean; metrics are sums."""
+    sums = {field.name: sum(getattr(metrics, field.name) for _, metrics in parts) for field in fields(DistillMetrics)}
+    tokens = cast(Tensor, sums["tokens"]).clamp(min=1)
+    loss = torch.stack([mean * metrics.tokens for mean, metrics in parts]).sum() / tokens
+    return loss, DistillMetrics(**sums)

@@ -93,25 +93,24 @@ def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[s
 
     Raises StreamError on all ranks, before the update, if the stream of any of them fails.
     """
-    config, engine, teacher = parts.config, parts.engine, parts.teacher
+    config, engine = parts.config, parts.engine
     enter_step(engine, config.binarize, state.step)
     n_micro_batches = config.grad_accum_steps(engine.world_size, state.step + 1)
     engine.set_grad_accum_steps(n_micro_batches)
     failure = ""
     finite = torch.ones((), dtype=torch.bool, device=engine.device)
     for i in range(n_micro_batches):
-        batch = parts.blank_batch
+        batch, cached = parts.blank_batch, None
         if not failure:
             try:
                 batch = next(parts.loader)
+                cached = parts.targets.read(parts.loader.spans())
             except UserError as error:  # the other ranks are in the middle of a step: take part in it, then tell them
                 failure = str(error)
         if parts.batch_log:
             parts.batch_log.add(state.step + 1, batch)
         batch = batch.to(engine.device, non_blocking=True)
-        with_states = config.distill.hidden_weight > 0
-        targets = teacher.targets(batch[:, :-1], with_states=with_states) if teacher else ()
-        loss, metrics = engine(batch, *targets)
+        loss, metrics = engine(batch, **parts.targets.ask(batch, cached))
         engine.backward(loss)
         parts.interval.add_micro_batch(loss, metrics)
         finite &= torch.isfinite(loss.detach())
@@ -162,7 +161,7 @@ def suspects(config: Config, step: int) -> str:
     if step > 1:
         return "lower optim.lr or check the data"
     start = f"model.pretrained={config.model.pretrained}" if config.model.pretrained else "model.init_std"
-    teacher = f"the teacher {config.distill.teacher}, " if config.distill.uses_teacher else ""
+    teacher = f"the teacher {config.distill.teacher}, " if config.distill.needs_teacher else ""
     return f"nothing was trained before it: check {teacher}what the student starts from ({start}) and the data"
 
 

@@ -38,7 +38,7 @@ Ids = npt.NDArray[Any]
 class ShardWriter:
     """Appends records and their tokens to two files, and counts."""
 
-    def __init__(self, tokens: _HashedFile, records: _HashedFile, dtype: str) -> None:
+    def __init__(self, tokens: HashedFile, records: HashedFile, dtype: str) -> None:
         self._tokens, self._records = tokens, records
         self._dtype = np.dtype(dtype)
         self._rows: Records = np.zeros(BATCH_RECORDS, RECORD)
@@ -71,19 +71,19 @@ class ShardWriter:
         self._ids, self._n_held = [], 0
 
 
-class _HashedFile:
+class HashedFile:
     """A file that is written once, with the hash of what it holds."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._digest, self._size = file, hashlib.sha256(), 0
+        self._file, self._digest, self.size = file, hashlib.sha256(), 0
 
     def write(self, data: bytes) -> None:
         self._file.write(data)
         self._digest.update(data)
-        self._size += len(data)
+        self.size += len(data)
 
     def report(self) -> FileReport:
-        return FileReport(self._size, self._digest.hexdigest())
+        return FileReport(self.size, self._digest.hexdigest())
 
 
 @contextmanager
@@ -101,7 +101,7 @@ def writing(target: Path, origin: ShardReport) -> Iterator[ShardWriter]:
             tokens_path.open("wb") as tokens_file,
             records_path.open("wb") as records_file,
         ):
-            tokens, records = _HashedFile(tokens_file), _HashedFile(records_file)
+            tokens, records = HashedFile(tokens_file), HashedFile(records_file)
             writer = ShardWriter(tokens, records, origin.dtype)
             yield writer
             writer.flush()

@@ -67,6 +67,18 @@ class Document:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Tokens `start` to `stop` of one document as it is trained on, BOS and EOS around it; and where it stands."""
+
+    source: str
+    shard: str
+    line: int  # counted from 0
+    start: int
+    stop: int
+    length: int  # tokens of the whole document
+
+
+@dataclass(frozen=True)
 class BadRecord:
     """A record that holds no document, or the place where the rest of a file is lost."""
 

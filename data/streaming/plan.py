@@ -67,6 +67,7 @@ class LanePlan:
     heldout_fraction: float
     max_bad_records: int
     log_documents: bool = False
+    log_spans: bool = False  # say of every sequence which pieces of documents it holds
 
 
 def find_sources(data: DataConfig) -> dict[str, list[Shard]]:
@@ -102,6 +103,7 @@ def plan_lanes(
     *,
     sequences_per_step: SequencesPerStep = 0,
     log_documents: bool = False,
+    log_spans: bool = False,
 ) -> list[LanePlan]:
     """One plan per lane. Every record of every shard is in exactly one unit, and every unit in exactly one lane."""
     dealt = {
@@ -124,6 +126,7 @@ def plan_lanes(
             heldout_fraction=data.heldout_fraction,
             max_bad_records=data.max_bad_records,
             log_documents=log_documents,
+            log_spans=log_spans,
         )
         for lane in range(data.n_lanes)
     ]

@@ -89,6 +89,11 @@ class SourceReader:
     def shard_name(self) -> str:
         return self._unit().shard.name
 
+    @property
+    def place(self) -> tuple[str, str, int]:
+        """Source, shard and line of the document handed out last."""
+        return self.plan.name, self.shard_name, self.last_line
+
     def next_document(self) -> Document | None:
         """The next document; None, and the source is dropped, after a whole epoch that gave not one token."""
         state = self.state
@@ -124,8 +129,10 @@ class SourceReader:
         """Once more the document handed out last, found by the state alone. Raises UserError where there is none."""
         block = self._current_block()
         if block and 0 < self.state.index <= len(block):
-            document = block[self._order[self.state.index - 1]]
+            i = self._order[self.state.index - 1]
+            document = block[i]
             if isinstance(document, Document):
+                self.last_line = block.line(i)
                 return document
         raise self.changed(f"the document in use, near line {self.state.line + 1}, is no longer there")
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fbitrain.base.errors import UserError
-from fbitrain.data.reading.documents import BadRecord, Document
+from fbitrain.data.reading.documents import BadRecord, Document, Span
 from fbitrain.data.streaming.plan import LanePlan
 from fbitrain.data.streaming.source_reader import SharedFiles, SourceReader, SourceState
 from fbitrain.data.tokenizer import Tokenizer, UnencodableText
@@ -49,6 +49,7 @@ class Lane:
         self._notes: list[str] = []
         self._last_bad = ""
         self._documents: list[str] = []
+        self._spans: list[Span] = []
         self._sequence: int = state["sequence"]
         self._phase = min(state["phase"], len(plan.phases) - 1)  # there were more phases when the state was taken
         self.bad_records: int = state["bad_records"]
@@ -63,6 +64,7 @@ class Lane:
         self._before, self._after = np.array(before, dtype=np.int32), np.array(after, dtype=np.int32)
         # The running sequence not yet handed out is always the end of one document, the last that its source gave.
         self._carrier = ""
+        self._place = ("", "", 0)  # its source, shard and line
         self._tokens = NO_TOKENS
         self._start = 0  # first token of _tokens not yet handed out
         if state["carry"]:
@@ -80,6 +82,9 @@ class Lane:
                 raise StopIteration
             part = self._tokens[self._start : self._start + len(piece) - filled]
             piece[filled : filled + len(part)] = part
+            if self.plan.log_spans:
+                stop = self._start + len(part)
+                self._spans.append(Span(*self._place, self._start, stop, len(self._tokens)))
             filled += len(part)
             self._start += len(part)
         self._sequence += self._stride
@@ -107,6 +112,12 @@ class Lane:
         """`source/shard:line` (in a second pass `…#2`) of the documents begun since the last call, if the plan asks."""
         taken = tuple(self._documents)
         self._documents = []
+        return taken
+
+    def take_spans(self) -> tuple[Span, ...]:
+        """Which tokens of which documents the last sequence holds, in their order, if the plan asks."""
+        taken = tuple(self._spans)
+        self._spans = []
         return taken
 
     def report(self, bad: BadRecord, count: bool) -> None:
@@ -142,6 +153,7 @@ class Lane:
             reader.count(document, len(tokens))
             if len(tokens):
                 self._tokens, self._start, self._carrier = tokens, 0, reader.plan.name
+                self._place = reader.place
                 if self.plan.log_documents:
                     again = f"#{reader.state.epoch + 1}" if reader.state.epoch else ""
                     self._documents.append(f"{reader.plan.name}/{reader.shard_name}:{reader.last_line}{again}")
@@ -187,6 +199,7 @@ class Lane:
         """Finds the tokens again that were left over when the state was taken: the last `left` of a document's `of`."""
         reader = next(reader for reader in self._readers if reader.plan.name == carrier)
         self._tokens, self._carrier = self._wrapped(reader.last_document()), carrier
+        self._place = reader.place
         if len(self._tokens) != of:
             raise reader.changed(f"the document in use had {of} tokens and has {len(self._tokens)}")
         self._start = len(self._tokens) - left

@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from fbitrain.base.errors import UserError
 from fbitrain.data.duplicate_list import DuplicateList
+from fbitrain.data.reading.documents import Span
 from fbitrain.data.sources.cache import ShardCache
 from fbitrain.data.streaming.plan import LanePlan
 from fbitrain.data.streaming.source_reader import SharedFiles
@@ -51,6 +52,7 @@ class Drawn:
     last_bad: str = ""  # the last bad record among the notes
     error: str = ""
     documents: tuple[str, ...] = ()  # those that begin in this sequence, if the plan asks for them
+    spans: tuple[Span, ...] = ()  # what it holds of which documents, if the plan asks
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class LaneFeed:
         if tokens is not None:
             self._turn.append(lane)
         notes, last_bad = lane.take_notes()
-        return Drawn(number, tokens, notes, last_bad, error, lane.take_documents())
+        return Drawn(number, tokens, notes, last_bad, error, lane.take_documents(), lane.take_spans())
 
     def _next_lane(self) -> Lane:
         plan, state = self._pending.popleft()

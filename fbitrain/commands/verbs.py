@@ -20,6 +20,7 @@ from fbitrain.base.command import run, until_nobody_reads
 VERBS = {
     "pretrain": ("commands.pretrain", "pretrain a model (on several ranks: deepspeed launch/pretrain.py)"),
     "finetune": ("commands.finetune", "make a pretrained model binary, and train it"),
+    "cache-teacher": ("commands.cache_teacher", "write a teacher's targets once, for all students"),
     "release": ("commands.release", "turn a run into a release"),
     "eval": ("commands.eval", "measure a model: perplexity and lm-eval tasks"),
     "generate": ("commands.generate", "let a model continue a text, or time it"),
@@ -36,7 +37,7 @@ VERBS = {
     "data sample": ("data.commands.sample", "write the sample corpus"),
     "data bench": ("data.commands.bench", "time the stream beside its peers"),
 }
-TRAINING = ("pretrain", "finetune")
+TRAINING = ("pretrain", "finetune", "cache-teacher")
 ASK_FOR_HELP = ("", "-h", "--help", "help")
 USAGE = 2  # argparse's exit code for arguments that it cannot read
 

@@ -88,7 +88,7 @@ def rank_memory(
         buckets=c * min(n_parameters, BUCKET_ELEMENTS) if stage >= 1 and world_size > 1 else 0,
         activations=activation_bytes(config.model, tokens, c, checkpointing=config.train.activation_checkpointing),
         loss=_loss_bytes(config, tokens, c),
-        teacher=_teacher_bytes(config, tokens, c, world_size, teacher) if config.distill.uses_teacher else 0,
+        teacher=_teacher_bytes(config, tokens, c, world_size, teacher) if config.distill.needs_teacher else 0,
         runtime=RUNTIME_BYTES,
         optimizer_on_host=config.engine.offload_optimizer,
     )

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from fbitrain.base.errors import UserError
-from fbitrain.build import check_vocabularies
+from fbitrain.build import check_vocabularies, open_targets
 from fbitrain.checkpoint_files import trained_parameters
 from fbitrain.config import Config
 from fbitrain.config_optim import describe_optimizer
@@ -116,7 +116,10 @@ def _describe_tokens(report: Report, config: Config, world_size: int) -> None:
 def _check_inputs(report: Report, config: Config, world_size: int, ranks_here: int) -> None:
     """Teacher, tokenizer and shards: there, and made for each other."""
     try:
-        tokenizer = check_vocabularies(config)
+        cache = open_targets(config)
+        if cache:
+            report.add("targets", cache.settings.describe())
+        tokenizer = check_vocabularies(config, cache)
     except UserError as error:
         report.problems.append(str(error))
         tokenizer = None
@@ -143,8 +146,8 @@ def _check_disk(report: Report, config: Config, checkpoint_bytes: int) -> None:
 
 def _teacher_size(config: Config) -> tuple[TeacherSize | None, str]:
     """The teacher's size where that is known without loading it, or None and why not."""
-    if not config.distill.uses_teacher:
-        return None, "none"
+    if not config.distill.needs_teacher:
+        return None, f"none: its targets are in {config.distill.cache}" if config.distill.cache else "none"
     folder = Path(config.distill.teacher)
     try:
         return read_teacher_size(folder), config.distill.host
