@@ -6,6 +6,7 @@ What is promised: `total_steps=6` in one go, and 3 steps, a kill, and the rest, 
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -42,6 +43,11 @@ def test_learns_and_leaves_what_a_run_promises(reference: Any) -> None:
     assert last["tokens"] == 6 * 192
     assert 0 < last["signs/flipped"] < 1
     assert [line["step"] for line in reference.metrics if "heldout/perplexity" in line] == [0, 3, 6]
+    saved = run / "checkpoints" / "step_00000006"
+    assert {path.stat().st_mode for path in saved.iterdir()} == {(run / "config.yaml").stat().st_mode}
+    assert json.loads((saved / "COMPLETE.json").read_text())["files"].keys() == {
+        path.name for path in saved.iterdir() if path.name != "COMPLETE.json"
+    }
 
 
 def board_of(run: Any) -> Any:
@@ -170,6 +176,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(launch: Any, r
     assert again.losses == reference.losses
 
 
+def test_a_file_that_cannot_be_parsed_and_what_is_not_ours(launch: Any, reference: Any) -> None:
+    checkpoints = copy_run(reference.run_dir, launch.runs / "beside") / "checkpoints"
+    (checkpoints / "step_00000006" / "data_rank00001.json").write_text('{"lanes": [')
+    (checkpoints / "step_00000014_mine").mkdir()
+    (checkpoints / "step_00000014_mine" / "notes.txt").write_text("a week of notes")
+    (checkpoints / "step_notes.txt").write_text("more of them")
+    (checkpoints / "step_00000099").symlink_to("/nowhere")
+    again = launch("beside")
+    assert "step_00000006 is damaged (data_rank00001.json has " in again.output
+    assert again.output.count("is left alone: ") == 3
+    assert again.losses == reference.losses
+    assert (checkpoints / "step_00000014_mine" / "notes.txt").read_text() == "a week of notes"
+    assert (checkpoints / "step_notes.txt").is_file()
+    assert (checkpoints / "step_00000099").is_symlink()
+
+
 def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(launch: Any) -> None:
     run = launch("nan", "checkpoint.every=1", script=FAULTS, env={"FAULT": "nan_on_rank_1_at_step_3"}, expect=1)
     assert run.output.count("the loss of step 3 is not finite") == 1
@@ -207,6 +229,13 @@ def test_a_run_that_goes_back_sets_its_later_checkpoints_aside(launch: Any, refe
     names = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
     assert names == ["step_00000003", "step_00000004", "step_00000006", "step_00000006.abandoned"]
     assert run.losses == reference.losses
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000006")  # as if it had been stopped before that
+    again = launch("back", f"train.resume={run_dir}/checkpoints/step_00000003", "checkpoint.every=2")
+    assert f"resumed from {run_dir}/checkpoints/step_00000004" in again.output
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == names
+    assert again.losses == reference.losses
+    done = launch("back", f"train.resume={run_dir}/checkpoints/step_00000003")
+    assert "nothing to do: " in done.output
 
 
 def test_a_refused_launch_leaves_the_run_as_it_was(launch: Any, reference: Any) -> None:
