@@ -26,6 +26,7 @@ from fbitrain.config import Config
 from fbitrain.engine import Engine, init_distributed
 from fbitrain.fine_tune import needs_calibration, with_known_sizes
 from fbitrain.inference.evaluate import bits_per_byte, perplexity_of
+from fbitrain.lost_ranks import lost_ranks_named
 from fbitrain.model.phases import binary_share, has_phases
 from fbitrain.optim.schedules import batch_tokens_at, lr_at
 from fbitrain.phases import enter_step, set_share
@@ -41,16 +42,16 @@ def train(config: Config) -> None:
     Raises UserError for what the user can mend; one that is raised on all ranks has `on_all_ranks` set.
     """
     rank, world_size = init_distributed(config)
-    config = agreed(lambda: with_known_sizes(config, world_size))
-    if done := finished(config):
-        say(done)
-        dist.destroy_process_group()
-        return
-    stop = StopSignal()
-    parts, state = build(config, rank, world_size)
-    with closing(parts):
-        run_steps(parts, state, stop)
-        dist.barrier()
+    with lost_ranks_named(config.run_dir):
+        config = agreed(lambda: with_known_sizes(config, world_size))
+        if done := finished(config):
+            say(done)
+        else:
+            stop = StopSignal()
+            parts, state = build(config, rank, world_size)
+            with closing(parts):
+                run_steps(parts, state, stop)
+                dist.barrier()
     dist.destroy_process_group()
 
 

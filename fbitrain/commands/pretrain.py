@@ -36,8 +36,9 @@ def start(arguments: argparse.Namespace, refusal: Callable[[Config], str]) -> in
 
         train(config)
     except UserError as error:
-        if rank != 0 and (error.on_all_ranks or isinstance(error, ConfigError)) and not arguments.debug:
-            time.sleep(2.0)  # rank 0 says it; the launcher ends all ranks with the first that leaves
+        silent = rank != 0 and (error.on_all_ranks or isinstance(error, ConfigError))
+        if (silent or error.said_elsewhere) and not arguments.debug:
+            time.sleep(2.0)  # another rank says it; the launcher ends all ranks with the first that leaves
             return 1
         raise
     return 0

@@ -6,6 +6,7 @@ What is promised: `total_steps=6` in one go, and 3 steps, a kill, and the rest, 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -99,6 +100,8 @@ def test_three_steps_kill_and_the_rest_are_the_same_run(launch: Any, reference: 
     killed = launch.start("killed", env={"FAULT": "kill_at_step_4"}, script=FAULTS, deepspeed=True)
     assert killed.wait() != 0
     assert max(killed.losses) == 3
+    assert len(re.findall(r"rank 1 \(process \d+ on .*\) ended in the middle of the run", killed.output)) == 1
+    assert "Traceback" not in killed.output
     again = launch("killed")
     assert "resumed from" in again.output
     assert again.losses == reference.losses
@@ -106,6 +109,33 @@ def test_three_steps_kill_and_the_rest_are_the_same_run(launch: Any, reference: 
     for rank in (0, 1):
         wanted = [batch for batch in reference.batches(rank) if batch["step"] > 3]
         assert [batch for batch in again.batches(rank) if batch["step"] > 3][-len(wanted) :] == wanted
+
+
+@pytest.mark.parametrize(("fault", "lost"), [("kill_rank_0_at_step_4", 0), ("hang_while_rank_1_dies", 1)])
+def test_the_rank_that_was_lost_is_named(launch: Any, fault: str, lost: int) -> None:
+    """By the ranks that lose the connection to it, and by one that only waits."""
+    options = ("train.global_batch_tokens=216", "checkpoint.every=100")
+    run = launch.start(fault, *options, script=FAULTS, env={"FAULT": fault}, deepspeed=True, ranks=3)
+    named = re.compile(rf"rank {lost} \(process \d+ on .*\) ended in the middle of the run")
+    run.wait_for(lambda: bool(named.search(run.output)))
+    if fault == "kill_rank_0_at_step_4":
+        assert run.wait() != 0
+    run.kill_all()
+    assert len(named.findall(run.output)) == 1
+    assert run.output.count("ended in the middle") == 1
+    assert "Traceback" not in run.output
+
+
+def test_a_full_disk_for_metrics_and_logs_stops_nothing(launch: Any, reference: Any) -> None:
+    run = launch("full-logs", script=FAULTS, env={"FAULT": "full_disk_in_steps_2_to_4"})
+    assert run.losses == reference.losses
+    for rank in (0, 1):
+        assert run.batches(rank) == reference.batches(rank)[: len(run.batches(rank))]
+        assert run.batches(rank)[-1]["step"] == 6
+    for what in ("metrics.jsonl", "batches_rank00001.jsonl"):
+        assert run.output.count(f"{what} cannot be written: No space left on device; the run goes on") == 1
+        assert run.output.count(f"{what} can be written again") == 1
+    assert [event.step for event in board_of(run).Scalars("1 overview/1 loss")] == [1, 5, 6]
 
 
 @pytest.mark.parametrize(
