@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fbitrain.base.errors import UserError
@@ -191,6 +192,14 @@ def set_aside(path: Path) -> Path:
         aside = aside.with_name(f"{aside.name}+")
     path.rename(aside)
     return aside
+
+
+def discard_all(run_dir: Path) -> None:
+    """Removes every checkpoint of a run, and the folder they lie in unless something else lies there, too."""
+    for folder in _folders(run_dir, _OURS):
+        shutil.rmtree(folder)
+    with suppress(OSError):
+        (run_dir / "checkpoints").rmdir()
 
 
 def discard_unfinished(run_dir: Path) -> Iterator[Path]:

@@ -12,7 +12,14 @@ import pytest
 from fbitrain import checkpoint_folders
 from fbitrain.base.errors import UserError
 from fbitrain.checkpoint import _remove
-from fbitrain.checkpoint_folders import abandon_newer, choose, complete_checkpoints, discard_unfinished, strangers
+from fbitrain.checkpoint_folders import (
+    abandon_newer,
+    choose,
+    complete_checkpoints,
+    discard_all,
+    discard_unfinished,
+    strangers,
+)
 from fbitrain.config import Config, load_config
 from tests.checkpoints import write_checkpoint
 
@@ -77,6 +84,18 @@ def test_what_others_put_beside_the_checkpoints_stays(run_dir: Path, config: Any
     assert names(run_dir) == sorted({*before, "step_00000012.abandoned"} - moved)
     assert (checkpoints / "step_00000012.abandoned" / "work.txt").read_text() == "a week"
     assert (archive / "COMPLETE.json").is_file()
+
+
+def test_a_study_that_discards_checkpoints_leaves_the_rest(run_dir: Path) -> None:
+    checkpoints = run_dir / "checkpoints"
+    (checkpoints / "step_00000006").rename(checkpoints / "step_00000006.abandoned")
+    (checkpoints / "step_00000014_mine").mkdir()
+    discard_all(run_dir)
+    assert names(run_dir) == ["step_00000014_mine"]
+    (checkpoints / "step_00000014_mine").rmdir()
+    discard_all(run_dir)
+    discard_all(run_dir)
+    assert not checkpoints.exists()
 
 
 def test_an_interrupted_removal_leaves_what_the_next_launch_clears(
