@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -42,16 +42,16 @@ def train(config: Config) -> None:
     Raises UserError for what the user can mend; one that is raised on all ranks has `on_all_ranks` set.
     """
     rank, world_size = init_distributed(config)
-    with lost_ranks_named(config.run_dir):
+    with ExitStack() as closed_last, lost_ranks_named(config.run_dir):
         config = agreed(lambda: with_known_sizes(config, world_size))
         if done := finished(config):
             say(done)
         else:
             stop = StopSignal()
             parts, state = build(config, rank, world_size)
-            with closing(parts):
-                run_steps(parts, state, stop)
-                dist.barrier()
+            closed_last.callback(parts.close)  # takes rank 0 a while, in which others may leave
+            run_steps(parts, state, stop)
+            dist.barrier()
     dist.destroy_process_group()
 
 
