@@ -72,7 +72,8 @@ class Peers:
         self._mine = _own_process()
         found: list[Process] = [self._mine] * dist.get_world_size()
         dist.all_gather_object(found, self._mine)
-        self._launch = f"{found[0].host} {found[0].pid} {found[0].started}"  # a launch before may have left a note
+        # A rank of an earlier launch may be late with its note.
+        self._launch = f"{found[0].host} {found[0].pid} {found[0].started}"
         self._here = [p for p in found if p.machine == self._mine.machine and p.started]
         self._elsewhere = [p for p in found if p.machine != self._mine.machine]
 
@@ -84,7 +85,7 @@ class Peers:
         """Whether this rank is the one to say that these are missing: the first on any node."""
         content = {"ranks": [p.rank for p in missing], "seen_by": self._mine.rank, "launch": self._launch}
         try:
-            if not self.said():
+            if (before := self._noted()) and self._launch not in before:
                 self._note.unlink(missing_ok=True)
             with self._note.open("x", encoding="utf-8") as note:
                 note.write(json.dumps(content) + "\n")
@@ -96,11 +97,14 @@ class Peers:
 
     def said(self) -> bool:
         """Whether a rank of this launch has said which rank was lost."""
+        return self._launch in self._noted()
+
+    def _noted(self) -> str:
+        """What LOST.json holds; empty where there is none, and while it is written."""
         try:
-            content = self._note.read_text(encoding="utf-8")
+            return self._note.read_text(encoding="utf-8")
         except OSError:
-            return False
-        return not content or self._launch in content  # empty while it is written
+            return ""
 
     def explain(self, error: Exception) -> NoReturn:
         """Raises the UserError that says why the talk between the ranks ended with `error`; waits for the reason."""

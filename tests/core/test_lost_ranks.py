@@ -67,6 +67,17 @@ def test_one_rank_says_it_and_the_others_are_silent(
     assert raised.value.said_elsewhere
 
 
+def test_of_two_that_see_it_at_once_one_says_it(world: list[Process], tmp_path: Path) -> None:
+    first, second = Peers(tmp_path), Peers(tmp_path)
+    note = tmp_path / NOTE
+    note.touch()  # as while the first writes it
+    assert not second.claim(world[1:])
+    note.unlink()
+    assert first.claim(world[1:])
+    assert not second.claim(world[1:])
+    assert json.loads(note.read_text())["ranks"] == [1]
+
+
 def test_the_note_of_an_earlier_launch_silences_nobody(
     world: list[Process], other: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
