@@ -19,7 +19,7 @@ heading() {
 
 # The newest complete checkpoint's marker; nothing if there is none.
 last_checkpoint() {
-    find "$RUN/checkpoints" -path '*/step_*/COMPLETE.json' 2>/dev/null | sort | tail -n 1
+    find "$RUN/checkpoints" -path '*/step_????????/COMPLETE.json' 2>/dev/null | sort | tail -n 1
 }
 
 # newer FILE OTHER…: FILE exists and none of the others is newer.

@@ -12,14 +12,12 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fbitrain import checkpoint_folders, environment, resume
+from fbitrain import checkpoint_folders, resume
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import lock_folder, write_json, write_text
 from fbitrain.calibration.text import calibration_ids, needs_text
-from fbitrain.checkpoint_files import TrainerState, damage, data_states, trainer_state
-from fbitrain.config import Config, to_yaml
+from fbitrain.checkpoint_files import TrainerState, data_states, trainer_state
+from fbitrain.config import Config
 from fbitrain.data.loader import TokenLoader
-from fbitrain.data.pretokenized.token_shards import TokenIndex
 from fbitrain.data.reading.heldout_text import load_heldout
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.debug_logs import BatchLog, DocumentLog
@@ -28,7 +26,6 @@ from fbitrain.fine_tune import fine_tuned_student
 from fbitrain.inference.evaluate import heldout_windows
 from fbitrain.loading.language_model import positions_of, vocab_size_of
 from fbitrain.loading.pretrained_shape import run_config
-from fbitrain.loading.tokenizer_folder import keep_tokenizer
 from fbitrain.metrics import IntervalMeans
 from fbitrain.metrics_writer import MetricsWriter
 from fbitrain.model.build import BinarizeReport, build_student
@@ -36,10 +33,10 @@ from fbitrain.model.config import has_signs_of_weights
 from fbitrain.optim.schedules import batch_spans
 from fbitrain.process import device, resolve_precision
 from fbitrain.ranks import agreed, from_rank_0, say
-from fbitrain.step_targets import StepTargets
+from fbitrain.run_folder import prepare_run_dir, record_start, writable
+from fbitrain.step_targets import StepTargets, cache_problems, open_targets
 from fbitrain.student import Student
 from fbitrain.targets.cache_reader import TargetCache
-from fbitrain.targets.teacher_identity import require_same_teacher
 from fbitrain.teacher import Teacher, load_teacher
 from fbitrain.tracking import ScaleTracker, SignTracker
 from fbitrain.utilization import flops_per_token
@@ -104,7 +101,8 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
         engine.shards.changed(state.step)
         say(f"resumed from {resume_from}")
     # Only now, with every check behind us: a launch that is refused leaves the folder of a good run as it was.
-    agreed(lambda: record_start(config, world_size, state, tokenizer) if rank == 0 else None)
+    agreed(lambda: record_start(config, world_size, state, tokenizer, resume_from) if rank == 0 else None)
+    writer, batch_log, document_log = agreed(lambda: open_logs(config, rank, state.step))
     at = engine.device
     weights = engine.matrix_weights()
     watched = report.binarized if has_signs_of_weights(config.binarize) else ()
@@ -115,79 +113,29 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
         tokenizer=tokenizer,
         heldout=heldout,
         loader=loader,
-        writer=MetricsWriter(config, state.step),
+        writer=writer,
         interval=IntervalMeans(at),
         signs=SignTracker(engine, watched, config.metrics.near_zero, at),
         scales=ScaleTracker(engine, at),
         flops_per_token=flops_per_token(config, weights, teacher.n_parameters if teacher else 0),
         bits_per_weight=report.bits_per_weight,
         blank_batch=torch.zeros(config.train.micro_batch_size, config.data.seq_len + 1, dtype=torch.int64),
-        batch_log=BatchLog(config.run_dir, rank) if config.debug.log_batches else None,
-        document_log=DocumentLog(config.run_dir, rank) if config.debug.log_documents else None,
+        batch_log=batch_log,
+        document_log=document_log,
         rank=rank,
     )
     return parts, state
 
 
-def finished(config: Config) -> str:
-    """A sentence if the run has nothing left to train, found out before anything is loaded; else empty.
-
-    Raises UserError if the finished run is of another configuration.
-    """
-
-    def look() -> str:
-        latest = checkpoint_folders.find_latest(config.run_dir) if config.train.resume == "auto" else None
-        # By its name first: to look for damage is to read the whole checkpoint, and `choose` will do that again.
-        if latest is None or checkpoint_folders.step_of(latest) < config.train.total_steps or damage(latest):
-            return ""
-        if not config.train.total_steps and not (config.run_dir / "FINISHED.json").is_file():
-            return ""  # saved, as its first act, and perhaps killed before it was evaluated
-        state = trainer_state(latest)
-        resume.require_same_config(latest, config)
-        write_finished(config, state)  # again, in case the run was killed between its last checkpoint and its marker
-        return f"nothing to do: {config.run_dir} is trained to step {state.step}, see {latest}"
-
-    return from_rank_0(look)
-
-
-def write_finished(config: Config, state: TrainerState) -> None:
-    """The marker of a run that reached its last step; launchers do not pass exit codes on faithfully."""
-    marker = {"step": state.step, "tokens": state.tokens, "reason": "finished"}
-    write_json(config.run_dir / "FINISHED.json", marker)
-
-
-def prepare_run_dir(config: Config) -> None:
-    """Makes the folder ours, prints the resolved configuration, clears what interrupted saves left. Rank 0."""
-    run_dir = config.run_dir
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not lock_folder(run_dir):
-            raise UserError(
-                f"{run_dir} is being trained by another process; wait for it or end it, or choose another run.name"
-            )
-        for leftover in checkpoint_folders.discard_unfinished(run_dir):
-            say(f"removed {leftover}, left by an interrupted save")
-    except OSError as error:
-        raise UserError(
-            f"the run folder {run_dir} cannot be written: {error.strerror}; choose another run.dir"
-        ) from None
-    print(to_yaml(config), flush=True)
-
-
-def record_start(config: Config, world_size: int, state: TrainerState, tokenizer: Tokenizer) -> None:
-    """Saves configuration, environment and tokenizer; sets aside checkpoints that this run leaves behind. Rank 0."""
-    run_dir = config.run_dir
-    try:
-        checkpoint_folders.abandon_newer(run_dir, state.step)
-        write_text(run_dir / "config.yaml", to_yaml(config))
-        write_json(run_dir / "environment.json", environment.describe(world_size))
-        keep_tokenizer(tokenizer, run_dir)
-        for marker in ("FINISHED.json", "STOPPED.json"):
-            (run_dir / marker).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"the run folder {run_dir} cannot be written: {error.strerror}; free space or choose another"
-        ) from None
+def open_logs(config: Config, rank: int, step: int) -> tuple[MetricsWriter, BatchLog | None, DocumentLog | None]:
+    """What this rank writes into the run folder between checkpoints, from `step` on."""
+    debug = config.debug
+    with writable(config.run_dir):
+        return (
+            MetricsWriter(config, step),
+            BatchLog(config.run_dir, rank) if debug.log_batches else None,
+            DocumentLog(config.run_dir, rank) if debug.log_documents else None,
+        )
 
 
 def check_vocabularies(config: Config, cache: TargetCache | None) -> Tokenizer:
@@ -212,41 +160,6 @@ def check_vocabularies(config: Config, cache: TargetCache | None) -> Tokenizer:
     if problems:
         raise UserError("config error: " + "; ".join(problems))
     return tokenizer
-
-
-def open_targets(config: Config) -> TargetCache | None:
-    """distill.cache, with every shard of the corpus looked at. Raises UserError where targets are missing or of others.
-
-    Which shards have none is said where the teacher takes their place.
-    """
-    distill = config.distill
-    if not distill.cache:
-        return None
-    cache = TargetCache(distill.cache, distill.cache_rest)
-    require_same_teacher(cache.settings, distill.teacher)
-    missing = cache.cover(TokenIndex(config.data.pretokenized), [source.name for source in config.data.sources])
-    if missing and distill.cache_gaps == "refuse":
-        raise UserError(
-            f"distill.cache={distill.cache} has no targets for {len(missing)} shards, {missing[0]} among them; write "
-            "them with `fbitrain cache-teacher`, or set distill.cache_gaps=teacher, which asks the teacher for those"
-        )
-    return cache
-
-
-def cache_problems(cache: TargetCache, config: Config, tokenizer: Tokenizer) -> Iterator[str]:
-    """One sentence for each way in which the tokens of a cache are not those of the run."""
-    settings, where = cache.settings, f"distill.cache={config.distill.cache}"
-    if settings.tokenizer_fingerprint != tokenizer.fingerprint:
-        yield (
-            f"{where} is of the tokens of {settings.tokenizer}, which is another tokenizer than data.tokenizer="
-            f"{config.data.tokenizer}; give that one, or write the cache anew"
-        )
-    if settings.vocab_size != config.model.vocab_size:
-        yield f"{where} is of {settings.vocab_size} words and model.vocab_size={config.model.vocab_size}"
-    for name in ("add_bos", "add_eos"):
-        there, here = getattr(settings, name), getattr(config.data, name)
-        if there != here:
-            yield f"{where} was written with data.{name}={there}, and this run has {here}; give the same"
 
 
 def _too_long(config: Config) -> Iterator[str]:

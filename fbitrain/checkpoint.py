@@ -12,13 +12,14 @@ ranks under any ZeRO stage can read what any other wrote. A folder counts only o
       trainer.json                  step, tokens, and each parameter's shape
       data_shards.json              the shards that the streams read
       config.yaml                   the resolved configuration
-      COMPLETE.json                 every file's size; a shard's checksums are in its own metadata
+      COMPLETE.json                 every file's size and digest (checkpoint_marker)
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,16 +33,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import fsync_file, fsync_folder, fsync_tree, write_json, write_text
-from fbitrain.checkpoint_files import FIXED, LM_CONFIG, TrainerState, checksum
-from fbitrain.checkpoint_folders import complete_checkpoints, step_folder
+from fbitrain.base.files import fsync_file, fsync_folder, fsync_tree, give_usual_mode, write_json, write_text
+from fbitrain.checkpoint_files import TrainerState
+from fbitrain.checkpoint_folders import complete_checkpoints, set_aside, step_folder, unfinished
+from fbitrain.checkpoint_marker import FIXED, LM_CONFIG, checksum, write_marker
 from fbitrain.config import Config, to_yaml
 
 if TYPE_CHECKING:
     from fbitrain.data.sources.fingerprint import ShardList
     from fbitrain.engine import Engine
 
-FORMAT = 2
 NETWORK_DISK_SECONDS = 20.0  # for one rank to see what another has written
 
 
@@ -51,15 +52,19 @@ def save(engine: Engine, config: Config, state: TrainerState, data_state: Mappin
     Raises UserError on all ranks, with older checkpoints untouched, when any rank cannot write.
     """
     final = step_folder(config.run_dir, state.step)
-    folder = final.with_name(final.name + ".tmp")
+    folder = unfinished(final)
     rank = dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    dist.barrier()
+    _all_or_nothing(lambda: _clear(folder) if rank == 0 else None, folder)
     _all_or_nothing(lambda: _write_shard(folder, rank, engine, data_state), folder)
     fixed = engine.fixed_tensors()
     _all_or_nothing(lambda: _finish(folder, final, engine, config, state, shards, fixed) if rank == 0 else None, folder)
     return final
+
+
+def _clear(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    if os.path.lexists(folder):
+        set_aside(folder)
 
 
 def _write_shard(folder: Path, rank: int, engine: Engine, data_state: Mapping[str, Any]) -> None:
@@ -73,6 +78,7 @@ def _write_shard(folder: Path, rank: int, engine: Engine, data_state: Mapping[st
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     sums = {key: checksum(tensor) for key, tensor in tensors.items()}
     save_file(dict(tensors), path, metadata={"checksums": json.dumps(sums)})
+    give_usual_mode(path)
 
 
 def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
@@ -102,9 +108,10 @@ def _finish(
     write_json(folder / "trainer.json", {**asdict(state), **about})
     write_text(folder / "config.yaml", to_yaml(config))
     write_json(folder / "data_shards.json", shards)
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    write_json(folder / "COMPLETE.json", {"format": FORMAT, "step": state.step, "files": sizes})
+    write_marker(folder, state.step)
     fsync_folder(folder)
+    if os.path.lexists(final):
+        set_aside(final)
     folder.rename(final)
     fsync_folder(final.parent)
     if config.checkpoint.keep:
@@ -126,9 +133,8 @@ def _require_every_rank(folder: Path) -> None:
 def _remove(checkpoint: Path) -> None:
     """Best effort: an old checkpoint that cannot be removed is no reason to stop a run."""
     try:
-        # The marker goes first: a removal that is interrupted must not leave a folder that looks whole.
-        (checkpoint / "COMPLETE.json").unlink()
-        shutil.rmtree(checkpoint)
+        # The name goes first: a removal that is interrupted must not leave a folder that looks whole.
+        shutil.rmtree(checkpoint.rename(unfinished(checkpoint)))
     except OSError as error:
         print(f"warning: the old checkpoint {checkpoint} could not be removed: {error}", flush=True)
 

@@ -1,4 +1,7 @@
-"""What the files of a checkpoint hold, read by anyone: no DeepSpeed, no process group, no configuration."""
+"""What the files of a checkpoint hold, read by anyone: no DeepSpeed, no process group, no configuration.
+
+Whoever reads has looked for damage first (checkpoint_marker): what is read here is what was written.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fbitrain.base.errors import UserError
+from fbitrain.checkpoint_marker import FIXED, damage, require_sound
 
 if TYPE_CHECKING:
     from fbitrain.data.sources.fingerprint import ShardList
-
-FIXED = "fixed.safetensors"  # persistent buffers and frozen parameters, whole, under their own names
-LM_CONFIG = "lm_config.json"  # transformers' configuration of a fine-tuned model
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     Trained parameters are fp32; what training never changes (`fixed_tensors`) comes as it was.
     Raises UserError if the folder is not a complete, undamaged checkpoint.
     """
-    if not (folder / "COMPLETE.json").is_file():
-        raise UserError(f"{folder} is not a complete checkpoint: it has no COMPLETE.json")
-    if fault := damage(folder):
-        raise UserError(f"{folder} is damaged: {fault}; choose another checkpoint")
+    require_sound(folder, damage(folder))
     reader = ShardReader(folder)
     weights = {}
     for name, shape in _trained_shapes(folder).items():
@@ -61,7 +59,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def trained_parameters(folder: Path) -> int:
-    """How many numbers of its model a checkpoint's run trains; UserError if its trainer.json is damaged."""
+    """How many numbers of its model a checkpoint's run trains."""
     return sum(map(math.prod, _trained_shapes(folder).values()))
 
 
@@ -103,39 +101,9 @@ class ShardReader:
 
 
 def _trained_shapes(folder: Path) -> dict[str, list[int]]:
-    try:
-        shapes: dict[str, list[int]] = json.loads((folder / "trainer.json").read_text())["shapes"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is damaged: trainer.json names no shapes; choose another checkpoint") from error
+    shapes: dict[str, list[int]] = json.loads((folder / "trainer.json").read_text())["shapes"]
     return shapes
 
 
 def shard_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("shard_rank*.safetensors"))
-
-
-def checksum(tensor: Tensor) -> int:
-    """Sum of a tensor's 32-bit patterns, or of its bytes, modulo 2**64: finds flipped bits at memory speed."""
-    word = torch.int32 if tensor.element_size() % 4 == 0 else torch.uint8
-    return int(tensor.contiguous().view(-1).view(word).sum(dtype=torch.int64).item())
-
-
-def damage(folder: Path) -> str:
-    """What is wrong with a complete checkpoint's files, by presence, size and checksum; empty if nothing."""
-    try:
-        marker = json.loads((folder / "COMPLETE.json").read_text())
-        for name, size in marker["files"].items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        for path in (*shard_files(folder), *folder.glob(FIXED)):
-            with safe_open(path, framework="pt") as shard:
-                sums = json.loads(shard.metadata()["checksums"])
-                for key in shard.keys():  # noqa: SIM118 - not a dict
-                    if checksum(shard.get_tensor(key)) != sums[key]:
-                        return f"{path.name} fails its checksum at {key}"
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""

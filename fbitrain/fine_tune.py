@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from fbitrain.base.errors import UserError
 from fbitrain.calibration.block_walk import weight_NK
 from fbitrain.calibration.calibrate import quantize_, select_masks
-from fbitrain.checkpoint_files import LM_CONFIG, fixed_tensors, load_weights, trainer_state
+from fbitrain.checkpoint_files import fixed_tensors, load_weights, trainer_state
 from fbitrain.checkpoint_folders import find_latest
+from fbitrain.checkpoint_marker import LM_CONFIG, MARKER, damage_of_files, require_sound
 from fbitrain.config import Config, ConfigError, load_config
 from fbitrain.config_checks import semantic_problems
 from fbitrain.loading.language_model import checked_head, load_language_model, read_hf_config, trial_tokens
@@ -92,14 +93,18 @@ def lm_config_of(checkpoint: Path, config: Config) -> PretrainedConfig:
 
 
 def own_checkpoint(pretrained: str) -> Path | None:
-    """The checkpoint that `pretrained` names, itself or as its run's newest; None if it is no run of ours."""
+    """The checkpoint that `pretrained` names, itself or as its run's newest; None if it is no run of ours.
+
+    Raises UserError for a run without checkpoint, and for a checkpoint whose files, but for its tensors, are damaged.
+    """
     folder = Path(pretrained).expanduser()
-    if run_config(folder) is None or (folder / "COMPLETE.json").is_file():
-        return folder if run_config(folder) else None
-    latest = find_latest(folder)
-    if latest is None:
+    if run_config(folder) is None:
+        return None
+    checkpoint = folder if (folder / MARKER).is_file() else find_latest(folder)
+    if checkpoint is None:
         raise UserError(f"{ROLE}={pretrained} is a run without a complete checkpoint; train it first")
-    return latest
+    require_sound(checkpoint, damage_of_files(checkpoint))
+    return checkpoint
 
 
 def _binarized(lm: PreTrainedModel, config: Config, token_ids: Tensor | None) -> tuple[PreTrainedModel, BinarizeReport]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensorboard.plugins.hparams import summary_v2 as hparams
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -143,6 +145,7 @@ class TensorBoardPage:
 
     def __init__(self, config: Config, step: int) -> None:
         folder, self._has_old_tags = event_folder(config.run_dir, step)
+        threading.excepthook = _quiet
         self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
         if not self._has_old_tags:
             self._describe(config)
@@ -171,6 +174,12 @@ class TensorBoardPage:
 
     def close(self) -> None:
         self._events.close()
+
+
+def _quiet(failure: threading.ExceptHookArgs, show: Any = threading.excepthook) -> None:
+    """Leaves out the traceback of an event writer's thread: the next call of the writer raises the same OSError."""
+    if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__ == EventFileWriter.__module__):
+        show(failure)
 
 
 def event_folder(run_dir: Path, step: int) -> tuple[Path, bool]:

@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,18 +19,19 @@ from tqdm import tqdm
 
 from fbitrain import checkpoint
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import write_json
-from fbitrain.build import HeldoutWindows, Parts, build, finished, write_finished
+from fbitrain.build import HeldoutWindows, Parts, build
 from fbitrain.checkpoint_files import TrainerState
 from fbitrain.checkpoint_folders import find_latest
 from fbitrain.config import Config
 from fbitrain.engine import Engine, init_distributed
 from fbitrain.fine_tune import needs_calibration, with_known_sizes
 from fbitrain.inference.evaluate import bits_per_byte, perplexity_of
+from fbitrain.lost_ranks import lost_ranks_named
 from fbitrain.model.phases import binary_share, has_phases
 from fbitrain.optim.schedules import batch_tokens_at, lr_at
 from fbitrain.phases import enter_step, set_share
 from fbitrain.ranks import StopSignal, StreamError, agreed, from_rank_0, on_all_ranks, say
+from fbitrain.run_folder import finished, write_finished, write_stopped
 from fbitrain.tracking import gather_scales, router_scalars
 from fbitrain.utilization import memory_scalars, peak_tflops
 
@@ -41,16 +42,16 @@ def train(config: Config) -> None:
     Raises UserError for what the user can mend; one that is raised on all ranks has `on_all_ranks` set.
     """
     rank, world_size = init_distributed(config)
-    config = agreed(lambda: with_known_sizes(config, world_size))
-    if done := finished(config):
-        say(done)
-        dist.destroy_process_group()
-        return
-    stop = StopSignal()
-    parts, state = build(config, rank, world_size)
-    with closing(parts):
-        run_steps(parts, state, stop)
-        dist.barrier()
+    with ExitStack() as closed_last, lost_ranks_named(config.run_dir):
+        config = agreed(lambda: with_known_sizes(config, world_size))
+        if done := finished(config):
+            say(done)
+        else:
+            stop = StopSignal()
+            parts, state = build(config, rank, world_size)
+            closed_last.callback(parts.close)  # takes rank 0 a while, in which others may leave
+            run_steps(parts, state, stop)
+            dist.barrier()
     dist.destroy_process_group()
 
 
@@ -289,11 +290,8 @@ def save_start(parts: Parts, state: TrainerState) -> None:
 
 def leave_marker(parts: Parts, state: TrainerState, stop: StopSignal) -> None:
     """FINISHED.json or STOPPED.json: launchers do not pass exit codes on faithfully."""
-    if state.step >= parts.config.train.total_steps:
-        if parts.rank == 0:
-            write_finished(parts.config, state)
-    else:
-        if parts.rank == 0:
-            marker = {"step": state.step, "tokens": state.tokens, "reason": f"signal {stop.name}"}
-            write_json(parts.config.run_dir / "STOPPED.json", marker)
+    config, told = parts.config, f"signal {stop.name}"
+    done = state.step >= config.train.total_steps
+    from_rank_0(lambda: write_finished(config, state) if done else write_stopped(config, state, told))
+    if not done:
         say(f"stopped by {stop.name} after step {state.step}; with train.resume=auto it goes on from there")

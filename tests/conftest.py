@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,12 @@ class Launched:
     def signal(self, number: int) -> None:
         """To the launcher and all ranks at once: `deepspeed` alone would leave them behind as orphans."""
         os.killpg(self.process.pid, number)
+
+    def kill_all(self) -> None:
+        """Ends every process of the launch that is left."""
+        with suppress(ProcessLookupError):
+            self.signal(signal.SIGKILL)
+        self.process.wait()
 
     def wait_for_all(self, timeout: float = 120.0) -> None:
         """Until no process of the launch is left; the launcher itself may be gone long before its ranks."""
@@ -172,11 +179,7 @@ class Launcher:
 
     def stop_all(self) -> None:
         for launched in self._running:
-            try:
-                launched.signal(signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-            launched.process.wait()
+            launched.kill_all()
 
 
 def free_port() -> int:

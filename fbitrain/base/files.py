@@ -69,6 +69,17 @@ def require_writable(path: Path, option: str, *, makes_folders: bool = False) ->
     raise UserError(f"{option} {path} cannot be written: {why}; name another file")
 
 
+def give_usual_mode(path: Path) -> None:
+    """Gives a file that safetensors wrote, readable by its owner alone, the mode of any new file: what umask leaves."""
+    probe = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # os.umask would change it for other threads
+    descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        path.chmod(stat.S_IMODE(os.fstat(descriptor).st_mode))
+    finally:
+        os.close(descriptor)
+        probe.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` by a file holding `text` (UTF-8), on disk before it gets its name."""
     with replacing(path) as temporary:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from fbitrain.base.command import positive
 from fbitrain.base.errors import UserError
 from fbitrain.base.files import require_writable, write_text
+from fbitrain.checkpoint_folders import discard_all
 from fbitrain.studies.plots import draw
 from fbitrain.studies.results import outcomes, read_results, write_results
 from fbitrain.studies.runs import Run, begin, end, is_finished, is_teacher, overrides, runs, teacher_of, waits_for
@@ -96,7 +96,7 @@ def train(study: Study, one: Run, jobs: int, discard: bool) -> str:
     if is_teacher(study, one) and (problem := release(one)):
         return problem
     if discard:
-        shutil.rmtree(one.folder / "checkpoints")
+        discard_all(one.folder)
     return ""
 
 

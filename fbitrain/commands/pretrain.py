@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from fbitrain.base.errors import UserError
+from fbitrain.base.optional_writes import never_fail_to_print
 from fbitrain.config import Config, ConfigError, load_config
 
 
@@ -25,6 +26,7 @@ def refusal(config: Config) -> str:
 def start(arguments: argparse.Namespace, refusal: Callable[[Config], str]) -> int:
     """Reads the configuration and trains, on this rank; ConfigError with what `refusal` says of it, if anything."""
     rank = int(os.environ.get("RANK", "0"))
+    never_fail_to_print()
     try:
         # Before torch is imported: a mistyped key is reported in well under a second.
         config = load_config(arguments.config, arguments.overrides, world_size=int(os.environ.get("WORLD_SIZE", "1")))
@@ -34,8 +36,9 @@ def start(arguments: argparse.Namespace, refusal: Callable[[Config], str]) -> in
 
         train(config)
     except UserError as error:
-        if rank != 0 and (error.on_all_ranks or isinstance(error, ConfigError)) and not arguments.debug:
-            time.sleep(2.0)  # rank 0 says it; the launcher ends all ranks with the first that leaves
+        silent = rank != 0 and (error.on_all_ranks or isinstance(error, ConfigError))
+        if (silent or error.said_elsewhere) and not arguments.debug:
+            time.sleep(2.0)  # another rank says it; the launcher ends all ranks with the first that leaves
             return 1
         raise
     return 0

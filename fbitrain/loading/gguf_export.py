@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import replacing_folder, sha256_of, write_json
+from fbitrain.base.files import give_usual_mode, replacing_folder, sha256_of, write_json
 from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.loading.language_model import first_line, load_gguf, locate
 from fbitrain.loading.tokenizer_folder import write_tokenizer
@@ -67,8 +67,8 @@ def _write_export(gguf_path: Path, sha256: str, folder: Path) -> None:
         write_tokenizer(load_tokenizer(gguf_path), folder)
         progress.update()
         model.save_pretrained(folder)
-        for file in folder.iterdir():
-            file.chmod(0o644)  # safetensors writes files that only their owner can read
+        for file in folder.glob("*.safetensors"):
+            give_usual_mode(file)
         write_json(folder / EXPORT_MARKER, {"source": gguf_path.name, "sha256": sha256, "sizes": _sizes(folder)})
         progress.update()
 

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from fbitrain.base.errors import UserError
-from fbitrain.build import check_vocabularies, open_targets
+from fbitrain.build import check_vocabularies
 from fbitrain.checkpoint_files import trained_parameters
 from fbitrain.config import Config
 from fbitrain.config_optim import describe_optimizer
@@ -20,6 +20,7 @@ from fbitrain.optim.schedules import batch_spans
 from fbitrain.planning.estimate import RankMemory, TeacherSize, rank_memory, read_teacher_size, tokens_in_total
 from fbitrain.planning.preflight_data import look_at_data
 from fbitrain.process import resolve_precision
+from fbitrain.step_targets import open_targets
 
 GB = 1e9
 CHECKPOINT_BYTES = 12  # per parameter: an fp32 weight and its two Adam moments; 4 less where Muon keeps one number

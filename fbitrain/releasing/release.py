@@ -27,9 +27,10 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PretrainedConfig
 
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import fsync_folder, fsync_tree, require_writable
+from fbitrain.base.files import fsync_folder, fsync_tree, give_usual_mode, require_writable
 from fbitrain.checkpoint_files import load_weights, trainer_state
 from fbitrain.checkpoint_folders import find_latest
+from fbitrain.checkpoint_marker import MARKER, damage_of_files, require_sound
 from fbitrain.config import Config, load_config
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.fine_tune import lm_config_of
@@ -53,13 +54,15 @@ def release(run: Path, out: Path, formats: Sequence[str] = DEFAULT_FORMATS, dtyp
     formats: which of FORMATS. dtype: what the scales of binary layers, and all other weights, are rounded to.
     An older release at `out` is replaced, all its formats, once the new one is whole.
     Raises UserError for an unknown format or dtype, a format that the model does not have, a folder without checkpoint,
-    weights that do not fit `dtype`, a disk that is full, and an `out` that is something else than a release.
+    a damaged checkpoint, weights that do not fit `dtype`, a disk that is full, and an `out` that is something else than
+    a release.
     """
     for given, known, what in ((formats, FORMATS, "format"), ([dtype], DTYPES, "dtype")):
         if unknown := [name for name in given if name not in known] or not given:
             raise UserError(f"release {what} {unknown} is unknown; choose from {', '.join(known)}")
     require_replaceable(out)
     checkpoint = find_checkpoint(run)
+    require_sound(checkpoint, damage_of_files(checkpoint))
     trainer = json.loads((checkpoint / "trainer.json").read_text())
     config = load_config(checkpoint / "config.yaml", world_size=trainer["world_size"])
     lm_config = lm_config_of(checkpoint, config)
@@ -123,7 +126,7 @@ def _require_plain(run: Path, formats: Sequence[str], binarize: BinarizeConfig, 
 
 def find_checkpoint(run: Path) -> Path:
     """`run` itself if it is a complete checkpoint, otherwise the newest one of the run in `run`."""
-    if (run / "COMPLETE.json").is_file():
+    if (run / MARKER).is_file():
         return run
     latest = find_latest(run)
     if latest is None:
@@ -183,7 +186,7 @@ def _write_model(
     generation.save_pretrained(folder)
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})  # in shards of 5 GB
     for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)  # safetensors writes files that only their owner can read
+        give_usual_mode(file)
 
 
 def _refuse_non_finite(tensors: Mapping[str, Tensor], dtype: str) -> None:

@@ -17,7 +17,7 @@ from fbitrain import build
 from fbitrain.base.errors import UserError
 from fbitrain.calibration.text import calibration_ids, needs_text
 from fbitrain.checkpoint import _write_tensors
-from fbitrain.checkpoint_files import FIXED, LM_CONFIG
+from fbitrain.checkpoint_marker import FIXED, LM_CONFIG
 from fbitrain.config import (
     CalibrationConfig,
     Config,
@@ -40,6 +40,7 @@ from fbitrain.model.config import BinarizeConfig, ModelConfig, SalientConfig
 from fbitrain.model.mixture import MixtureOfScalesLinear
 from fbitrain.planning.preflight_data import look_at_data
 from fbitrain.releasing.release import release
+from tests.checkpoints import complete
 from tests.core.test_student import V, batch, gpt2, llama, neox, opt
 from tests.core.tiny_teacher import tiny_llama, write_gguf
 
@@ -98,8 +99,7 @@ def write_checkpoint(run: Path, lm: PreTrainedModel, config: Config) -> Path:
     (folder / LM_CONFIG).write_text(lm.config.to_json_string(use_diff=False))
     for place in (folder, run):
         (place / "config.yaml").write_text(to_yaml(config))
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    (folder / "COMPLETE.json").write_text(json.dumps({"files": sizes}))
+    complete(folder)
     return folder
 
 

@@ -29,6 +29,7 @@ from fbitrain.model.hf import ReleasedModel
 from fbitrain.releasing import release as release_module
 from fbitrain.releasing.model_card import Storage, Training, heldout_metrics, model_card
 from fbitrain.releasing.release import release, replacing_release
+from tests.checkpoints import complete
 
 LLAMA_TOKENIZER = Path(__file__).parents[2].parent / "shared" / "data" / "tokenizer" / "llama.model"
 
@@ -60,7 +61,7 @@ def make_run(run: Path, config: Config, weights: dict[str, torch.Tensor], monkey
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.yaml").write_text(to_yaml(config))
     (checkpoint / "trainer.json").write_text(json.dumps({"step": 4, "tokens": 768, "world_size": 2}))
-    (checkpoint / "COMPLETE.json").write_text("{}")
+    complete(checkpoint)
     lines = [{"step": 0, "heldout/perplexity": 999.0}, {"step": 3, "train/loss": 5.0}]
     lines += [{"step": s, "heldout/perplexity": 100.0 - s, "heldout/bits_per_byte": 2.0} for s in (3, 6)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "hel')

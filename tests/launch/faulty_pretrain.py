@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 from fbitrain import build, checkpoint, fine_tune, train
+from fbitrain.base.optional_writes import JsonLines
 from fbitrain.commands.verbs import leave
+from fbitrain.tensorboard_page import TensorBoardPage
 
 RANK = int(os.environ["RANK"])
 
@@ -18,15 +22,51 @@ def die(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_at_step_4() -> None:
+def before_step_4(act: Callable[[], object]) -> None:
     step = train.train_step
 
-    def dying(parts: Any, state: Any, stop: Any) -> Any:
-        if state.step == 3 and RANK == 1:
-            die()
+    def acting(parts: Any, state: Any, stop: Any) -> Any:
+        if state.step == 3:
+            act()
         return step(parts, state, stop)
 
-    train.train_step = dying  # type: ignore[assignment]
+    train.train_step = acting  # type: ignore[assignment]
+
+
+def kill_at_step_4() -> None:
+    before_step_4(lambda: die() if RANK == 1 else None)
+
+
+def kill_rank_0_at_step_4() -> None:
+    before_step_4(lambda: die() if RANK == 0 else None)
+
+
+def hang_while_rank_1_dies() -> None:
+    """As inside NCCL, where a rank that waits for a lost one hears of nothing."""
+    before_step_4(lambda: die() if RANK == 1 else time.sleep(600))
+
+
+def full_disk_in_steps_2_to_4() -> None:
+    """For metrics, batch logs and TensorBoard's events; not for checkpoints."""
+    write, scalars, step = JsonLines._write, TensorBoardPage.scalars, train.train_step
+    full = False
+
+    def stepping(parts: Any, state: Any, stop: Any) -> Any:
+        nonlocal full
+        full = 1 <= state.step <= 3
+        return step(parts, state, stop)
+
+    def refuse(work: Callable[..., None]) -> Callable[..., None]:
+        def refused(*arguments: Any) -> None:
+            if full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            work(*arguments)
+
+        return refused
+
+    JsonLines._write = refuse(write)  # type: ignore[method-assign]
+    TensorBoardPage.scalars = refuse(scalars)  # type: ignore[method-assign]
+    train.train_step = stepping  # type: ignore[assignment]
 
 
 def kill_in_second_save() -> None:

@@ -6,6 +6,8 @@ What is promised: `total_steps=6` in one go, and 3 steps, a kill, and the rest, 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -42,6 +44,11 @@ def test_learns_and_leaves_what_a_run_promises(reference: Any) -> None:
     assert last["tokens"] == 6 * 192
     assert 0 < last["signs/flipped"] < 1
     assert [line["step"] for line in reference.metrics if "heldout/perplexity" in line] == [0, 3, 6]
+    saved = run / "checkpoints" / "step_00000006"
+    assert {path.stat().st_mode for path in saved.iterdir()} == {(run / "config.yaml").stat().st_mode}
+    assert json.loads((saved / "COMPLETE.json").read_text())["files"].keys() == {
+        path.name for path in saved.iterdir() if path.name != "COMPLETE.json"
+    }
 
 
 def board_of(run: Any) -> Any:
@@ -93,6 +100,8 @@ def test_three_steps_kill_and_the_rest_are_the_same_run(launch: Any, reference: 
     killed = launch.start("killed", env={"FAULT": "kill_at_step_4"}, script=FAULTS, deepspeed=True)
     assert killed.wait() != 0
     assert max(killed.losses) == 3
+    assert len(re.findall(r"rank 1 \(process \d+ on .*\) ended in the middle of the run", killed.output)) == 1
+    assert "Traceback" not in killed.output
     again = launch("killed")
     assert "resumed from" in again.output
     assert again.losses == reference.losses
@@ -100,6 +109,33 @@ def test_three_steps_kill_and_the_rest_are_the_same_run(launch: Any, reference: 
     for rank in (0, 1):
         wanted = [batch for batch in reference.batches(rank) if batch["step"] > 3]
         assert [batch for batch in again.batches(rank) if batch["step"] > 3][-len(wanted) :] == wanted
+
+
+@pytest.mark.parametrize(("fault", "lost"), [("kill_rank_0_at_step_4", 0), ("hang_while_rank_1_dies", 1)])
+def test_the_rank_that_was_lost_is_named(launch: Any, fault: str, lost: int) -> None:
+    """By the ranks that lose the connection to it, and by one that only waits."""
+    options = ("train.global_batch_tokens=216", "checkpoint.every=100")
+    run = launch.start(fault, *options, script=FAULTS, env={"FAULT": fault}, deepspeed=True, ranks=3)
+    named = re.compile(rf"rank {lost} \(process \d+ on .*\) ended in the middle of the run")
+    run.wait_for(lambda: bool(named.search(run.output)))
+    if fault == "kill_rank_0_at_step_4":
+        assert run.wait() != 0
+    run.kill_all()
+    assert len(named.findall(run.output)) == 1
+    assert run.output.count("ended in the middle") == 1
+    assert "Traceback" not in run.output
+
+
+def test_a_full_disk_for_metrics_and_logs_stops_nothing(launch: Any, reference: Any) -> None:
+    run = launch("full-logs", script=FAULTS, env={"FAULT": "full_disk_in_steps_2_to_4"})
+    assert run.losses == reference.losses
+    for rank in (0, 1):
+        assert run.batches(rank) == reference.batches(rank)[: len(run.batches(rank))]
+        assert run.batches(rank)[-1]["step"] == 6
+    for what in ("metrics.jsonl", "batches_rank00001.jsonl"):
+        assert run.output.count(f"{what} cannot be written: No space left on device; the run goes on") == 1
+        assert run.output.count(f"{what} can be written again") == 1
+    assert [event.step for event in board_of(run).Scalars("1 overview/1 loss")] == [1, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -170,6 +206,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(launch: Any, r
     assert again.losses == reference.losses
 
 
+def test_a_file_that_cannot_be_parsed_and_what_is_not_ours(launch: Any, reference: Any) -> None:
+    checkpoints = copy_run(reference.run_dir, launch.runs / "beside") / "checkpoints"
+    (checkpoints / "step_00000006" / "data_rank00001.json").write_text('{"lanes": [')
+    (checkpoints / "step_00000014_mine").mkdir()
+    (checkpoints / "step_00000014_mine" / "notes.txt").write_text("a week of notes")
+    (checkpoints / "step_notes.txt").write_text("more of them")
+    (checkpoints / "step_00000099").symlink_to("/nowhere")
+    again = launch("beside")
+    assert "step_00000006 is damaged (data_rank00001.json has " in again.output
+    assert again.output.count("is left alone: ") == 3
+    assert again.losses == reference.losses
+    assert (checkpoints / "step_00000014_mine" / "notes.txt").read_text() == "a week of notes"
+    assert (checkpoints / "step_notes.txt").is_file()
+    assert (checkpoints / "step_00000099").is_symlink()
+
+
 def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(launch: Any) -> None:
     run = launch("nan", "checkpoint.every=1", script=FAULTS, env={"FAULT": "nan_on_rank_1_at_step_3"}, expect=1)
     assert run.output.count("the loss of step 3 is not finite") == 1
@@ -207,6 +259,13 @@ def test_a_run_that_goes_back_sets_its_later_checkpoints_aside(launch: Any, refe
     names = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
     assert names == ["step_00000003", "step_00000004", "step_00000006", "step_00000006.abandoned"]
     assert run.losses == reference.losses
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000006")  # as if it had been stopped before that
+    again = launch("back", f"train.resume={run_dir}/checkpoints/step_00000003", "checkpoint.every=2")
+    assert f"resumed from {run_dir}/checkpoints/step_00000004" in again.output
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == names
+    assert again.losses == reference.losses
+    done = launch("back", f"train.resume={run_dir}/checkpoints/step_00000003")
+    assert "nothing to do: " in done.output
 
 
 def test_a_refused_launch_leaves_the_run_as_it_was(launch: Any, reference: Any) -> None:
