@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from fbitrain.base.errors import UserError
-from fbitrain.data.reading.heldout_text import HeldoutText, load_heldout
+from fbitrain.data.reading.heldout_text import HeldoutText, load_heldout, tokenized
 from fbitrain.model.compiled import PackedLlama
 
 if TYPE_CHECKING:
@@ -39,14 +39,15 @@ Head = Callable[[Tensor], Tensor]  # hidden [M,D] -> logits [M,V]
 class PerplexityResult:
     """What the windows of one text cost a model. nll is in nats; n_tokens counts the tokens that were predicted.
 
-    bits_per_byte does not depend on the tokenizer, so it compares models whose vocabularies differ. Its bytes are those
-    of the text in UTF-8, counted for the predicted tokens only, as their share of all the text's tokens.
+    bits_per_byte does not depend on the tokenizer, so it compares models whose vocabularies differ. Its bytes are
+    n_bytes, those of the predicted tokens in the text's UTF-8.
     """
 
     ppl: float
     nll_per_token: float
     bits_per_byte: float
     n_tokens: int
+    n_bytes: int
     n_windows: int
 
 
@@ -73,11 +74,13 @@ def perplexity(
             "the tokenizer is not the model's"
         )
     nll, n_tokens = nll_of_windows(hidden_and_head(model), windows.to(model.device), batch_size)
+    n_bytes = predicted_bytes(text, seq_len, max_tokens)
     return PerplexityResult(
         ppl=perplexity_of(nll / n_tokens),
         nll_per_token=nll / n_tokens,
-        bits_per_byte=bits_per_byte(nll, n_tokens, text.n_bytes / len(text.token_ids)),
+        bits_per_byte=bits_per_byte(nll, n_bytes),
         n_tokens=n_tokens,
+        n_bytes=n_bytes,
         n_windows=len(windows),
     )
 
@@ -87,14 +90,21 @@ def heldout_windows(token_ids: Tensor, seq_len: int, max_tokens: int | None = No
 
     Raises UserError if not even one window can be filled.
     """
+    if seq_len < 2:
+        raise UserError(f"a window of seq_len={seq_len} leaves no token to predict; choose 2 or more")
     ids = torch.as_tensor(token_ids, dtype=torch.int64)[:max_tokens]
     n_windows = len(ids) // seq_len
-    if seq_len < 2 or not n_windows:
+    if not n_windows:
+        mend = "raise max_tokens" if max_tokens is not None and len(token_ids) >= seq_len else "give more text"
         raise UserError(
-            f"{len(ids)} tokens of held-out text do not fill one window of seq_len={seq_len} (at least 2); "
-            "give more text or a smaller seq_len"
+            f"{len(ids)} tokens of text do not fill a window of seq_len={seq_len}; {mend}, or choose a smaller seq_len"
         )
     return ids[: n_windows * seq_len].view(n_windows, seq_len)
+
+
+def predicted_bytes(text: HeldoutText, seq_len: int, max_tokens: int | None = None) -> int:
+    """UTF-8 bytes of the tokens of `heldout_windows` that are predicted, each window's after its first."""
+    return int(heldout_windows(text.token_bytes, seq_len, max_tokens)[:, 1:].sum())
 
 
 @torch.inference_mode()
@@ -135,9 +145,9 @@ def perplexity_of(nll_per_token: float) -> float:
     return math.exp(nll_per_token) if nll_per_token < 700 else math.inf
 
 
-def bits_per_byte(nll_sum: float, n_tokens: int, bytes_per_token: float) -> float:
-    """nll_sum nats over n_tokens predicted tokens, in bits per byte of text."""
-    return nll_sum / math.log(2) / (n_tokens * bytes_per_token)
+def bits_per_byte(nll_sum: float, n_bytes: int) -> float:
+    """nll_sum nats over predicted tokens of n_bytes, in bits per byte of text."""
+    return nll_sum / math.log(2) / n_bytes if n_bytes else math.inf
 
 
 def load_text(path: Path, tokenizer: Tokenizer) -> HeldoutText:
@@ -148,14 +158,12 @@ def load_text(path: Path, tokenizer: Tokenizer) -> HeldoutText:
     its newline), which is what published WikiText perplexities were measured on.
     """
     if path.suffix not in WIKITEXT_SUFFIXES:
-        return load_heldout([str(path)], tokenizer)
+        return load_heldout([str(path)], tokenizer, "text")
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    text = "\n\n".join(line if line.strip() else "" for line in lines)
-    token_ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
-    return HeldoutText(token_ids=token_ids, n_bytes=len(text.encode()), n_documents=len(lines))
+    return tokenized([line if line.strip() else "" for line in lines], tokenizer, f"text: {path}")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from fbitrain.base.command import run
 from fbitrain.base.errors import UserError
+from fbitrain.build import load_windows
 from fbitrain.commands import eval as command
+from fbitrain.config import load_config
 from fbitrain.data.reading.heldout_text import HeldoutText
 from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.inference import evaluate
@@ -42,6 +44,10 @@ def random_ids(n: int, vocab_size: int) -> torch.Tensor:
     return torch.randint(0, vocab_size, (n,), generator=torch.Generator().manual_seed(5))
 
 
+def held(token_ids: torch.Tensor, bytes_per_token: int = 1) -> HeldoutText:
+    return HeldoutText(token_ids, torch.full_like(token_ids, bytes_per_token), n_documents=1)
+
+
 @torch.inference_mode()
 def nll_by_hand(model: PreTrainedModel, windows: torch.Tensor) -> float:
     logits = model(input_ids=windows).logits[:, :-1].double()
@@ -53,8 +59,13 @@ def test_windows_do_not_overlap_and_drop_the_tail() -> None:
     assert heldout_windows(ids, 7).tolist() == [list(range(s, s + 7)) for s in range(0, 98, 7)]
     assert heldout_windows(ids, 7, max_tokens=20).tolist() == [list(range(7)), list(range(7, 14))]
     assert heldout_windows(ids, 100).shape == (1, 100)
-    for seq_len, max_tokens in ((101, None), (50, 49), (1, None)):
-        with pytest.raises(UserError, match=f"seq_len={seq_len}"):
+    for seq_len, max_tokens, mend in (
+        (101, None, "give more text"),
+        (101, 100, "give more text"),
+        (50, 49, "raise max_tokens"),
+        (1, None, "leaves no token to predict; choose 2 or more$"),
+    ):
+        with pytest.raises(UserError, match=f"seq_len={seq_len}.*{mend}"):
             heldout_windows(ids, seq_len, max_tokens)
 
 
@@ -86,35 +97,57 @@ def test_no_more_than_a_chunk_of_logits_exists(model: PreTrainedModel) -> None:
 
 
 def test_perplexity_is_that_of_the_mean(model: PreTrainedModel) -> None:
-    text = HeldoutText(random_ids(103, model.config.vocab_size), n_bytes=412, n_documents=1)
+    text = held(random_ids(103, model.config.vocab_size), 4)
     found = perplexity(model, text, 10, batch_size=4)
     windows = heldout_windows(text.token_ids, 10)
     mean = nll_by_hand(model, windows) / 90
-    assert (found.n_tokens, found.n_windows) == (90, 10)
+    assert (found.n_tokens, found.n_bytes, found.n_windows) == (90, 360, 10)
     assert found.nll_per_token == pytest.approx(mean, rel=1e-6)
     assert found.ppl == pytest.approx(math.exp(mean), rel=1e-6)
     assert found.bits_per_byte == pytest.approx(mean / math.log(2) / 4, rel=1e-6)  # four bytes a token
 
 
+def test_the_bytes_are_those_of_the_predicted_tokens(model: PreTrainedModel) -> None:
+    """The text's first part has more bytes per token than the rest, and every window's first token more still."""
+    text = held(random_ids(103, model.config.vocab_size))
+    text.token_bytes[:50] = 3
+    text.token_bytes[::10] = 100
+    found = perplexity(model, text, 10, max_tokens=35)
+    assert (found.n_tokens, found.n_bytes) == (27, 81)
+    assert found.bits_per_byte == pytest.approx(found.nll_per_token / math.log(2) / 3, rel=1e-6)
+
+
+def test_a_run_counts_the_same_bytes(tmp_path: Path, workspace: Any) -> None:
+    """Short words, of which one token each, before what the vocabulary has no words for."""
+    (tmp_path / "held.txt").write_text("the model learns " * 40 + "漢字" * 300)
+    config = load_config(workspace.config, [f"data.heldout=[{tmp_path}/held.txt]", "eval.max_tokens=48"])
+    tokenizer = load_tokenizer(workspace.teacher)
+    heldout = load_windows(config, tokenizer)
+    assert heldout is not None
+    assert heldout.windows.shape == (2, 24)
+    assert heldout.n_bytes == sum(len(tokenizer.decode(window[1:].tolist())) for window in heldout.windows)
+
+
 def test_a_uniform_model_costs_log2_of_the_vocabulary_per_token() -> None:
     uniform = lambda ids: (torch.zeros(*ids.shape, 3), lambda hidden: torch.zeros(len(hidden), 256))  # noqa: E731
     nll, n_tokens = nll_of_windows(uniform, torch.zeros(5, 9, dtype=torch.int64), 2)
-    assert bits_per_byte(nll, n_tokens, bytes_per_token=2.0) == pytest.approx(4.0)
+    assert bits_per_byte(nll, 2 * n_tokens) == pytest.approx(4.0)
+    assert bits_per_byte(nll, 0) == math.inf
 
 
 def test_other_architectures_are_measured_by_their_own_logits() -> None:
     torch.manual_seed(0)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2)).eval()
-    text = HeldoutText(random_ids(64, 50), n_bytes=64, n_documents=1)
+    text = held(random_ids(64, 50))
     found = perplexity(gpt2, text, 8)
     assert found.nll_per_token == pytest.approx(nll_by_hand(gpt2, heldout_windows(text.token_ids, 8)) / 56, rel=1e-6)
 
 
 def test_texts_the_model_cannot_read_are_refused(model: PreTrainedModel) -> None:
-    known = HeldoutText(torch.zeros(5000, dtype=torch.int64), 5000, 1)
+    known = held(torch.zeros(5000, dtype=torch.int64))
     with pytest.raises(UserError, match=r"seq_len=4096 .* 2048 positions"):
         perplexity(model, known, 4096)
-    unknown = HeldoutText(torch.full((50,), model.config.vocab_size), 50, 1)
+    unknown = held(torch.full((50,), model.config.vocab_size))
     with pytest.raises(UserError, match="tokenizer is not the model's"):
         perplexity(model, unknown, 10)
 
@@ -128,7 +161,7 @@ def test_wikitext_is_read_as_the_datasets_library_yields_it(tmp_path: Path, work
         path.write_text(content)
         text = load_text(path, tokenizer)
         assert text.token_ids.tolist() == tokenizer.encode(expected)
-        assert (text.n_bytes, text.n_documents) == (len(expected.encode()), n_documents)
+        assert (text.token_bytes.sum(), text.n_documents) == (len(expected.encode()), n_documents)
 
 
 def test_shards_are_joined_by_a_blank_line(workspace: Any) -> None:
@@ -247,7 +280,9 @@ def test_the_command_measures_several_texts(tmp_path: Path, workspace: Any, caps
         (["{model}"], "nothing to measure"),
         (["{model}", "--ppl", "file.txt"], "NAME=FILE"),
         (["{model}", "--ppl", "a=x.txt", "a=y.txt"], "twice"),
-        (["{model}", "--ppl", "a={tmp}/none.txt"], "none.txt"),
+        (["{model}", "--ppl", "a={tmp}/none.txt"], "text: '{tmp}/none.txt' matches no"),
+        (["{model}", "--ppl", "a={tmp}/empty.txt"], "text: {tmp}/empty.txt holds no text; name files that do"),
+        (["{model}", "--ppl", "a={tmp}/empty.raw"], "text: {tmp}/empty.raw holds no text; name files that do"),
         (["{model}", "--ppl", "a={model}/../heldout.jsonl", "--dtype", "int4"], "float32"),
         (["{tmp}", "--ppl", "a=b.txt"], "holds no model"),
         (["{tmp}/none", "--ppl", "a=b.txt"], "does not exist"),
@@ -256,8 +291,11 @@ def test_the_command_measures_several_texts(tmp_path: Path, workspace: Any, caps
 def test_mistakes_are_one_sentence(
     tmp_path: Path, workspace: Any, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
+    for name in ("empty.txt", "empty.raw"):
+        (tmp_path / name).touch()
     filled = [argument.format(model=workspace.teacher, tmp=tmp_path) for argument in arguments]
     assert run(command.main, command.parser(), filled) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("fbitrain eval: ")
-    assert words in error
+    assert words.format(tmp=tmp_path) in error
+    assert "data.heldout" not in error

@@ -200,7 +200,7 @@ def test_a_packed_folder_generates_the_same_tokens_either_way(packed: Path) -> N
 
 @needs_kernels
 def test_perplexity_is_the_same_either_way(packed: Path) -> None:
-    text = HeldoutText(token_ids=torch.randint(3, 200, (200,)), n_bytes=500, n_documents=1)
+    text = HeldoutText(torch.randint(3, 200, (200,)), torch.ones(200, dtype=torch.int64), n_documents=1)
     with open_model(packed) as compiled, open_model(packed, transformers_only=True) as transformers:
         expected = perplexity(transformers.lm, text, 48)
         assert perplexity(compiled.lm, text, 48, batch_size=3).ppl == pytest.approx(expected.ppl, rel=1e-5)
