@@ -1,4 +1,4 @@
-"""How good a model is: perplexity and bits per byte of a text, and lm-eval tasks.
+"""How good a model is on a text: perplexity and bits per byte.
 
 The perplexity protocol is GPTQ's and FBI-LLM's (arXiv 2210.17323, 2407.07093): documents joined by a blank line, one
 tokenization, windows of seq_len that do not overlap, the tail dropped, and the mean negative log-likelihood of each
@@ -10,11 +10,10 @@ B windows, T seq_len, M tokens, D width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -164,93 +163,3 @@ def load_text(path: Path, tokenizer: Tokenizer) -> HeldoutText:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
     return tokenized([line if line.strip() else "" for line in lines], tokenizer, f"text: {path}")
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """One lm-eval task. Figures are shares of 1; what a task does not report is None.
-
-    majority is the accuracy of always giving the most frequent answer: what acc must exceed to mean anything.
-    """
-
-    acc: float | None
-    acc_stderr: float | None
-    acc_norm: float | None
-    acc_norm_stderr: float | None
-    majority: float | None
-    n_documents: int
-
-
-def run_tasks(
-    model: PreTrainedModel,
-    folder: Path,
-    tasks: Sequence[str],
-    *,
-    include_path: Path | None = None,
-    batch_size: int = 1,
-    limit: int | None = None,
-) -> dict[str, TaskResult]:
-    """Runs lm-eval `tasks` (zero-shot unless a task says otherwise), with the tokenizer in the model's `folder`.
-
-    include_path: a folder with YAML tasks of one's own. limit: documents per task, for a quick look.
-    Raises UserError without lm-eval, for unknown tasks, and for data sets that cannot be loaded.
-    """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UserError("lm-eval is not installed, and --tasks needs it; pip install 'fbitrain[eval]'") from None
-    from transformers import AutoTokenizer
-
-    paths = str(include_path) if include_path else None
-    # Without lm-eval's own 14,000 tasks, which take most of a minute to index, where they are not needed.
-    manager = TaskManager(include_path=paths, include_defaults=False)
-    if not set(tasks) <= set(manager.all_subtasks):
-        manager = TaskManager(include_path=paths)
-    if unknown := sorted(set(tasks) - set(manager.all_tasks)):
-        raise UserError(
-            f"lm-eval has no task {', '.join(unknown)}; `lm-eval ls tasks` lists them, --include-path adds some"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"the tokenizer in {folder} is none that transformers reads by itself, which lm-eval needs; "
-            "give the model's folder a tokenizer.json without code of its own"
-        ) from error
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    try:
-        results = simple_evaluate(lm, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=True)
-    except OSError as error:  # which a missing file and a hub out of reach both are
-        raise UserError(
-            f"the data of a task among {', '.join(tasks)} cannot be loaded ({error}); "
-            "without network, describe local files in YAML tasks and pass --include-path"
-        ) from error
-    return task_results(results["results"], results["samples"])
-
-
-def task_results(
-    results: Mapping[str, Mapping[str, Any]], samples: Mapping[str, Iterable[Mapping[str, Any]]]
-) -> dict[str, TaskResult]:
-    """Picks TaskResults out of what lm-eval returns; groups have no samples and are left out."""
-    picked = {}
-    for task, logged in samples.items():
-        figures = results[task]
-        # A task with several filters logs each document once per filter.
-        targets = list({sample["doc_id"]: str(sample["target"]) for sample in logged}.values())
-        is_choice = "acc,none" in figures
-        picked[task] = TaskResult(
-            acc=_number(figures.get("acc,none")),
-            acc_stderr=_number(figures.get("acc_stderr,none")),
-            acc_norm=_number(figures.get("acc_norm,none")),
-            acc_norm_stderr=_number(figures.get("acc_norm_stderr,none")),
-            majority=max(Counter(targets).values()) / len(targets) if is_choice and targets else None,
-            n_documents=len(targets),
-        )
-    return picked
-
-
-def _number(figure: Any) -> float | None:
-    """lm-eval writes "N/A" where there is no standard error."""
-    return float(figure) if isinstance(figure, int | float) else None

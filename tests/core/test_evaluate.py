@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
-import importlib.util
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +26,6 @@ from fbitrain.inference.evaluate import (
     load_text,
     nll_of_windows,
     perplexity,
-    run_tasks,
-    task_results,
 )
 from fbitrain.loading.model_folder import load_lm, open_model
 
@@ -174,88 +169,6 @@ def test_shards_are_joined_by_a_blank_line(workspace: Any) -> None:
 def test_a_missing_text_is_one_sentence(tmp_path: Path, workspace: Any) -> None:
     with pytest.raises(UserError, match=r"none\.raw cannot be read"):
         load_text(tmp_path / "none.raw", load_tokenizer(workspace.teacher))
-
-
-def test_task_figures_come_with_the_majority_baseline() -> None:
-    results = {
-        "choice": {"acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.25, "acc_norm_stderr,none": "N/A"},
-        "free": {"exact_match,none": 0.0},
-        "group": {"acc,none": 0.5},
-    }
-    # The second filter logs document 0 again.
-    choice = [{"doc_id": i, "target": target} for i, target in enumerate(["1", "0", "1", "1"])]
-    samples = {"choice": [*choice, {"doc_id": 0, "target": "1"}], "free": [{"doc_id": 0, "target": "a"}]}
-    found = task_results(results, samples)
-    assert found.keys() == {"choice", "free"}
-    assert found["choice"] == evaluate.TaskResult(0.5, 0.1, 0.25, None, majority=0.75, n_documents=4)
-    assert found["free"] == evaluate.TaskResult(None, None, None, None, majority=None, n_documents=1)
-
-
-def test_without_lm_eval_one_is_told_how_to_get_it(
-    model: PreTrainedModel, workspace: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real_import = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.split(".")[0] == "lm_eval":
-            raise ImportError(name)
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=r"pip install 'fbitrain\[eval\]'"):
-        run_tasks(model, workspace.teacher, ["piqa"])
-
-
-def only_own_tasks(manager: Any, include_path: str | None, include_defaults: bool = True) -> Any:
-    return manager(include_path=include_path, include_defaults=False)
-
-
-def write_task(folder: Path, data: Path) -> None:
-    folder.mkdir()
-    (folder / "local.yaml").write_text(
-        f"""
-task: local_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{goal}}}}"
-doc_to_choice: "{{{{[sol1, sol2]}}}}"
-doc_to_target: label
-metric_list:
-  - {{metric: acc}}
-  - {{metric: acc_norm}}
-"""
-    )
-
-
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
-def test_lm_eval_runs_a_local_task(
-    tmp_path: Path, workspace: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from lm_eval import tasks
-
-    # Indexing lm-eval's own tasks takes most of a minute, and none of them is wanted here.
-    monkeypatch.setattr(tasks, "TaskManager", partial(only_own_tasks, tasks.TaskManager))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    data = tmp_path / "choice.jsonl"
-    rows = [{"goal": f"the model {i}", "sol1": "learns", "sol2": "one bit", "label": int(i < 4)} for i in range(6)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_task(tmp_path / "tasks", data)
-    out = tmp_path / "results.json"
-    common = [str(workspace.teacher), "--include-path", str(tmp_path / "tasks")]
-    arguments = [*common, "--tasks", "local_choice", "--batch-size", "2", "--limit", "5", "--out", str(out)]
-    assert run(command.main, command.parser(), arguments) == 0
-    found = json.loads(out.read_text())["tasks"]["local_choice"]
-    assert found["n_documents"] == 5
-    assert found["majority"] == pytest.approx(0.8)
-    assert found["acc"] * 5 == pytest.approx(round(found["acc"] * 5))
-    assert "local_choice" in capsys.readouterr().out
-    assert run(command.main, command.parser(), [*common, "--tasks", "local_chioce"]) == 1
-    assert "lm-eval has no task local_chioce" in capsys.readouterr().err
-    data.unlink()
-    assert run(command.main, command.parser(), [*common, "--tasks", "local_choice"]) == 1
-    assert "cannot be loaded" in capsys.readouterr().err
 
 
 def test_the_command_measures_several_texts(tmp_path: Path, workspace: Any, capsys: pytest.CaptureFixture[str]) -> None:
