@@ -143,7 +143,7 @@ def _calibration_problems(config: Config) -> Iterator[str]:
     if salient and not config.model.pretrained:
         yield (
             f"binarize.method={config.binarize.method} keeps the salient weights of a trained model; "
-            "name one in model.pretrained and start it with launch/finetune.py"
+            "name one in model.pretrained and start it with fbitrain finetune"
         )
 
 

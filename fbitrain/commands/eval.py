@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fbitrain.base.command import positive
+from fbitrain.base.command import at_home, positive
 from fbitrain.base.errors import UserError
 from fbitrain.commands.arguments import add_activations
 
@@ -33,7 +33,8 @@ def main(arguments: argparse.Namespace) -> None:
     how = {"activations": arguments.activations, "transformers_only": bool(tasks)}
     with open_model(arguments.model, arguments.dtype, **how) as model:
         print(f"running on {model.runs_on}", file=sys.stderr)
-        seq_len = arguments.seq_len or min(DEFAULT_SEQ_LEN, model.lm.config.max_position_embeddings)
+        positions = getattr(model.lm.config, "max_position_embeddings", DEFAULT_SEQ_LEN)
+        seq_len = arguments.seq_len or min(DEFAULT_SEQ_LEN, positions)
         results: dict[str, Any] = {"model": str(arguments.model), "dtype": arguments.dtype}
         results["activations"] = arguments.activations
         if texts:
@@ -89,7 +90,7 @@ def named_files(pairs: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"--ppl {pair} is not of the form NAME=FILE, such as wikitext2=wiki.test.raw")
         if name in named:
             raise UserError(f"--ppl names {name} twice; give every text its own name")
-        named[name] = Path(file)
+        named[name] = at_home(Path(file))
     return named
 
 
