@@ -23,7 +23,7 @@ from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.debug_logs import BatchLog, DocumentLog
 from fbitrain.engine import Engine, shard_teacher
 from fbitrain.fine_tune import fine_tuned_student
-from fbitrain.inference.evaluate import heldout_windows
+from fbitrain.inference.evaluate import heldout_windows, predicted_bytes
 from fbitrain.loading.language_model import positions_of, vocab_size_of
 from fbitrain.loading.pretrained_shape import run_config
 from fbitrain.metrics import IntervalMeans
@@ -44,10 +44,10 @@ from fbitrain.utilization import flops_per_token
 
 @dataclass(frozen=True)
 class HeldoutWindows:
-    """Windows of held-out text, int64 [n, seq_len], and what one token of it weighs in bytes."""
+    """Windows of held-out text, int64 [n, seq_len], and the bytes of the tokens that are predicted in them."""
 
     windows: Tensor
-    bytes_per_token: float
+    n_bytes: int
 
 
 @dataclass
@@ -202,8 +202,8 @@ def load_windows(config: Config, tokenizer: Tokenizer) -> HeldoutWindows | None:
     if not config.eval.every or not config.data.heldout:
         return None
     text = load_heldout(config.data.heldout, tokenizer)
-    windows = heldout_windows(text.token_ids, config.data.seq_len, config.eval.max_tokens)
-    return HeldoutWindows(windows, text.n_bytes / len(text.token_ids))
+    cut = config.data.seq_len, config.eval.max_tokens
+    return HeldoutWindows(heldout_windows(text.token_ids, *cut), predicted_bytes(text, *cut))
 
 
 def choose_checkpoint(config: Config) -> Path | None:

@@ -24,6 +24,8 @@ from fbitrain.loading.pretrained_shape import SIZES, origins, read_shape
 from fbitrain.model.config import PRESETS, BinarizeConfig, ModelConfig
 from fbitrain.optim.schedules import batch_tokens_at
 
+COMMUNICATION_BUCKET = 2**24  # elements that ranks exchange at a time: 32 MiB in bf16, enough to fill a network
+
 
 @dataclass(frozen=True)
 class RunConfig:

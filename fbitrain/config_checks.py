@@ -60,6 +60,8 @@ def _train_problems(config: Config, world_size: int) -> Iterator[str]:
         yield "eval.prompts has an empty prompt; give it a word, or take it out"
     if config.eval.every and config.eval.max_tokens < data.seq_len:
         yield f"eval.max_tokens={config.eval.max_tokens} is less than one window of data.seq_len={data.seq_len} tokens"
+    if config.eval.every and data.heldout and data.seq_len == 1:
+        yield "data.seq_len=1 leaves no token of a held-out window to predict; set it to 2 or more, or eval.every=0"
     yield from _batch_problems(config, world_size)
     if world_size > data.n_lanes:
         yield f"data.n_lanes={data.n_lanes} is less than the {world_size} ranks of this run; every rank needs a lane"
@@ -161,7 +163,7 @@ def _calibration_problems(config: Config) -> Iterator[str]:
     if salient and not config.model.pretrained:
         yield (
             f"binarize.method={config.binarize.method} keeps the salient weights of a trained model; "
-            "name one in model.pretrained and start it with launch/finetune.py"
+            "name one in model.pretrained and start it with fbitrain finetune"
         )
 
 

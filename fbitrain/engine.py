@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fbitrain.base.errors import UserError
-from fbitrain.config import Config
+from fbitrain.config import COMMUNICATION_BUCKET, Config
 from fbitrain.optim.muon import MatrixForm
 from fbitrain.optim.optimizer import MuonAdamW, build_optimizer, matrix_forms, set_rates
 from fbitrain.parameters import parameter_kinds, whole_shape
@@ -31,8 +31,6 @@ from fbitrain.student import Student
 if "DS_ACCELERATOR" not in os.environ and not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed probes for one and warns in every process
 import deepspeed
-
-COMMUNICATION_BUCKET = 2**24  # elements exchanged at a time: 32 MiB in bf16, enough to fill a network
 
 
 def init_distributed(config: Config) -> tuple[int, int]:

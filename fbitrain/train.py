@@ -228,7 +228,7 @@ def evaluate(parts: Parts, state: TrainerState) -> None:
         scalars = {
             "heldout/nll": nll / count,
             "heldout/perplexity": perplexity_of(nll / count),
-            "heldout/bits_per_byte": bits_per_byte(nll, count, parts.heldout.bytes_per_token),
+            "heldout/bits_per_byte": bits_per_byte(nll, parts.heldout.n_bytes),
         }
         parts.writer.scalars(state.step, state.tokens, scalars)
         perplexity, bits = scalars["heldout/perplexity"], scalars["heldout/bits_per_byte"]

@@ -53,7 +53,7 @@ def why_not_compiled(config: LlamaConfig, device: str, dtype: torch.dtype, level
     if config.hidden_act != "silu" or config.attention_bias or config.mlp_bias:
         return "its layers are not plain Llama's (hidden_act, attention_bias, mlp_bias)"
     if not level:
-        return "no compiled kernel runs its scales here (see launch/doctor.py)"
+        return "no compiled kernel runs its scales here (see fbitrain doctor)"
     return ""
 
 

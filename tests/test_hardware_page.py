@@ -65,6 +65,17 @@ def test_memory(row: list[str]) -> None:
     assert [f"{part / GB:.1f}" for part in parts] == cells
 
 
+def test_memory_of_a_host() -> None:
+    needed = []
+    for name in NAMES:
+        config, count = configuration(name, ranks=8)
+        muon = count.binary + count.dense
+        precision = config.engine.precision
+        found = rank_memory(config, count.total, n_muon=muon, world_size=8, precision=precision, teacher=teacher())
+        needed.append(f"{8 * found.on_host(on_gpu=True) / GB:.0f} GB")
+    assert f"| host memory of a node with 8 GPUs | {' | '.join(needed)} |" in PAGE
+
+
 @pytest.mark.parametrize("row", rows(6), ids=" ".join)
 def test_time(row: list[str]) -> None:
     name, *cells, gpus, days = row

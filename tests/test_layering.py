@@ -43,7 +43,7 @@ WORDS = {"fbitrain.config", "fbitrain.config_optim", "fbitrain.parameters", "fbi
 RUN_WORDS = {"optim": WORDS, "calibration": WORDS}
 ONLY_IN = {
     "deepspeed": "fbitrain/engine.py",
-    "lm_eval": "fbitrain/inference/evaluate.py",
+    "lm_eval": "fbitrain/inference/lm_eval_tasks.py",
     "cupy": "kernels/cupy_backend.py",
 }
 TORCH_FREE = (

@@ -261,5 +261,5 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--rounds", type=positive, default=5, help="measured rounds of each competitor")
     found.add_argument("--memory-gb", type=float, default=20.0, help="size of the synthetic corpus")
-    found.add_argument("--scratch", help="folder for what is written meanwhile (default: the system's)")
+    found.add_argument("--scratch", type=Path, help="folder for what is written meanwhile (default: the system's)")
     return found

@@ -13,6 +13,7 @@ from fbitrain.data.reading.records import RecordFormat, decode, read_entries
 from fbitrain.data.sources.patterns import is_url
 from fbitrain.data.sources.shards import TEXT_SUFFIXES, find_files
 from fbitrain.data.tokenizer import Tokenizer
+from fbitrain.data.tokenizing.token_bytes import bytes_of_tokens
 
 if TYPE_CHECKING:
     import torch  # the data room's commands must not pay for torch
@@ -27,23 +28,28 @@ class HeldoutText:
     """Text that is measured, never trained on: its documents joined by a blank line and tokenized once."""
 
     token_ids: torch.Tensor  # int64 [n]
-    n_bytes: int  # UTF-8 bytes of the joined text
+    token_bytes: torch.Tensor  # int64 [n], UTF-8 bytes of the joined text that each token stands for
     n_documents: int
 
 
-def load_heldout(paths: Sequence[str], tokenizer: Tokenizer, text_key: str = "text") -> HeldoutText:
+def load_heldout(paths: Sequence[str], tokenizer: Tokenizer, what: str = "data.heldout") -> HeldoutText:
     """Reads held-out shards, and .txt or .raw files of which each is one document, in the order of their names.
 
-    Bad records are logged and left out. Raises UserError where no document is left.
+    Bad records are logged and left out. `what` the files are is said in the UserError where no document is left.
     """
+    return tokenized(list(read_documents(paths, what)), tokenizer, f"{what}: {', '.join(paths)}")
+
+
+def tokenized(documents: Sequence[str], tokenizer: Tokenizer, what: str) -> HeldoutText:
+    """`documents` as one text. `what` they are is said in the UserError where they hold no text."""
     import torch
 
-    documents = list(read_documents(paths, "heldout", text_key))
     text = DOCUMENT_SEPARATOR.join(documents)
-    if not text:
-        raise UserError(f"the held-out shards {', '.join(paths)} hold no text; correct data.heldout")
-    token_ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
-    return HeldoutText(token_ids, n_bytes=len(text.encode()), n_documents=len(documents))
+    if not text.strip():
+        raise UserError(f"{what} holds no text; name files that do")
+    token_ids = tokenizer.encode(text)
+    token_bytes = bytes_of_tokens(token_ids, len(text.encode()), tokenizer)
+    return HeldoutText(torch.tensor(token_ids, dtype=torch.int64), torch.from_numpy(token_bytes), len(documents))
 
 
 def read_documents(paths: Sequence[str], what: str, text_key: str = "text") -> Iterator[str]:

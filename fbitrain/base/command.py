@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
 
 from fbitrain.base.errors import UserError
 
@@ -22,6 +25,8 @@ def run(
 ) -> int:
     """Parses `argv` (default: the command line) and returns the exit code of `main(arguments)`; None counts as 0.
 
+    In arguments of the type Path `~` is expanded: shells leave it in --out=~/x as it is.
+
     A UserError becomes one sentence on stderr and exit code 1, Ctrl-C becomes 130, and an output that nobody reads to
     its end 141. With --debug, which is added to `parser`, they are raised as they are. Any other exception is a fault
     of ours and keeps its traceback.
@@ -31,6 +36,7 @@ def run(
         if isinstance(stream, TextIOWrapper):  # what a terminal's encoding has no letter for is no reason to fail
             stream.reconfigure(errors="backslashreplace")
     arguments = parser.parse_intermixed_args(argv)
+    vars(arguments).update({name: at_home(value) for name, value in vars(arguments).items()})
     try:
         return until_nobody_reads(lambda: main(arguments) or 0)
     except (KeyboardInterrupt, UserError) as error:
@@ -43,18 +49,39 @@ def run(
 
 
 def until_nobody_reads(work: Callable[[], int]) -> int:
-    """The exit code of `work()`, or 141 if its output goes to a closed pipe, as with `| head`."""
+    """The exit code of `work()`, or 141 if its stdout goes to a closed pipe, as with `| head`.
+
+    A BrokenPipeError of another pipe, such as one to a process that has died, is raised as it is.
+    """
     try:
         code = work()
         if sys.stdout is not None:  # as it is where the shell closed it
             sys.stdout.flush()  # what is left in the buffer must meet a closed pipe here, not at the interpreter's end
     except BrokenPipeError:
+        if not _stdout_is_broken():
+            raise
         nowhere = os.open(os.devnull, os.O_WRONLY)  # what is still buffered must go somewhere all the same
-        if sys.stdout is not None:
-            os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
         return BROKEN_PIPE
     return code
+
+
+def _stdout_is_broken() -> bool:
+    try:
+        file = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # closed by the shell, or replaced by what is no file
+        return False
+    poll = select.poll()
+    poll.register(file, 0)  # an error is reported unasked
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def at_home(value: Any) -> Any:
+    """A Path, or a list of some, with `~` and `~user` expanded; any other value as it is."""
+    if isinstance(value, list):
+        return [at_home(item) for item in value]
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
 def positive(text: str) -> int:

@@ -128,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     commands = argparse.ArgumentParser(
         prog="fbitrain compare", description="Run the variants of a study and compare them."
     )
-    commands.add_argument("study", type=Path, help="a study file; the shipped ones are in launch/studies")
+    commands.add_argument("study", type=Path, help="a study file, such as the repository's launch/studies/recipes.yaml")
     commands.add_argument(
         "--only", action="append", metavar="TEXT", help="only the variants with TEXT in their name; may be given again"
     )

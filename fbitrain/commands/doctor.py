@@ -149,7 +149,9 @@ def parser() -> argparse.ArgumentParser:
     commands = argparse.ArgumentParser(
         prog="fbitrain doctor", description="Say what this machine has and what a run would take."
     )
-    commands.add_argument("--config", metavar="YAML", help="the run to check: its files, memory and tokens per step")
+    commands.add_argument(
+        "--config", type=Path, metavar="YAML", help="the run to check: its files, memory and tokens per step"
+    )
     commands.add_argument(
         "--picture",
         type=Path,

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fbitrain.base.command import positive
+from fbitrain.base.command import at_home, positive
 from fbitrain.base.errors import UserError
 from fbitrain.commands.arguments import add_activations
 
@@ -33,14 +33,15 @@ def main(arguments: argparse.Namespace) -> None:
     how = {"activations": arguments.activations, "transformers_only": bool(tasks)}
     with open_model(arguments.model, arguments.dtype, **how) as model:
         print(f"running on {model.runs_on}", file=sys.stderr)
-        seq_len = arguments.seq_len or min(DEFAULT_SEQ_LEN, model.lm.config.max_position_embeddings)
+        positions = getattr(model.lm.config, "max_position_embeddings", DEFAULT_SEQ_LEN)
+        seq_len = arguments.seq_len or min(DEFAULT_SEQ_LEN, positions)
         results: dict[str, Any] = {"model": str(arguments.model), "dtype": arguments.dtype}
         results["activations"] = arguments.activations
         if texts:
             results |= {"seq_len": seq_len, "ppl": measure_texts(model, texts, seq_len, arguments)}
             print_texts(results["ppl"])
         if tasks:
-            results["tasks"] = measure_tasks(model, tasks, arguments)
+            results |= measure_tasks(model, tasks, arguments)
             print_tasks(results["tasks"])
     if arguments.out:
         write_json(arguments.out, results)
@@ -67,7 +68,7 @@ def measure_texts(
 
 
 def measure_tasks(model: Pretrained, tasks: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
-    from fbitrain.inference.evaluate import run_tasks
+    from fbitrain.inference.lm_eval_tasks import lm_eval_version, run_tasks
 
     found = run_tasks(
         model.lm,
@@ -77,7 +78,7 @@ def measure_tasks(model: Pretrained, tasks: Sequence[str], arguments: argparse.N
         batch_size=arguments.batch_size,
         limit=arguments.limit,
     )
-    return {name: asdict(result) for name, result in found.items()}
+    return {"lm_eval": lm_eval_version(), "tasks": {name: asdict(result) for name, result in found.items()}}
 
 
 def named_files(pairs: Sequence[str]) -> dict[str, Path]:
@@ -89,7 +90,7 @@ def named_files(pairs: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"--ppl {pair} is not of the form NAME=FILE, such as wikitext2=wiki.test.raw")
         if name in named:
             raise UserError(f"--ppl names {name} twice; give every text its own name")
-        named[name] = Path(file)
+        named[name] = at_home(Path(file))
     return named
 
 
@@ -101,14 +102,23 @@ def print_texts(texts: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def print_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> None:
-    """In per cent. majority: always giving the most frequent answer."""
+    """Accuracies in per cent, then all other figures as they are. majority: always giving the most frequent answer."""
     width = max(len("task"), *map(len, tasks)) if tasks else len("task")
-    print(f"{'task':<{width}} {'acc':>6} {'±':>5} {'acc_norm':>9} {'±':>5} {'majority':>9} {'documents':>10}")
+    print(
+        f"{'task':<{width}} {'acc':>6} {'±':>5} {'acc_norm':>9} {'±':>5} {'majority':>9} {'documents':>10} {'shots':>6}"
+    )
     for name, found in tasks.items():
         acc, norm = per_cent(found["acc"], 6), per_cent(found["acc_norm"], 9)
         errors = [per_cent(found[key], 5) for key in ("acc_stderr", "acc_norm_stderr")]
         majority, documents = per_cent(found["majority"], 9), f"{found['n_documents']:>10,}"
-        print(f"{name:<{width}} {acc} {errors[0]} {norm} {errors[1]} {majority} {documents}")
+        shots = "-" if found["n_shot"] is None else found["n_shot"]
+        print(f"{name:<{width}} {acc} {errors[0]} {norm} {errors[1]} {majority} {documents} {shots:>6}")
+    for name, found in tasks.items():
+        for figure, value in found["others"].items():
+            metric, _, filtered = figure.partition(",")
+            if not metric.endswith("_stderr"):
+                error = found["others"].get(f"{metric}_stderr,{filtered}")
+                print(f"{name:<{width}} {figure.removesuffix(',none')} {value:.4g}{f' ± {error:.2g}' if error else ''}")
 
 
 def per_cent(share: float | None, width: int) -> str:

@@ -20,7 +20,7 @@ def main(arguments: argparse.Namespace) -> int:
 def refusal(config: Config) -> str:
     """Why this command does not run `config`; empty if it does."""
     if not config.model.pretrained:
-        return "model.pretrained is empty; name the model to start from, or train from scratch with launch/pretrain.py"
+        return "model.pretrained is empty; name the model to start from, or train from scratch with fbitrain pretrain"
     return ""
 
 

@@ -19,7 +19,7 @@ def main(arguments: argparse.Namespace) -> int:
 def refusal(config: Config) -> str:
     """Why this command does not run `config`; empty if it does."""
     if config.model.pretrained:
-        return "model.pretrained is set, and pretraining starts from random weights; start it with launch/finetune.py"
+        return "model.pretrained is set, and pretraining starts from random weights; start it with fbitrain finetune"
     return ""
 
 
@@ -46,7 +46,7 @@ def start(arguments: argparse.Namespace, refusal: Callable[[Config], str]) -> in
 
 def parser(prog: str = "fbitrain pretrain", description: str | None = __doc__) -> argparse.ArgumentParser:
     commands = argparse.ArgumentParser(prog=prog, description=description)
-    commands.add_argument("config", help="a YAML file; the shipped ones are in launch/configs")
+    commands.add_argument("config", help="a YAML file, or a shipped one's name (fbitrain config list)")
     commands.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
     commands.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the DeepSpeed launcher
     return commands

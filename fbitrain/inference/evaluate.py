@@ -1,4 +1,4 @@
-"""How good a model is: perplexity and bits per byte of a text, and lm-eval tasks.
+"""How good a model is on a text: perplexity and bits per byte.
 
 The perplexity protocol is GPTQ's and FBI-LLM's (arXiv 2210.17323, 2407.07093): documents joined by a blank line, one
 tokenization, windows of seq_len that do not overlap, the tail dropped, and the mean negative log-likelihood of each
@@ -10,11 +10,10 @@ B windows, T seq_len, M tokens, D width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from fbitrain.base.errors import UserError
-from fbitrain.data.reading.heldout_text import HeldoutText, load_heldout
+from fbitrain.data.reading.heldout_text import HeldoutText, load_heldout, tokenized
 from fbitrain.model.compiled import PackedLlama
 
 if TYPE_CHECKING:
@@ -39,14 +38,15 @@ Head = Callable[[Tensor], Tensor]  # hidden [M,D] -> logits [M,V]
 class PerplexityResult:
     """What the windows of one text cost a model. nll is in nats; n_tokens counts the tokens that were predicted.
 
-    bits_per_byte does not depend on the tokenizer, so it compares models whose vocabularies differ. Its bytes are those
-    of the text in UTF-8, counted for the predicted tokens only, as their share of all the text's tokens.
+    bits_per_byte does not depend on the tokenizer, so it compares models whose vocabularies differ. Its bytes are
+    n_bytes, those of the predicted tokens in the text's UTF-8.
     """
 
     ppl: float
     nll_per_token: float
     bits_per_byte: float
     n_tokens: int
+    n_bytes: int
     n_windows: int
 
 
@@ -73,11 +73,13 @@ def perplexity(
             "the tokenizer is not the model's"
         )
     nll, n_tokens = nll_of_windows(hidden_and_head(model), windows.to(model.device), batch_size)
+    n_bytes = predicted_bytes(text, seq_len, max_tokens)
     return PerplexityResult(
         ppl=perplexity_of(nll / n_tokens),
         nll_per_token=nll / n_tokens,
-        bits_per_byte=bits_per_byte(nll, n_tokens, text.n_bytes / len(text.token_ids)),
+        bits_per_byte=bits_per_byte(nll, n_bytes),
         n_tokens=n_tokens,
+        n_bytes=n_bytes,
         n_windows=len(windows),
     )
 
@@ -87,14 +89,21 @@ def heldout_windows(token_ids: Tensor, seq_len: int, max_tokens: int | None = No
 
     Raises UserError if not even one window can be filled.
     """
+    if seq_len < 2:
+        raise UserError(f"a window of seq_len={seq_len} leaves no token to predict; choose 2 or more")
     ids = torch.as_tensor(token_ids, dtype=torch.int64)[:max_tokens]
     n_windows = len(ids) // seq_len
-    if seq_len < 2 or not n_windows:
+    if not n_windows:
+        mend = "raise max_tokens" if max_tokens is not None and len(token_ids) >= seq_len else "give more text"
         raise UserError(
-            f"{len(ids)} tokens of held-out text do not fill one window of seq_len={seq_len} (at least 2); "
-            "give more text or a smaller seq_len"
+            f"{len(ids)} tokens of text do not fill a window of seq_len={seq_len}; {mend}, or choose a smaller seq_len"
         )
     return ids[: n_windows * seq_len].view(n_windows, seq_len)
+
+
+def predicted_bytes(text: HeldoutText, seq_len: int, max_tokens: int | None = None) -> int:
+    """UTF-8 bytes of the tokens of `heldout_windows` that are predicted, each window's after its first."""
+    return int(heldout_windows(text.token_bytes, seq_len, max_tokens)[:, 1:].sum())
 
 
 @torch.inference_mode()
@@ -135,9 +144,9 @@ def perplexity_of(nll_per_token: float) -> float:
     return math.exp(nll_per_token) if nll_per_token < 700 else math.inf
 
 
-def bits_per_byte(nll_sum: float, n_tokens: int, bytes_per_token: float) -> float:
-    """nll_sum nats over n_tokens predicted tokens, in bits per byte of text."""
-    return nll_sum / math.log(2) / (n_tokens * bytes_per_token)
+def bits_per_byte(nll_sum: float, n_bytes: int) -> float:
+    """nll_sum nats over predicted tokens of n_bytes, in bits per byte of text."""
+    return nll_sum / math.log(2) / n_bytes if n_bytes else math.inf
 
 
 def load_text(path: Path, tokenizer: Tokenizer) -> HeldoutText:
@@ -148,101 +157,9 @@ def load_text(path: Path, tokenizer: Tokenizer) -> HeldoutText:
     its newline), which is what published WikiText perplexities were measured on.
     """
     if path.suffix not in WIKITEXT_SUFFIXES:
-        return load_heldout([str(path)], tokenizer)
+        return load_heldout([str(path)], tokenizer, "text")
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    text = "\n\n".join(line if line.strip() else "" for line in lines)
-    token_ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
-    return HeldoutText(token_ids=token_ids, n_bytes=len(text.encode()), n_documents=len(lines))
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """One lm-eval task. Figures are shares of 1; what a task does not report is None.
-
-    majority is the accuracy of always giving the most frequent answer: what acc must exceed to mean anything.
-    """
-
-    acc: float | None
-    acc_stderr: float | None
-    acc_norm: float | None
-    acc_norm_stderr: float | None
-    majority: float | None
-    n_documents: int
-
-
-def run_tasks(
-    model: PreTrainedModel,
-    folder: Path,
-    tasks: Sequence[str],
-    *,
-    include_path: Path | None = None,
-    batch_size: int = 1,
-    limit: int | None = None,
-) -> dict[str, TaskResult]:
-    """Runs lm-eval `tasks` (zero-shot unless a task says otherwise), with the tokenizer in the model's `folder`.
-
-    include_path: a folder with YAML tasks of one's own. limit: documents per task, for a quick look.
-    Raises UserError without lm-eval, for unknown tasks, and for data sets that cannot be loaded.
-    """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UserError("lm-eval is not installed, and --tasks needs it; pip install 'fbitrain[eval]'") from None
-    from transformers import AutoTokenizer
-
-    paths = str(include_path) if include_path else None
-    # Without lm-eval's own 14,000 tasks, which take most of a minute to index, where they are not needed.
-    manager = TaskManager(include_path=paths, include_defaults=False)
-    if not set(tasks) <= set(manager.all_subtasks):
-        manager = TaskManager(include_path=paths)
-    if unknown := sorted(set(tasks) - set(manager.all_tasks)):
-        raise UserError(
-            f"lm-eval has no task {', '.join(unknown)}; `lm-eval ls tasks` lists them, --include-path adds some"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"the tokenizer in {folder} is none that transformers reads by itself, which lm-eval needs; "
-            "give the model's folder a tokenizer.json without code of its own"
-        ) from error
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    try:
-        results = simple_evaluate(lm, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=True)
-    except OSError as error:  # which a missing file and a hub out of reach both are
-        raise UserError(
-            f"the data of a task among {', '.join(tasks)} cannot be loaded ({error}); "
-            "without network, describe local files in YAML tasks and pass --include-path"
-        ) from error
-    return task_results(results["results"], results["samples"])
-
-
-def task_results(
-    results: Mapping[str, Mapping[str, Any]], samples: Mapping[str, Iterable[Mapping[str, Any]]]
-) -> dict[str, TaskResult]:
-    """Picks TaskResults out of what lm-eval returns; groups have no samples and are left out."""
-    picked = {}
-    for task, logged in samples.items():
-        figures = results[task]
-        # A task with several filters logs each document once per filter.
-        targets = list({sample["doc_id"]: str(sample["target"]) for sample in logged}.values())
-        is_choice = "acc,none" in figures
-        picked[task] = TaskResult(
-            acc=_number(figures.get("acc,none")),
-            acc_stderr=_number(figures.get("acc_stderr,none")),
-            acc_norm=_number(figures.get("acc_norm,none")),
-            acc_norm_stderr=_number(figures.get("acc_norm_stderr,none")),
-            majority=max(Counter(targets).values()) / len(targets) if is_choice and targets else None,
-            n_documents=len(targets),
-        )
-    return picked
-
-
-def _number(figure: Any) -> float | None:
-    """lm-eval writes "N/A" where there is no standard error."""
-    return float(figure) if isinstance(figure, int | float) else None
+    return tokenized([line if line.strip() else "" for line in lines], tokenizer, f"text: {path}")

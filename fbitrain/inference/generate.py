@@ -75,12 +75,12 @@ def stream_tokens(model: PreTrainedModel | PackedLlama, prompt_ids: list[int], s
 
     It also ends where the model has no positions left. Raises UserError if the prompt alone leaves none.
     """
-    limit = model.config.max_position_embeddings
+    limit = getattr(model.config, "max_position_embeddings", math.inf)  # a recurrent model has no such limit
     room = limit - len(prompt_ids)
     if room < 1:
         raise UserError(f"the prompt has {len(prompt_ids)} tokens and fills the model's {limit} positions; shorten it")
     stop = _stop_ids(model)
-    n_new = min(sampling.max_new_tokens, room)
+    n_new = int(min(sampling.max_new_tokens, room))
     next_token = _continuation(model, len(prompt_ids) + n_new, sampling)
     ids = prompt_ids
     for _ in range(n_new):
@@ -107,14 +107,18 @@ def _continuation(
 
 
 def _logits_of(model: PreTrainedModel) -> Callable[[list[int]], Tensor]:
-    """A function for one text: given its next ids, it returns the fp32 logits [V] after them."""
-    cache = None
+    """A function for one text: given its next ids, it returns the fp32 logits [V] after them.
+
+    A model without a cache of keys and values, such as Mamba, reads the whole text again for every token.
+    """
+    cache, seen = None, list[int]()
 
     def next_logits(ids: list[int]) -> Tensor:
         nonlocal cache
-        inputs = torch.tensor([ids], device=model.device)
+        seen.extend(ids)
+        inputs = torch.tensor([seen if cache is None else ids], device=model.device)
         output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
+        cache = getattr(output, "past_key_values", None)
         logits: Tensor = output.logits[0, -1].float()
         return logits
 

@@ -12,20 +12,20 @@ from tqdm import tqdm
 from fbitrain.base.errors import UserError
 from fbitrain.base.files import give_usual_mode, replacing_folder, sha256_of, write_json
 from fbitrain.data.tokenizer import load_tokenizer
-from fbitrain.loading.language_model import first_line, load_gguf, locate
+from fbitrain.loading.language_model import TEACHER, first_line, load_gguf, locate
 from fbitrain.loading.tokenizer_folder import write_tokenizer
 
 EXPORT_MARKER = "gguf_source.json"  # which GGUF file a folder was made from, and the sizes of what was written
 
 
-def export_gguf(gguf_path: str | Path, out_dir: str | Path) -> bool:
+def export_gguf(gguf_path: str | Path, out_dir: str | Path, *, role: str = TEACHER) -> bool:
     """Makes `out_dir` of a GGUF file: config.json, fp32 model.safetensors, tokenizer files; whole or not at all.
 
-    Returns False, and does nothing, if `out_dir` is already what this file gives. Raises UserError if the file cannot
-    be read or the folder not be written, or if the folder holds something else.
+    Returns False, and does nothing, if `out_dir` is already what this file gives. Raises UserError, which calls the
+    model by its `role`, if the file cannot be read or the folder not be written, or if the folder holds something else.
     """
     gguf_path, out_dir = Path(gguf_path), Path(out_dir)
-    if locate(gguf_path) != gguf_path or not gguf_path.is_file():
+    if locate(gguf_path, role) != gguf_path or not gguf_path.is_file():
         raise UserError(f"{gguf_path} is not a .gguf file")
     sha256 = sha256_of(gguf_path)
     if is_export_of(out_dir, sha256):
@@ -33,7 +33,7 @@ def export_gguf(gguf_path: str | Path, out_dir: str | Path) -> bool:
     require_replaceable(out_dir)
     try:
         with replacing_folder(out_dir) as folder:
-            _write_export(gguf_path, sha256, folder)
+            _write_export(gguf_path, sha256, folder, role)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{out_dir} cannot be written: {first_line(error)}; make room or choose another folder"
@@ -60,9 +60,9 @@ def is_export_of(folder: Path, sha256: str) -> bool:
         return False
 
 
-def _write_export(gguf_path: Path, sha256: str, folder: Path) -> None:
+def _write_export(gguf_path: Path, sha256: str, folder: Path, role: str) -> None:
     with tqdm(total=3, desc=f"export {gguf_path.name}", unit="part") as progress:
-        model = load_gguf(gguf_path, torch.float32)
+        model = load_gguf(gguf_path, torch.float32, role=role)
         progress.update()
         write_tokenizer(load_tokenizer(gguf_path), folder)
         progress.update()

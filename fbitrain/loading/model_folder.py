@@ -99,7 +99,7 @@ def model_folder(path: Path) -> Iterator[Path]:
     """
     if path.is_file() and path.suffix == ".gguf":
         with TemporaryDirectory(prefix="fbitrain-gguf-") as folder:
-            export_gguf(path, Path(folder))
+            export_gguf(path, Path(folder), role="model")
             yield Path(folder)
     elif (path / "config.json").is_file():
         yield path
@@ -145,5 +145,5 @@ def _no_model(path: Path) -> str:
     if formats := sorted(child.parent for child in path.glob("*/config.json")):
         return f"{path} holds several models; name one of them: {', '.join(map(str, formats))}"
     if (path / "checkpoints").is_dir() or (path / "COMPLETE.json").is_file():
-        return f"{path} holds checkpoints, not a model; release it first: python launch/release.py {path}"
+        return f"{path} holds checkpoints, not a model; release it first: fbitrain release {path} --out FOLDER"
     return f"{path} holds no model: it is neither a .gguf file nor a folder with a config.json"

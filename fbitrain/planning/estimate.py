@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fbitrain.config import Config
+from fbitrain.config import COMMUNICATION_BUCKET, Config
 from fbitrain.model.config import ModelConfig
 from fbitrain.optim.schedules import tokens_after
 
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
+CHECKPOINT_BYTES = 12  # per parameter: an fp32 weight and its two Adam moments; 4 less where Muon keeps one number
 RUNTIME_BYTES = 600_000_000  # interpreter, torch, DeepSpeed and transformers, or a CUDA context with its libraries
-BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default reduce_bucket_size
+START_COPIES = 2  # of the fp32 model, whole, in a rank's memory while it is made: 1.74 measured at P = 2.2·10⁸
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class TeacherSize:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes that one rank holds at its peak, by purpose."""
+    """Bytes that one rank holds at its peak, by purpose; `start` and `save` are not held in a step."""
 
     weights: int  # what the forward multiplies with, in the compute dtype
     gradients: int
@@ -43,11 +44,13 @@ class RankMemory:
     loss: int  # logits of one chunk of student and teacher, and the gradients of hidden states and head
     teacher: int  # its weights and hidden states; 0 without a teacher, or where its size is unknown
     runtime: int
+    start: int  # of the host, before the first step
+    save: int  # of the host, while a checkpoint is written: copies of this rank's weights and optimizer state
     optimizer_on_host: bool
 
     @property
     def total(self) -> int:
-        """All of it, wherever it lies."""
+        """All that a step takes, wherever it lies."""
         parts = (self.weights, self.gradients, self.optimizer, self.buckets, self.activations, self.loss, self.teacher)
         return sum(parts) + self.runtime
 
@@ -55,6 +58,12 @@ class RankMemory:
     def on_device(self) -> int:
         """What must fit the rank's own device."""
         return self.total - (self.optimizer if self.optimizer_on_host else 0)
+
+    def on_host(self, *, on_gpu: bool) -> int:
+        """What must fit the host's memory at the rank's peak: at its start, in a step, or in a save."""
+        passing = 0 if on_gpu else self.activations + self.loss  # gone when a save begins
+        held = self.total - (self.on_device if on_gpu else passing + self.runtime)
+        return self.runtime + max(self.start, held + max(passing, self.save))
 
 
 def rank_memory(
@@ -77,7 +86,8 @@ def rank_memory(
         """Elements a rank keeps of something that ZeRO partitions from `first_stage` on."""
         return math.ceil(n_parameters / world_size) if stage >= first_stage else n_parameters
 
-    optimizer = 8 * part(1) - 4 * (math.ceil(n_muon / world_size) if stage >= 1 else n_muon)
+    of_muon = math.ceil(n_muon / world_size) if stage >= 1 else n_muon
+    optimizer = 8 * part(1) - 4 * of_muon
     if stage >= 1:
         optimizer += 4 * part(1)  # DeepSpeed's own fp32 copy, also when it computes in fp32
         optimizer += 4 * part(1) if precision == "bf16" else 0
@@ -85,11 +95,13 @@ def rank_memory(
         weights=c * part(3),
         gradients=c * part(2),
         optimizer=optimizer,
-        buckets=c * min(n_parameters, BUCKET_ELEMENTS) if stage >= 1 and world_size > 1 else 0,
+        buckets=(4 if stage == 1 else c) * COMMUNICATION_BUCKET if stage >= 1 else 0,  # stage 1 adds gradients in fp32
         activations=activation_bytes(config.model, tokens, c, checkpointing=config.train.activation_checkpointing),
         loss=_loss_bytes(config, tokens, c),
         teacher=_teacher_bytes(config, tokens, c, world_size, teacher) if config.distill.needs_teacher else 0,
         runtime=RUNTIME_BYTES,
+        start=START_COPIES * 4 * n_parameters,
+        save=CHECKPOINT_BYTES * part(1) - 4 * of_muon,
         optimizer_on_host=config.engine.offload_optimizer,
     )
 

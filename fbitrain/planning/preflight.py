@@ -17,16 +17,23 @@ from fbitrain.config_optim import describe_optimizer
 from fbitrain.fine_tune import own_checkpoint, with_known_sizes
 from fbitrain.model.size import ParameterCount, count_parameters
 from fbitrain.optim.schedules import batch_spans
-from fbitrain.planning.estimate import RankMemory, TeacherSize, rank_memory, read_teacher_size, tokens_in_total
+from fbitrain.planning.estimate import (
+    CHECKPOINT_BYTES,
+    RankMemory,
+    TeacherSize,
+    rank_memory,
+    read_teacher_size,
+    tokens_in_total,
+)
 from fbitrain.planning.preflight_data import look_at_data
-from fbitrain.process import resolve_precision
+from fbitrain.process import on_gpu, resolve_precision
 from fbitrain.step_targets import open_targets
 
 GB = 1e9
-CHECKPOINT_BYTES = 12  # per parameter: an fp32 weight and its two Adam moments; 4 less where Muon keeps one number
 MEND_MEMORY = (
     "use more ranks, a higher engine.zero_stage, train.activation_checkpointing or a smaller train.micro_batch_size"
 )
+MEND_START = "every rank makes the whole model in fp32 before it is spread, so start fewer ranks on a node"
 
 
 @dataclass
@@ -170,23 +177,25 @@ def _describe_memory(report: Report, config: Config, memory: RankMemory, spread:
         ("teacher", memory.teacher, teacher),
         ("libraries", memory.runtime, ""),
         ("total", memory.total, ""),
+        ("start", memory.start, "in host memory, before the first step"),
+        ("save", memory.save, "in host memory, while a checkpoint is written"),
     ):
         report.add("", f"{label:<12}{size / GB:>8.2f} GB  {remark}".rstrip())
 
 
 def _check_memory(report: Report, memory: RankMemory, ranks_here: int) -> None:
-    on_host = memory.total
-    if torch.cuda.is_available():
-        on_host = memory.total - memory.on_device
+    if on_gpu():
         free = min(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
         if memory.on_device > free:
             report.problems.append(
                 f"a rank needs {memory.on_device / GB:.1f} GB of GPU memory and {free / GB:.1f} GB are free; "
                 + MEND_MEMORY
             )
+    on_host = memory.on_host(on_gpu=on_gpu())
     free_host = psutil.virtual_memory().available
     if ranks_here * on_host > free_host:
+        starting = on_host == memory.runtime + memory.start
         report.problems.append(
             f"{ranks_here} ranks on this node need {ranks_here * on_host / GB:.1f} GB of memory and "
-            f"{free_host / GB:.1f} GB are free; {MEND_MEMORY}"
+            f"{free_host / GB:.1f} GB are free; " + (MEND_START if starting else MEND_MEMORY)
         )

@@ -198,9 +198,7 @@ def _pattern(config: Config) -> str:
 
 def _figures(training: Training) -> str:
     if not training.heldout:
-        return (
-            "## Figures\n\nThis run measured no held-out text; `python launch/eval.py FOLDER --ppl NAME=FILE` does.\n"
-        )
+        return "## Figures\n\nThis run measured no held-out text; `fbitrain eval FOLDER --ppl NAME=FILE` does.\n"
     rows = "".join(f"| {key.removeprefix('heldout/')} | {value:.4g} |\n" for key, value in training.heldout.items())
     return f"## Figures\n\nOn the run's held-out documents, measured during training:\n\n| | |\n|---|---|\n{rows}"
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from fbitrain.base.command import BROKEN_PIPE, INTERRUPTED, natural, positive, r
 from fbitrain.base.errors import UserError
 from fbitrain.base.files import require_writable
 from fbitrain.commands import verbs
+from fbitrain.commands.eval import named_files
 from fbitrain.data.commands.arguments import config_parser
 from fbitrain.data.tools.tables import human_bytes, table
 
@@ -94,6 +98,63 @@ def test_an_output_that_nobody_reads_is_no_traceback(n_lines: int) -> None:
     finally:
         os.close(closed)
     assert (ended.returncode, ended.stderr) == (BROKEN_PIPE, "")
+
+
+BREAK = """
+import os, sys
+from fbitrain.base.command import run
+from fbitrain.data.commands.arguments import config_parser
+def main(options):
+    print("begun", flush=True)
+    end, start = os.pipe()
+    os.close(end)
+    os.write(start, b"to a worker that has died")
+sys.exit(run(main, config_parser("inspect", ""), ["config.yaml"]))
+"""
+
+
+def test_another_pipe_that_breaks_is_not_passed_over() -> None:
+    ended = subprocess.run([sys.executable, "-c", BREAK], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (1, "begun\n")
+    assert "BrokenPipeError" in ended.stderr
+
+
+def path_options() -> Iterator[tuple[str, str]]:
+    """Each verb and each of its options that names a file or a folder, as their help says it."""
+    for verb, (module, _) in verbs.VERBS.items():
+        for action in importlib.import_module(f"fbitrain.{module}").parser()._actions:
+            about = f"{action.metavar} {action.help}"
+            if action.option_strings and action.nargs != 0 and re.search(r"\b(file|folder|YAML|JSON|FILE)\b", about):
+                yield verb, action.option_strings[0]
+
+
+@pytest.mark.parametrize(("verb", "option"), path_options())
+def test_every_path_may_begin_at_home(verb: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of mine")
+    parser = importlib.import_module(f"fbitrain.{verbs.VERBS[verb][0]}").parser()
+    seen: list[argparse.Namespace] = []
+    for action in parser._actions:
+        action.required = False
+        action.nargs = "*" if not action.option_strings else action.nargs
+    if option == "--ppl":
+        assert run(seen.append, parser, ["--ppl", "a=~/x", "b=y"]) == 0
+        assert named_files(seen[0].ppl) == {"a": Path("/home/of mine/x"), "b": Path("y")}
+    else:
+        assert run(seen.append, parser, [f"{option}=~/x"]) == 0
+        assert Path("/home/of mine/x") in vars(seen[0]).values()
+
+
+def test_what_a_wheel_has_not_is_not_advised() -> None:
+    """Commands are called as verbs, and configurations by their names: a wheel has no scripts to start."""
+    for verb in verbs.TRAINING:
+        shown = importlib.import_module(f"fbitrain.{verbs.VERBS[verb][0]}").parser().format_help()
+        assert "launch/configs" not in shown
+        assert "fbitrain config list" in " ".join(shown.split())
+    script = re.compile(r"launch/\w+\.py")
+    for path in sorted((ROOT / "fbitrain").rglob("*.py")):
+        said = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise | ast.Yield)]
+        texts = [str(text.value) for node in said for text in ast.walk(node) if isinstance(text, ast.Constant)]
+        assert not any(map(script.search, texts)) or path.name == "summarize.py", path  # which is for the quickstart
 
 
 def test_options_and_overrides_may_be_mixed() -> None:

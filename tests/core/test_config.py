@@ -266,6 +266,13 @@ def test_a_wrong_value_says_what_and_how_to_mend_it(minimal: Path, override: str
         assert word in text
 
 
+def test_held_out_windows_have_a_token_to_predict(minimal: Path) -> None:
+    (problem,) = problems_of(minimal, "data.seq_len=1", "data.heldout=[held.txt]")
+    assert "data.seq_len=1 leaves no token of a held-out window to predict; set it to 2 or more" in problem
+    for unmeasured in (["eval.every=0"], ["data.heldout=[]"]):
+        load_config(minimal, ["data.seq_len=1", "data.heldout=[held.txt]", *unmeasured])
+
+
 def test_schedules_must_fit_the_run(minimal: Path) -> None:
     run = ("train.total_steps=100", "optim.warmup_steps=10")
     (problem,) = problems_of(minimal, *run, "optim.schedule=wsd", "optim.cooldown_steps=91")

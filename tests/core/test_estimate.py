@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fbitrain.config import Config, DistillConfig, EngineConfig, TrainConfig
 from fbitrain.data.config import DataConfig
+from fbitrain.engine import deepspeed_config
 from fbitrain.model.build import build_student
 from fbitrain.model.config import BinarizeConfig, ModelConfig
 from fbitrain.planning.estimate import (
@@ -89,8 +90,42 @@ def test_the_loss_grows_with_the_chunk_and_not_with_the_batch() -> None:
 
 def test_total_is_the_sum_of_the_parts() -> None:
     found = memory(CONFIG)
-    parts = [value for name, value in vars(found).items() if name != "optimizer_on_host"]
-    assert found.total == sum(parts)
+    others = ("optimizer_on_host", "start", "save")
+    assert found.total == sum(value for name, value in vars(found).items() if name not in others)
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_buckets_are_those_that_the_engine_sets(stage: int, world_size: int) -> None:
+    config = with_engine(zero_stage=stage, precision="fp32")
+    zero = deepspeed_config(config, world_size)["zero_optimization"]
+    assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"]
+    found = memory(config, world_size, "fp32")
+    assert found.buckets == (4 * zero["reduce_bucket_size"] if stage else 0)
+    assert (
+        memory(config, world_size, "bf16").buckets == (0, found.buckets, found.buckets // 2, found.buckets // 2)[stage]
+    )
+
+
+def test_the_host_holds_a_start_and_a_save() -> None:
+    # A start: the whole model in fp32, twice, whatever the ranks. A save: what a rank owns, weight and two moments.
+    for stage, world_size, owned in ((0, 4, P), (1, 1, P), (1, 4, P // 4), (3, 8, P // 8)):
+        found = memory(with_engine(zero_stage=stage), world_size)
+        assert (found.start, found.save) == (8 * P, 12 * owned)
+    muon = rank_memory(CONFIG, P, n_muon=P // 2, world_size=4, precision="bf16", teacher=TEACHER)
+    assert muon.save == 12 * P // 4 - 4 * P // 8
+
+
+def test_the_hosts_peak_is_the_largest_of_start_step_and_save() -> None:
+    found = memory(with_engine(zero_stage=3), world_size=8)
+    assert found.on_host(on_gpu=True) == found.runtime + found.start
+    offloaded = memory(with_engine(offload_optimizer=True), world_size=1)
+    assert offloaded.on_host(on_gpu=True) == offloaded.runtime + offloaded.optimizer + offloaded.save
+    # On the CPU a step's activations are gone when a save begins.
+    alone = dataclasses.replace(memory(CONFIG, world_size=1), activations=P, loss=P)
+    assert alone.on_host(on_gpu=False) == alone.total - 2 * P + alone.save
+    large = dataclasses.replace(alone, activations=alone.save)
+    assert large.on_host(on_gpu=False) == large.total
 
 
 def test_total_tokens() -> None:

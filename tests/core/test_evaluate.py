@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
-import importlib.util
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from fbitrain.base.command import run
 from fbitrain.base.errors import UserError
+from fbitrain.build import load_windows
 from fbitrain.commands import eval as command
+from fbitrain.config import load_config
 from fbitrain.data.reading.heldout_text import HeldoutText
 from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.inference import evaluate
@@ -27,8 +26,6 @@ from fbitrain.inference.evaluate import (
     load_text,
     nll_of_windows,
     perplexity,
-    run_tasks,
-    task_results,
 )
 from fbitrain.loading.model_folder import load_lm, open_model
 
@@ -42,6 +39,10 @@ def random_ids(n: int, vocab_size: int) -> torch.Tensor:
     return torch.randint(0, vocab_size, (n,), generator=torch.Generator().manual_seed(5))
 
 
+def held(token_ids: torch.Tensor, bytes_per_token: int = 1) -> HeldoutText:
+    return HeldoutText(token_ids, torch.full_like(token_ids, bytes_per_token), n_documents=1)
+
+
 @torch.inference_mode()
 def nll_by_hand(model: PreTrainedModel, windows: torch.Tensor) -> float:
     logits = model(input_ids=windows).logits[:, :-1].double()
@@ -53,8 +54,13 @@ def test_windows_do_not_overlap_and_drop_the_tail() -> None:
     assert heldout_windows(ids, 7).tolist() == [list(range(s, s + 7)) for s in range(0, 98, 7)]
     assert heldout_windows(ids, 7, max_tokens=20).tolist() == [list(range(7)), list(range(7, 14))]
     assert heldout_windows(ids, 100).shape == (1, 100)
-    for seq_len, max_tokens in ((101, None), (50, 49), (1, None)):
-        with pytest.raises(UserError, match=f"seq_len={seq_len}"):
+    for seq_len, max_tokens, mend in (
+        (101, None, "give more text"),
+        (101, 100, "give more text"),
+        (50, 49, "raise max_tokens"),
+        (1, None, "leaves no token to predict; choose 2 or more$"),
+    ):
+        with pytest.raises(UserError, match=f"seq_len={seq_len}.*{mend}"):
             heldout_windows(ids, seq_len, max_tokens)
 
 
@@ -86,35 +92,57 @@ def test_no_more_than_a_chunk_of_logits_exists(model: PreTrainedModel) -> None:
 
 
 def test_perplexity_is_that_of_the_mean(model: PreTrainedModel) -> None:
-    text = HeldoutText(random_ids(103, model.config.vocab_size), n_bytes=412, n_documents=1)
+    text = held(random_ids(103, model.config.vocab_size), 4)
     found = perplexity(model, text, 10, batch_size=4)
     windows = heldout_windows(text.token_ids, 10)
     mean = nll_by_hand(model, windows) / 90
-    assert (found.n_tokens, found.n_windows) == (90, 10)
+    assert (found.n_tokens, found.n_bytes, found.n_windows) == (90, 360, 10)
     assert found.nll_per_token == pytest.approx(mean, rel=1e-6)
     assert found.ppl == pytest.approx(math.exp(mean), rel=1e-6)
     assert found.bits_per_byte == pytest.approx(mean / math.log(2) / 4, rel=1e-6)  # four bytes a token
 
 
+def test_the_bytes_are_those_of_the_predicted_tokens(model: PreTrainedModel) -> None:
+    """The text's first part has more bytes per token than the rest, and every window's first token more still."""
+    text = held(random_ids(103, model.config.vocab_size))
+    text.token_bytes[:50] = 3
+    text.token_bytes[::10] = 100
+    found = perplexity(model, text, 10, max_tokens=35)
+    assert (found.n_tokens, found.n_bytes) == (27, 81)
+    assert found.bits_per_byte == pytest.approx(found.nll_per_token / math.log(2) / 3, rel=1e-6)
+
+
+def test_a_run_counts_the_same_bytes(tmp_path: Path, workspace: Any) -> None:
+    """Short words, of which one token each, before what the vocabulary has no words for."""
+    (tmp_path / "held.txt").write_text("the model learns " * 40 + "漢字" * 300)
+    config = load_config(workspace.config, [f"data.heldout=[{tmp_path}/held.txt]", "eval.max_tokens=48"])
+    tokenizer = load_tokenizer(workspace.teacher)
+    heldout = load_windows(config, tokenizer)
+    assert heldout is not None
+    assert heldout.windows.shape == (2, 24)
+    assert heldout.n_bytes == sum(len(tokenizer.decode(window[1:].tolist())) for window in heldout.windows)
+
+
 def test_a_uniform_model_costs_log2_of_the_vocabulary_per_token() -> None:
     uniform = lambda ids: (torch.zeros(*ids.shape, 3), lambda hidden: torch.zeros(len(hidden), 256))  # noqa: E731
     nll, n_tokens = nll_of_windows(uniform, torch.zeros(5, 9, dtype=torch.int64), 2)
-    assert bits_per_byte(nll, n_tokens, bytes_per_token=2.0) == pytest.approx(4.0)
+    assert bits_per_byte(nll, 2 * n_tokens) == pytest.approx(4.0)
+    assert bits_per_byte(nll, 0) == math.inf
 
 
 def test_other_architectures_are_measured_by_their_own_logits() -> None:
     torch.manual_seed(0)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2)).eval()
-    text = HeldoutText(random_ids(64, 50), n_bytes=64, n_documents=1)
+    text = held(random_ids(64, 50))
     found = perplexity(gpt2, text, 8)
     assert found.nll_per_token == pytest.approx(nll_by_hand(gpt2, heldout_windows(text.token_ids, 8)) / 56, rel=1e-6)
 
 
 def test_texts_the_model_cannot_read_are_refused(model: PreTrainedModel) -> None:
-    known = HeldoutText(torch.zeros(5000, dtype=torch.int64), 5000, 1)
+    known = held(torch.zeros(5000, dtype=torch.int64))
     with pytest.raises(UserError, match=r"seq_len=4096 .* 2048 positions"):
         perplexity(model, known, 4096)
-    unknown = HeldoutText(torch.full((50,), model.config.vocab_size), 50, 1)
+    unknown = held(torch.full((50,), model.config.vocab_size))
     with pytest.raises(UserError, match="tokenizer is not the model's"):
         perplexity(model, unknown, 10)
 
@@ -128,7 +156,7 @@ def test_wikitext_is_read_as_the_datasets_library_yields_it(tmp_path: Path, work
         path.write_text(content)
         text = load_text(path, tokenizer)
         assert text.token_ids.tolist() == tokenizer.encode(expected)
-        assert (text.n_bytes, text.n_documents) == (len(expected.encode()), n_documents)
+        assert (text.token_bytes.sum(), text.n_documents) == (len(expected.encode()), n_documents)
 
 
 def test_shards_are_joined_by_a_blank_line(workspace: Any) -> None:
@@ -141,88 +169,6 @@ def test_shards_are_joined_by_a_blank_line(workspace: Any) -> None:
 def test_a_missing_text_is_one_sentence(tmp_path: Path, workspace: Any) -> None:
     with pytest.raises(UserError, match=r"none\.raw cannot be read"):
         load_text(tmp_path / "none.raw", load_tokenizer(workspace.teacher))
-
-
-def test_task_figures_come_with_the_majority_baseline() -> None:
-    results = {
-        "choice": {"acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.25, "acc_norm_stderr,none": "N/A"},
-        "free": {"exact_match,none": 0.0},
-        "group": {"acc,none": 0.5},
-    }
-    # The second filter logs document 0 again.
-    choice = [{"doc_id": i, "target": target} for i, target in enumerate(["1", "0", "1", "1"])]
-    samples = {"choice": [*choice, {"doc_id": 0, "target": "1"}], "free": [{"doc_id": 0, "target": "a"}]}
-    found = task_results(results, samples)
-    assert found.keys() == {"choice", "free"}
-    assert found["choice"] == evaluate.TaskResult(0.5, 0.1, 0.25, None, majority=0.75, n_documents=4)
-    assert found["free"] == evaluate.TaskResult(None, None, None, None, majority=None, n_documents=1)
-
-
-def test_without_lm_eval_one_is_told_how_to_get_it(
-    model: PreTrainedModel, workspace: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real_import = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.split(".")[0] == "lm_eval":
-            raise ImportError(name)
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=r"pip install 'fbitrain\[eval\]'"):
-        run_tasks(model, workspace.teacher, ["piqa"])
-
-
-def only_own_tasks(manager: Any, include_path: str | None, include_defaults: bool = True) -> Any:
-    return manager(include_path=include_path, include_defaults=False)
-
-
-def write_task(folder: Path, data: Path) -> None:
-    folder.mkdir()
-    (folder / "local.yaml").write_text(
-        f"""
-task: local_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{goal}}}}"
-doc_to_choice: "{{{{[sol1, sol2]}}}}"
-doc_to_target: label
-metric_list:
-  - {{metric: acc}}
-  - {{metric: acc_norm}}
-"""
-    )
-
-
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
-def test_lm_eval_runs_a_local_task(
-    tmp_path: Path, workspace: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from lm_eval import tasks
-
-    # Indexing lm-eval's own tasks takes most of a minute, and none of them is wanted here.
-    monkeypatch.setattr(tasks, "TaskManager", partial(only_own_tasks, tasks.TaskManager))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    data = tmp_path / "choice.jsonl"
-    rows = [{"goal": f"the model {i}", "sol1": "learns", "sol2": "one bit", "label": int(i < 4)} for i in range(6)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_task(tmp_path / "tasks", data)
-    out = tmp_path / "results.json"
-    common = [str(workspace.teacher), "--include-path", str(tmp_path / "tasks")]
-    arguments = [*common, "--tasks", "local_choice", "--batch-size", "2", "--limit", "5", "--out", str(out)]
-    assert run(command.main, command.parser(), arguments) == 0
-    found = json.loads(out.read_text())["tasks"]["local_choice"]
-    assert found["n_documents"] == 5
-    assert found["majority"] == pytest.approx(0.8)
-    assert found["acc"] * 5 == pytest.approx(round(found["acc"] * 5))
-    assert "local_choice" in capsys.readouterr().out
-    assert run(command.main, command.parser(), [*common, "--tasks", "local_chioce"]) == 1
-    assert "lm-eval has no task local_chioce" in capsys.readouterr().err
-    data.unlink()
-    assert run(command.main, command.parser(), [*common, "--tasks", "local_choice"]) == 1
-    assert "cannot be loaded" in capsys.readouterr().err
 
 
 def test_the_command_measures_several_texts(tmp_path: Path, workspace: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,7 +193,9 @@ def test_the_command_measures_several_texts(tmp_path: Path, workspace: Any, caps
         (["{model}"], "nothing to measure"),
         (["{model}", "--ppl", "file.txt"], "NAME=FILE"),
         (["{model}", "--ppl", "a=x.txt", "a=y.txt"], "twice"),
-        (["{model}", "--ppl", "a={tmp}/none.txt"], "none.txt"),
+        (["{model}", "--ppl", "a={tmp}/none.txt"], "text: '{tmp}/none.txt' matches no"),
+        (["{model}", "--ppl", "a={tmp}/empty.txt"], "text: {tmp}/empty.txt holds no text; name files that do"),
+        (["{model}", "--ppl", "a={tmp}/empty.raw"], "text: {tmp}/empty.raw holds no text; name files that do"),
         (["{model}", "--ppl", "a={model}/../heldout.jsonl", "--dtype", "int4"], "float32"),
         (["{tmp}", "--ppl", "a=b.txt"], "holds no model"),
         (["{tmp}/none", "--ppl", "a=b.txt"], "does not exist"),
@@ -256,8 +204,11 @@ def test_the_command_measures_several_texts(tmp_path: Path, workspace: Any, caps
 def test_mistakes_are_one_sentence(
     tmp_path: Path, workspace: Any, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
+    for name in ("empty.txt", "empty.raw"):
+        (tmp_path / name).touch()
     filled = [argument.format(model=workspace.teacher, tmp=tmp_path) for argument in arguments]
     assert run(command.main, command.parser(), filled) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("fbitrain eval: ")
-    assert words in error
+    assert words.format(tmp=tmp_path) in error
+    assert "data.heldout" not in error

@@ -20,7 +20,7 @@ from fbitrain.base.errors import UserError
 from fbitrain.commands import doctor, generate
 from fbitrain.commands import eval as evaluate
 from fbitrain.config import load_config
-from fbitrain.inference.evaluate import run_tasks
+from fbitrain.inference.lm_eval_tasks import run_tasks
 from fbitrain.loading.language_model import load_language_model
 from fbitrain.loading.model_folder import load_lm
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from fbitrain.base.command import run
 from fbitrain.base.errors import UserError
 from fbitrain.benches import decoding
 from fbitrain.benches.decoding import write_random_packed
+from fbitrain.commands import eval as eval_command
 from fbitrain.commands import generate as command
 from fbitrain.data.reading.heldout_text import HeldoutText
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -49,6 +50,38 @@ def test_greedy_tokens_are_those_of_transformers(model: PreTrainedModel) -> None
     theirs = model.generate(**inputs, max_new_tokens=30, do_sample=False, pad_token_id=0)
     assert ours == theirs[0, len(PROMPT) :].tolist()
     assert len(ours) == 30
+
+
+def test_a_recurrent_model_has_no_positions_to_run_out_of(
+    tmp_path: Path, workspace: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=301, hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=1.0)
+    mamba = MambaForCausalLM(config).eval()
+    mamba.generation_config.eos_token_id = None
+    mamba.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(workspace.teacher / name, tmp_path)
+    ids = list(PROMPT)
+    for _ in range(8):
+        ids.append(int(mamba(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    found = list(stream_tokens(mamba, PROMPT, Sampling(max_new_tokens=8)))
+    assert found == ids[len(PROMPT) :]
+    assert len(set(found)) > 2
+    assert run(command.main, command.parser(), [str(tmp_path), "--prompt", "the", "--max-new-tokens", "3"]) == 0
+    text = f"held={workspace.path / 'heldout.jsonl'}"
+    arguments = [str(tmp_path), "--ppl", text, "--max-tokens", "100", "--seq-len", "50"]
+    assert run(eval_command.main, eval_command.parser(), arguments) == 0
+    assert run(eval_command.main, eval_command.parser(), [str(tmp_path), "--ppl", text, "--max-tokens", "100"]) == 1
+    assert "100 tokens of text do not fill a window of seq_len=2048" in capsys.readouterr().err
+
+
+def test_a_damaged_gguf_is_no_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(100))
+    assert run(command.main, command.parser(), [str(tmp_path / "a.gguf"), "--prompt", "the"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"fbitrain generate: model {tmp_path}/a.gguf ")
+    assert "teacher" not in error
 
 
 def test_it_ends_before_eos(model: PreTrainedModel) -> None:
@@ -200,7 +233,7 @@ def test_a_packed_folder_generates_the_same_tokens_either_way(packed: Path) -> N
 
 @needs_kernels
 def test_perplexity_is_the_same_either_way(packed: Path) -> None:
-    text = HeldoutText(token_ids=torch.randint(3, 200, (200,)), n_bytes=500, n_documents=1)
+    text = HeldoutText(torch.randint(3, 200, (200,)), torch.ones(200, dtype=torch.int64), n_documents=1)
     with open_model(packed) as compiled, open_model(packed, transformers_only=True) as transformers:
         expected = perplexity(transformers.lm, text, 48)
         assert perplexity(compiled.lm, text, 48, batch_size=3).ppl == pytest.approx(expected.ppl, rel=1e-5)

@@ -29,12 +29,12 @@ def test_heldout_is_the_joined_text_tokenized_once(
     joined = "one\n\n\n漢\n\nplain\n\n\n = WikiText =\r\n\n é\n\n\nlast"
     assert tokenizer.decode(heldout.token_ids.tolist()) == joined
     assert heldout.token_ids.tolist() == tokenizer.encode(joined)
-    assert (heldout.n_bytes, heldout.n_documents) == (len(joined.encode()), 5)
+    assert (heldout.token_bytes.sum(), heldout.n_documents) == (len(joined.encode()), 5)
     assert "line 2: not JSON" in caplog.text
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.jsonl", b"bad\n"), ("a.txt", b""), ("a.txt", b"\xff")])
 def test_heldout_without_text(tmp_path: Path, tokenizer: Tokenizer, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=name if content == b"\xff" else "hold no text"):
+    with pytest.raises(UserError, match=name if content == b"\xff" else "data.heldout: .* holds no text"):
         load_heldout([str(tmp_path)], tokenizer)

@@ -212,7 +212,7 @@ def test_every_method_trains_and_resumes(config: Path, tmp_path: Path, stage: in
     [
         (("binarize.salient.fraction=1.5",), "binarize.salient.fraction=1.5 must lie between 0 and 1"),
         (("model.pretrained=/nowhere/model",), "model.pretrained=/nowhere/model does not exist"),
-        (("model.pretrained=''",), "name one in model.pretrained and start it with launch/finetune.py"),
+        (("model.pretrained=''",), "name one in model.pretrained and start it with fbitrain finetune"),
         (("data.seq_len=4096",), "data.seq_len=4096 is longer than model.max_seq_len=2048"),
         (("model.vocab_size=77",), "model.vocab_size=77 contradicts model.pretrained="),
         (("binarize.method=onebit", "calibration.ptq=true"), "calibration.ptq is GPTQ-PB"),
@@ -238,6 +238,6 @@ def test_no_feedback_is_short_for_its_setting(config: Path, monkeypatch: pytest.
 
 def test_each_command_names_the_other(workspace: Any, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(pretrain.main, pretrain.parser(), [str(config)]) == 1
-    assert "start it with launch/finetune.py" in capsys.readouterr().err
+    assert "start it with fbitrain finetune" in capsys.readouterr().err
     assert run(finetune_command.main, finetune_command.parser(), [str(workspace.config)]) == 1
     assert "model.pretrained is empty; name the model to start from" in capsys.readouterr().err

@@ -164,9 +164,10 @@ def test_a_release_scores_what_its_run_measured(reference: Any, switched: Any, w
                 release(checkpoint, tmp_path / "none")
         out = tmp_path / f"{run.run_dir.name}-{step}"
         release(checkpoint, out, ["dense"], dtype="float32")
-        found = perplexity(load_lm(out / "dense", torch.float32), text, 24, max_tokens=480).ppl
-        measured = {line["step"]: line["heldout/perplexity"] for line in run.metrics if "heldout/perplexity" in line}
-        assert found == pytest.approx(measured[step], rel=1e-4), (run.run_dir.name, step)
+        found = perplexity(load_lm(out / "dense", torch.float32), text, 24, max_tokens=480)
+        measured = {line["step"]: line for line in run.metrics if "heldout/perplexity" in line}[step]
+        assert found.ppl == pytest.approx(measured["heldout/perplexity"], rel=1e-4), (run.run_dir.name, step)
+        assert found.bits_per_byte == pytest.approx(measured["heldout/bits_per_byte"], rel=1e-4)
 
 
 def test_fine_tuning_goes_on_from_a_run_in_full_precision(
