@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fbitrain import checkpoint_folders, resume
@@ -21,7 +21,7 @@ from fbitrain.data.loader import TokenLoader
 from fbitrain.data.reading.heldout_text import load_heldout
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.debug_logs import BatchLog, DocumentLog
-from fbitrain.engine import Engine, shard_teacher
+from fbitrain.engine import Engine, compile_blocks, shard_teacher
 from fbitrain.fine_tune import fine_tuned_student
 from fbitrain.inference.evaluate import heldout_windows, predicted_bytes
 from fbitrain.loading.language_model import positions_of, vocab_size_of
@@ -38,8 +38,11 @@ from fbitrain.step_targets import StepTargets, cache_problems, open_targets
 from fbitrain.student import Student
 from fbitrain.targets.cache_reader import TargetCache
 from fbitrain.teacher import Teacher, load_teacher
+from fbitrain.teacher_int8 import difference, host_in_int8
 from fbitrain.tracking import ScaleTracker, SignTracker
 from fbitrain.utilization import flops_per_token
+
+INT8_WINDOWS = 8  # of held-out text, on which the error of an int8 teacher is measured
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,10 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
     look = resume_from is None and needs_text(config)
     token_ids = agreed(lambda: calibration_ids(config, tokenizer) if look else None)
     teacher = agreed(lambda: build_teacher(config))
+    if teacher and config.distill.int8:
+        say(f"the teacher in int8: {agreed(lambda: to_int8(teacher, heldout))}")
+    if teacher and config.distill.compile:
+        compile_blocks(teacher.body)
     lm, report = agreed(lambda: build_model(config, resume_from, token_ids))
     say(str(report))
     engine = Engine(config, Student(lm, config.distill))
@@ -235,6 +242,18 @@ def build_teacher(config: Config) -> Teacher | None:
             f"width {shape[1]} and the student {model.n_layers} of width {model.d_model}; set distill.hidden_weight=0"
         )
     return teacher
+
+
+def to_int8(teacher: Teacher, heldout: HeldoutWindows | None) -> str:
+    """Hosts the teacher in int8; says what that changes, measured on held-out text."""
+    assert isinstance(teacher.body, nn.Module), "only a teacher that is not sharded is hosted in int8"
+    if heldout is None:
+        host_in_int8(teacher.body, teacher.head_weight.device)
+        return "its error is not measured, for want of data.heldout"
+    token_ids = heldout.windows[:INT8_WINDOWS].to(teacher.head_weight.device)
+    exact = teacher.hidden(token_ids)
+    host_in_int8(teacher.body, teacher.head_weight.device)
+    return str(difference(teacher, exact, token_ids))
 
 
 def build_model(

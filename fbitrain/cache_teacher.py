@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from fbitrain.base.errors import UserError
 from fbitrain.base.files import lock_folder
-from fbitrain.build import build_teacher, check_vocabularies
+from fbitrain.build import build_teacher, check_vocabularies, load_windows, to_int8
 from fbitrain.config import Config
 from fbitrain.data.pretokenized.token_shards import TokenIndex
 from fbitrain.data.streaming.stream import border_tokens
@@ -68,7 +67,7 @@ def cache_teacher(config: Config, options: CacheOptions) -> None:
     todo = from_rank_0(lambda: work.unfinished(options.out, every))
     say(f"{settings.describe()}: {len(every) - len(todo)} of {len(every)} pieces are finished in {options.out}")
     if todo:
-        teacher = agreed(lambda: require_teacher(config))
+        teacher = agreed(lambda: require_teacher(config, tokenizer))
         border = border_tokens(tokenizer, config.data.add_bos, config.data.add_eos)
         writer = PieceWriter(options.out, index, settings, border, teacher, options.batch_tokens)
         agreed(lambda: estimate(writer, todo, world_size, options.out))
@@ -108,7 +107,7 @@ def settings_of(config: Config, options: CacheOptions, tokenizer: Tokenizer) -> 
         seed=options.seed,
         context=context,
         overlap=overlap,
-        precision="bf16" if resolve_precision(config.engine.precision) is torch.bfloat16 else "fp32",
+        precision="int8, " * config.distill.int8 + str(resolve_precision(config.engine.precision)),
         vocab_size=config.model.vocab_size,
         add_bos=config.data.add_bos,
         add_eos=config.data.add_eos,
@@ -127,11 +126,13 @@ def take_over(out: Path, settings: CacheSettings, every: Sequence[Piece]) -> Non
     work.remove_leftovers(out, every)
 
 
-def require_teacher(config: Config) -> Teacher:
+def require_teacher(config: Config, tokenizer: Tokenizer) -> Teacher:
     """The teacher, whole on every rank."""
     distill = replace(config.distill, cache="", kd_weight=1.0, hidden_weight=0.0)
     teacher = build_teacher(replace(config, distill=distill))
     assert teacher is not None, "kd_weight is 1"
+    if config.distill.int8:
+        say(f"the teacher in int8: {to_int8(teacher, load_windows(config, tokenizer))}")
     return teacher
 
 

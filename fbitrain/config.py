@@ -56,6 +56,8 @@ class DistillConfig:
     host: str = (
         "replicated"  # replicated: every rank holds the teacher; zero3: ZeRO-3 shards it (for teachers that do not fit)
     )
+    int8: bool = False  # multiply the teacher's linear layers in int8; its error is printed at the start
+    compile: bool = False  # torch.compile the teacher's blocks
     trust_remote_code: bool = False  # run Python code that comes with a teacher from the hub
 
     @property

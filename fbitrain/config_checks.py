@@ -120,6 +120,9 @@ def _distill_problems(config: Config) -> Iterator[str]:
     yield from _cache_problems(config)
     if distill.needs_teacher and not distill.teacher:
         yield "distill.teacher is empty; name the teacher, or set distill.kd_weight=0 to train on labels alone"
+    for name in ("int8", "compile"):
+        if getattr(distill, name) and distill.host == "zero3":
+            yield f"distill.{name} needs distill.host=replicated; leave it out, or hold the teacher whole on every rank"
     if distill.host not in ("replicated", "zero3"):
         yield f"distill.host={distill.host!r} is unknown; choose replicated or zero3"
     if not (distill.teacher or config.model.pretrained) and config.data.tokenizer == "teacher":

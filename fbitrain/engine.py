@@ -93,6 +93,13 @@ def shard_teacher(config: Config) -> Callable[[nn.Module], Callable[..., Any]]:
     return shard
 
 
+def compile_blocks(model: Any) -> None:
+    """torch.compile for each decoder block of a transformers model, so that blocks of one kind are compiled once."""
+    for block in model.modules():
+        if isinstance(block, GradientCheckpointingLayer):  # what transformers makes decoder blocks of
+            block.compile()
+
+
 class Engine:
     """A DeepSpeed engine around a Student: train.py drives it, checkpoint.py saves, resume.py restores its shards."""
 
@@ -102,9 +109,7 @@ class Engine:
         if config.train.activation_checkpointing:
             _checkpoint_activations(student.lm)
         if config.train.compile:
-            for block in student.lm.modules():
-                if isinstance(block, GradientCheckpointingLayer):  # what transformers makes decoder blocks of
-                    block.compile()
+            compile_blocks(student.lm)
         self.device = device()
         self._kinds = parameter_kinds(student)
         forms = matrix_forms(config, student) if config.optim.optimizer == "muon" else {}

@@ -21,7 +21,7 @@ import zstandard
 from deepspeed.launcher import runner
 
 from fbitrain.base.command import run
-from fbitrain.commands import doctor, verbs
+from fbitrain.commands import cache_teacher, doctor, verbs
 from fbitrain.config import load_config
 from fbitrain.model.size import count_parameters
 from fbitrain.studies.study_file import load_study
@@ -164,7 +164,9 @@ def check_verb(arguments: list[str]) -> None:
 def check_launcher(arguments: list[str]) -> None:
     """DeepSpeed's own parser must take the options as meant, and the hostfile must be readable to it."""
     parsed = runner.parse_args(arguments)
-    assert parsed.user_script in ("launch/pretrain.py", "launch/finetune.py")
+    assert parsed.user_script in ("launch/pretrain.py", "launch/finetune.py", "launch/cache_teacher.py")
+    if parsed.user_script == "launch/cache_teacher.py":
+        assert cache_teacher.parser().parse_intermixed_args(parsed.user_args).out
     check_config(parsed.user_args[0])
     if parsed.hostfile != runner.DLTS_HOSTFILE:
         nodes = runner.fetch_hostfile(str(ROOT / parsed.hostfile))

@@ -49,7 +49,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     commands = argparse.ArgumentParser(prog="fbitrain cache-teacher", description=__doc__)
-    commands.add_argument("config", help="a training configuration with distill.teacher and data.pretokenized")
+    commands.add_argument("config", help="a YAML file, or a shipped one's name (fbitrain config list)")
     commands.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
     commands.add_argument("--out", type=Path, required=True, help="folder for the targets; run again, it is completed")
     targets = commands.add_mutually_exclusive_group()

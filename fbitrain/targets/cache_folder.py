@@ -49,7 +49,7 @@ class CacheSettings:
     seed: int
     context: int  # tokens that the teacher sees at a time
     overlap: int  # of them, those that it has seen already, in documents longer than that
-    precision: str  # bf16 or fp32: what the teacher computed in
+    precision: str  # what the teacher computed in
     vocab_size: int
     add_bos: bool
     add_eos: bool

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fbitrain.data.commands.pretokenize import main as pretokenize
 from fbitrain.data.commands.pretokenize import parser
+from fbitrain.teacher_int8 import why_no_int8
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.launch
@@ -134,3 +136,13 @@ def test_damage_ends_the_run_in_a_sentence_with_a_checkpoint(
     assert ".frames is damaged at the document of line" in ended.output
     assert "Traceback" not in ended.output
     assert list((ended.run_dir / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.skipif(bool(why_no_int8(torch.device("cpu"))), reason="this CPU multiplies no int8")
+def test_a_live_teacher_may_be_compiled_and_in_int8(launch: Any) -> None:
+    live = launch("exact", ranks=1, expect=0)
+    cheaper = launch("int8", "distill.int8=true", "distill.compile=true", ranks=1)
+    assert "the teacher in int8: KL 0.0" in cheaper.output
+    for step, loss in cheaper.losses.items():
+        assert loss == pytest.approx(live.losses[step], rel=0.01)
+        assert loss != live.losses[step]
