@@ -59,12 +59,12 @@ def quantize_(
 ) -> dict[str, PartialWeights]:
     """GPTQ-PB on every Linear that `binarize.skip` leaves: the partially binarized layers, by qualified name.
 
-    A block's Hessians, and with salient.criterion=hessian its masks, come from the outputs of the blocks before it as
+    A block's Hessians, and the masks that its Hessians say, come from the outputs of the blocks before it as
     they are after quantization. `lm`, fp32 and in eval mode, holds each result's `weight` afterwards, from which
     PartialBinaryLinear makes the same effective weights. token_ids and errors as in `select_masks`.
     """
     linears = {name: linear.module for name, linear in chosen_linears(lm, binarize).items()}
-    by_hessian = binarize.salient.criterion == "hessian"
+    by_hessian = bool(binarize.salient.hessian_score)
     masks = {} if by_hessian else select_masks(lm, binarize, token_ids)
     if not by_hessian and not calibration.feedback:
         return _stored(linears, _solve(linears, {}, masks, binarize, calibration))
@@ -177,7 +177,8 @@ def _leaders(walk: BlockWalk, index: int, linears: Mapping[str, nn.Module]) -> d
 
 def _hessian_mask(name: str, linear: nn.Module, hessian: Tensor, binarize: BinarizeConfig, damping: float) -> Tensor:
     with _naming(name):
-        return _mask(hessian_scores(weight_NK(linear), hessian, damping), binarize)
+        scores = hessian_scores(weight_NK(linear), hessian, damping, binarize.salient.hessian_score)
+        return _mask(scores, binarize)
 
 
 def _mask(scores: Tensor, binarize: BinarizeConfig) -> Tensor:
