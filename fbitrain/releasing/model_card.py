@@ -277,7 +277,7 @@ def _snippet(folder: str, option: str) -> str:
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(REPO{place}{option})
-tokenizer = AutoTokenizer.from_pretrained(REPO{place}{option})
+tokenizer = AutoTokenizer.from_pretrained(REPO{place})
 inputs = tokenizer(["The first prompt", "Another one"], padding=True, return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=32)))
 ```"""
