@@ -147,6 +147,26 @@ def test_criteria_choose_by_their_scores() -> None:
             assert scores[mask].min() >= scores[~mask].max()
 
 
+def test_hessian_takes_the_cholesky_score_only_where_gptq_solves_few_salient_weights() -> None:
+    def solved(criterion: str, **how: bool) -> dict[str, Tensor]:
+        binarize = setting(criterion=criterion)
+        binarize = replace(binarize, salient=replace(binarize.salient, fraction=0.1))
+        parts = quantize_(build("llama"), binarize, CalibrationConfig(**how), sequences())
+        return {name: part.mask for name, part in parts.items()}
+
+    def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+        return all(torch.equal(one[name], other[name]) for name in one)
+
+    diagonal, cholesky = solved("hessian_diagonal"), solved("hessian_cholesky")
+    assert not same(diagonal, cholesky)
+    assert same(solved("hessian"), cholesky)
+    assert same(solved("hessian", feedback=False), solved("hessian_diagonal", feedback=False))
+    by_selection = [
+        select_masks(build("llama"), setting(criterion=c), sequences()) for c in ("hessian", "hessian_diagonal")
+    ]
+    assert same(*by_selection)
+
+
 @ARCHITECTURES
 def test_each_block_is_solved_for_the_quantized_blocks_before_it(architecture: str) -> None:
     binarize, ids = setting(criterion="hessian"), sequences()

@@ -85,11 +85,12 @@ def test_the_cholesky_score_counts_only_the_columns_that_come_after() -> None:
 
 
 def test_hessian_means_the_score_that_is_better_at_the_share() -> None:
-    def score(criterion: str, fraction: float) -> str:
-        return SalientConfig(fraction=fraction, criterion=criterion).hessian_score
+    def score(criterion: str, fraction: float, *, feedback: bool = True) -> str:
+        return SalientConfig(fraction=fraction, criterion=criterion).hessian_score(feedback=feedback)
 
     assert [score("hessian", fraction) for fraction in (0.05, 0.1, CHOLESKY_UP_TO)] == 3 * ["hessian_cholesky"]
-    assert [score("hessian", fraction) for fraction in (0.3, 0.5)] == 2 * ["hessian_diagonal"]
+    assert [score("hessian", fraction) for fraction in (0.2, 0.3, 0.5)] == 3 * ["hessian_diagonal"]
+    assert {score("hessian", fraction, feedback=False) for fraction in (0.05, 0.1, 0.5)} == {"hessian_diagonal"}
     assert [score(name, 0.1) for name in HESSIAN_SCORES] == list(HESSIAN_SCORES)
     assert score("magnitude", 0.1) == score("fisher", 0.1) == ""
     assert set(HESSIAN_SCORES) < set(CRITERIA)
