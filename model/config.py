@@ -11,7 +11,9 @@ from fbitrain.model.method_table import METHODS, UNKNOWN, Method
 
 SCALES = ("column", "row", "tensor", "group")
 STES = ("identity", "clip")
-CRITERIA = ("magnitude", "hessian", "fisher")
+HESSIAN_SCORES = ("hessian_diagonal", "hessian_cholesky")  # model/salience.py has the formulas
+CRITERIA = ("magnitude", "hessian", *HESSIAN_SCORES, "fisher")
+CHOLESKY_UP_TO = 0.1  # share of salient weights (docs/finetuning.md, The two Hessian scores)
 SCOPES = ("layer", "group")
 SALIENT_DTYPES = ("int8", "float16")
 MAX_EXPERTS = 64
@@ -44,10 +46,20 @@ class SalientConfig:
     """Which weights of a layer stay in high precision, and how; read for methods with salient weights."""
 
     fraction: float = 0.1  # share of a layer's weights
-    # magnitude |w|, hessian (error that binarizing would cause, PB-LLM) or fisher (squared gradient, CherryQ)
+    # magnitude |w|; hessian (error that binarizing would cause, PB-LLM): the one of hessian_diagonal and
+    # hessian_cholesky that `hessian_score` takes; or fisher (squared gradient, CherryQ)
     criterion: str = "magnitude"
     scope: str = "layer"  # the share holds for the layer as a whole, or in each group of binarize.group_size columns
     dtype: str = "int8"  # int8: per row, symmetric, frozen; float16: frozen for partial, trained for cherry
+
+    def hessian_score(self, *, feedback: bool) -> str:
+        """The one of HESSIAN_SCORES that `criterion` means; empty if it means none.
+
+        feedback: whether GPTQ-PB solves the layer. Otherwise no later column makes up for an error.
+        """
+        if self.criterion == "hessian":
+            return HESSIAN_SCORES[feedback and self.fraction <= CHOLESKY_UP_TO]
+        return self.criterion if self.criterion in HESSIAN_SCORES else ""
 
 
 @dataclass(frozen=True)

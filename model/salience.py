@@ -18,14 +18,18 @@ def magnitude_scores(w_NK: Tensor) -> Tensor:
     return w_NK.detach().abs().float()
 
 
-def hessian_scores(w_NK: Tensor, hessian_KK: Tensor, damping: float) -> Tensor:
-    """|w| / [H⁻¹]_kk, [N, K]: large where the input counts and no other one can make up for it.
+def hessian_scores(w_NK: Tensor, hessian_KK: Tensor, damping: float, score: str) -> Tensor:
+    """|w| / d_k, [N, K]: large where the input counts and no other one can make up for it.
 
-    Its square is PB-LLM's w² / ([H⁻¹]_kk)²: the same order, without the overflow of a fourth power. H is damped as in
-    `inverse_factor`, so a dead input's [H⁻¹]_kk is the largest there is. Raises SingularHessianError.
+    score: "hessian_diagonal", d = diag H⁻¹, or "hessian_cholesky", d = diag U for the upper Cholesky factor U of H⁻¹:
+    U_kk² is entry k of the inverse Hessian of column k and those after it, which are all that GPTQ's solver still
+    changes when it reaches column k. The square of the score is the w² / [H⁻¹]_kk² of PB-LLM's paper read as it is
+    written, and as its published code computes it. It orders alike, without the overflow of a fourth power.
+    H is damped as in `inverse_factor`, so a dead input's d is the largest there is. Raises SingularHessianError.
     """
-    diagonal_K = inverse_diagonal(inverse_factor(hessian_KK, damping))
-    return magnitude_scores(w_NK) / diagonal_K.float()
+    factor_KK = inverse_factor(hessian_KK, damping)
+    d_K = factor_KK.diagonal() if score == "hessian_cholesky" else inverse_diagonal(factor_KK)
+    return magnitude_scores(w_NK) / d_K.float()
 
 
 def select_mask(scores_NK: Tensor, fraction: float, scope: str = "layer", group_size: int = 128) -> Tensor:

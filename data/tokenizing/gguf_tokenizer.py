@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, BinaryIO
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from fbitrain.base.errors import UserError
 
@@ -75,7 +75,13 @@ def build_bpe(path: str) -> tuple[Tokenizer, int | None, int | None]:
         tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()
     _add_special(tokenizer, tokens, data.get("tokenizer.ggml.token_type", []))
-    return tokenizer, data.get("tokenizer.ggml.bos_token_id"), data.get("tokenizer.ggml.eos_token_id")
+    bos_id, eos_id = (data.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos"))
+    if data.get("tokenizer.ggml.add_bos_token") is True and isinstance(bos_id, int) and 0 <= bos_id < len(tokens):
+        start = tokens[bos_id]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[start, "$A"], pair=[start, "$A", start, "$B"], special_tokens=[(start, bos_id)]
+        )
+    return tokenizer, bos_id, eos_id
 
 
 def _strings(data: dict[str, Any], key: str, path: str) -> list[str]:

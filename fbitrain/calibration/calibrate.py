@@ -50,7 +50,10 @@ def select_masks(
     with closing(BlockWalk(lm, token_ids, passes=1, description="selection")) as walk:
         for index, block in enumerate(blocks):
             hessians = _hessians(walk, index, block, advance=True)
-            masks |= {name: _hessian_mask(name, block[name], hessians[name], binarize, damping) for name in block}
+            masks |= {
+                name: _hessian_mask(name, block[name], hessians[name], binarize, damping, feedback=False)
+                for name in block
+            }
     return masks
 
 
@@ -59,12 +62,12 @@ def quantize_(
 ) -> dict[str, PartialWeights]:
     """GPTQ-PB on every Linear that `binarize.skip` leaves: the partially binarized layers, by qualified name.
 
-    A block's Hessians, and with salient.criterion=hessian its masks, come from the outputs of the blocks before it as
+    A block's Hessians, and the masks that its Hessians say, come from the outputs of the blocks before it as
     they are after quantization. `lm`, fp32 and in eval mode, holds each result's `weight` afterwards, from which
     PartialBinaryLinear makes the same effective weights. token_ids and errors as in `select_masks`.
     """
     linears = {name: linear.module for name, linear in chosen_linears(lm, binarize).items()}
-    by_hessian = binarize.salient.criterion == "hessian"
+    by_hessian = bool(binarize.salient.hessian_score(feedback=calibration.feedback))
     masks = {} if by_hessian else select_masks(lm, binarize, token_ids)
     if not by_hessian and not calibration.feedback:
         return _stored(linears, _solve(linears, {}, masks, binarize, calibration))
@@ -175,9 +178,12 @@ def _leaders(walk: BlockWalk, index: int, linears: Mapping[str, nn.Module]) -> d
     return {name: next(other for other, x in inputs.items() if x is inputs[name]) for name in linears}
 
 
-def _hessian_mask(name: str, linear: nn.Module, hessian: Tensor, binarize: BinarizeConfig, damping: float) -> Tensor:
+def _hessian_mask(
+    name: str, linear: nn.Module, hessian: Tensor, binarize: BinarizeConfig, damping: float, *, feedback: bool
+) -> Tensor:
+    score = binarize.salient.hessian_score(feedback=feedback)
     with _naming(name):
-        return _mask(hessian_scores(weight_NK(linear), hessian, damping), binarize)
+        return _mask(hessian_scores(weight_NK(linear), hessian, damping, score), binarize)
 
 
 def _mask(scores: Tensor, binarize: BinarizeConfig) -> Tensor:
@@ -193,18 +199,19 @@ def _solve(
 ) -> dict[str, PartialWeights]:
     """GPTQ-PB of each layer by itself; a layer without a mask selects its own by its Hessian."""
     parts = {}
+    feedback, damping = calibration.feedback, calibration.damping
     for name, linear in linears.items():
-        mask = (
-            masks[name] if name in masks else _hessian_mask(name, linear, hessians[name], binarize, calibration.damping)
-        )
+        mask = masks.get(name)
+        if mask is None:
+            mask = _hessian_mask(name, linear, hessians[name], binarize, damping, feedback=feedback)
         with _naming(name):
             parts[name] = gptq_partial(
                 weight_NK(linear),
-                hessians[name] if calibration.feedback else None,
+                hessians[name] if feedback else None,
                 mask,
                 group_size=binarize.group_size if binarize.scale == "group" else 0,
                 salient_dtype=binarize.salient.dtype,
-                damping=calibration.damping,
+                damping=damping,
                 block_size=calibration.block_size,
             )
     return parts

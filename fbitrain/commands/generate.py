@@ -38,7 +38,7 @@ def main(arguments: argparse.Namespace) -> None:
     with open_model(arguments.model, arguments.dtype, activations=arguments.activations) as model:
         print(arguments.prompt, end="", flush=True)
         started, n_tokens = time.perf_counter(), 0
-        for piece in stream_text(model.lm, model.tokenizer, arguments.prompt, sampling):
+        for piece in stream_text(model.lm, model.tokenizer, model.prompt_start, arguments.prompt, sampling):
             print(piece, end="", flush=True)
             n_tokens += 1
         seconds = time.perf_counter() - started

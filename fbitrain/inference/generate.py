@@ -41,14 +41,16 @@ class Sampling:
 
 
 def stream_text(
-    model: PreTrainedModel | PackedLlama, tokenizer: Tokenizer, prompt: str, sampling: Sampling
+    model: PreTrainedModel | PackedLlama, tokenizer: Tokenizer, start: list[int], prompt: str, sampling: Sampling
 ) -> Iterator[str]:
     """Yields a piece of text per new token, "" while a character's bytes are still coming; ends at the model's EOS.
 
-    The prompt gets the model's BOS in front, where its generation config names one, as documents had in training.
+    start: what the tokenizer puts before a prompt (`tokenizer_folder.prompt_start`). An empty prompt without it starts
+    at the BOS of the model's generation config, as in transformers.
     """
-    bos = model.generation_config.bos_token_id
-    prompt_ids = ([bos] if bos is not None else []) + tokenizer.encode(prompt)
+    prompt_ids = start + tokenizer.encode(prompt)
+    if not prompt_ids and (bos := model.generation_config.bos_token_id) is not None:
+        prompt_ids = [bos]
     if not prompt_ids:
         raise UserError("the prompt is empty and the model has no BOS token to start from; give some text")
     if max(prompt_ids) >= model.config.vocab_size:

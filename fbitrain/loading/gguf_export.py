@@ -13,7 +13,7 @@ from fbitrain.base.errors import UserError
 from fbitrain.base.files import give_usual_mode, replacing_folder, sha256_of, write_json
 from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.loading.language_model import TEACHER, first_line, load_gguf, locate
-from fbitrain.loading.tokenizer_folder import write_tokenizer
+from fbitrain.loading.tokenizer_folder import prompt_start, write_tokenizer
 
 EXPORT_MARKER = "gguf_source.json"  # which GGUF file a folder was made from, and the sizes of what was written
 
@@ -64,11 +64,13 @@ def _write_export(gguf_path: Path, sha256: str, folder: Path, role: str) -> None
     with tqdm(total=3, desc=f"export {gguf_path.name}", unit="part") as progress:
         model = load_gguf(gguf_path, torch.float32, role=role)
         progress.update()
-        write_tokenizer(load_tokenizer(gguf_path), folder)
-        progress.update()
         model.save_pretrained(folder)
         for file in folder.glob("*.safetensors"):
             give_usual_mode(file)
+        progress.update()
+        tokenizer = load_tokenizer(gguf_path)
+        positions = getattr(model.config, "max_position_embeddings", None)
+        write_tokenizer(tokenizer, folder, add_bos=bool(prompt_start(tokenizer, folder)), max_length=positions)
         write_json(folder / EXPORT_MARKER, {"source": gguf_path.name, "sha256": sha256, "sizes": _sizes(folder)})
         progress.update()
 

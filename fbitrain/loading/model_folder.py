@@ -16,6 +16,7 @@ from fbitrain.data.tokenizer import Tokenizer, check_special, load_tokenizer
 from fbitrain.loading.gguf_export import export_gguf
 from fbitrain.loading.language_model import LOAD_ERRORS, first_line
 from fbitrain.loading.sane_settings import require_sane
+from fbitrain.loading.tokenizer_folder import prompt_start
 from fbitrain.model.compiled import PackedLlama, level_for, why_not_compiled
 from fbitrain.model.hf import register
 
@@ -26,11 +27,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Pretrained:
     """A model with its own tokenizer, and the folder both came from, valid while `open_model` is.
 
+    `prompt_start` has the ids that stand before every prompt (`tokenizer_folder.prompt_start`).
     `runs_on` says in a few words what computes it, and why not the compiled decoder if that does not.
     """
 
     lm: PreTrainedModel | PackedLlama
     tokenizer: Tokenizer
+    prompt_start: list[int]
     folder: Path
     runs_on: str
 
@@ -56,7 +59,7 @@ def open_model(
         tokenizer = load_tokenizer(path if path.is_file() else folder)
         lm, runs_on = _load(folder, DTYPES[dtype], device, activations, transformers_only)
         _check_specials(lm, folder)
-        yield Pretrained(lm, tokenizer, folder, runs_on)
+        yield Pretrained(lm, tokenizer, prompt_start(tokenizer, folder), folder, runs_on)
 
 
 def _check_specials(lm: PreTrainedModel | PackedLlama, folder: Path) -> None:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 from tokenizers import decoders, models, normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import replacing_folder, write_json
+from fbitrain.base.files import replacing_folder, write_json, write_text
 from fbitrain.data.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from fbitrain.loading.pretrained_shape import KEPT_TOKENIZER
 
-NEEDED = ("tokenizer.json", "tokenizer_config.json")
-FILES = (*NEEDED, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+CHAT_TEMPLATE = "chat_template.jinja"
 # What converters get wrong: leading and repeated spaces, newlines, digits, contractions, scripts, joined emoji.
 PROBES = ("def f(x):\n\treturn x['a']  # it's 1234,5\n\n", "  two  spaces", " ", "ΑΩ 漢字 é مرحبا 👩‍🔬", "a", "")
 
@@ -36,7 +37,8 @@ def keep_tokenizer(tokenizer: Tokenizer, run_dir: Path) -> None:
             return
         _copy(tokenizer, folder)
         if not _holds(folder, tokenizer):  # a single file, or BOS or EOS stands in a file of the model's
-            _write_fast(tokenizer, folder)
+            bos, eos = _names(tokenizer)
+            _write(_definition(tokenizer), {"bos_token": bos, "eos_token": eos}, folder)
 
 
 def _holds(folder: Path, tokenizer: Tokenizer) -> bool:
@@ -46,57 +48,135 @@ def _holds(folder: Path, tokenizer: Tokenizer) -> bool:
         return False
 
 
-def write_tokenizer(trained: Tokenizer, folder: Path) -> None:
-    """Writes a tokenizer into `folder` as training saw it, for transformers' AutoTokenizer.
+def write_tokenizer(trained: Tokenizer, folder: Path, *, add_bos: bool, max_length: int | None) -> None:
+    """Writes a tokenizer into `folder`, as training saw it, in a form that every transformers from 4.51 on reads alike.
 
-    A Hugging Face folder's files are copied; other kinds, and files that AutoTokenizer would read otherwise than
-    training did, are written as a PreTrainedTokenizerFast. Raises UserError if even that gives other token ids.
+    add_bos: whether BOS stands before a text. tokenizer.json itself says so, so that everything that reads the folder
+    does the same; a tokenizer that puts no BOS there names none. max_length: positions of the model, in tokens. Write
+    the model's config.json first: AutoTokenizer looks at it. Raises UserError if AutoTokenizer reads other token ids.
     """
-    copies = _copy(trained, folder)
-    if {path.name for path in copies}.issuperset(NEEDED) and _reads_alike(folder, trained):
-        return
-    for copy in copies:
-        copy.unlink()
-    _write_fast(trained, folder)
-    if not _reads_alike(folder, trained):
+    bos, eos = _names(trained)
+    start = {bos: trained.bos_id} if add_bos and bos is not None and trained.bos_id is not None else {}
+    definition = {**_definition(trained), "post_processor": _template(start)}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # the one name that all versions know
+        "model_input_names": ["input_ids", "attention_mask"],  # without token_type_ids, which most models refuse
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",  # a batch's continuations begin at the end of its prompts
+        "add_bos_token": bool(start),
+        "add_eos_token": False,  # it would end every prompt
+        "bos_token": bos if start else None,
+        "eos_token": eos,
+        "pad_token": _piece(trained, pad_id(trained)),
+        "model_max_length": max_length,
+        "chat_template": _original_settings(trained).get("chat_template"),
+    }
+    _write(definition, settings, folder)
+    if (chat := Path(trained.path) / CHAT_TEMPLATE).is_file():
+        shutil.copy(chat, folder)
+    if not _reads_alike(folder, trained, list(start.values())):
         raise UserError(
             f"tokenizer {trained.path} cannot be written in a form that transformers reads the same way; "
             "name a folder with a tokenizer.json that matches it in data.tokenizer of the checkpoint's config.yaml"
         )
 
 
-def _copy(tokenizer: Tokenizer, folder: Path) -> list[Path]:
-    """Copies of a Hugging Face folder's tokenizer files; none of a tokenizer that is a single file."""
+def pad_id(trained: Tokenizer) -> int | None:
+    """What fills up the shorter texts of a batch: the tokenizer's own padding, or else EOS, or else BOS."""
+    if isinstance(trained, HFTokenizer):
+        own = _original_settings(trained).get("pad_token")
+        own = own.get("content") if isinstance(own, dict) else own
+        if isinstance(own, str) and (token_id := trained.backend.token_to_id(own)) is not None:
+            return int(token_id)
+    return trained.eos_id if trained.eos_id is not None else trained.bos_id
+
+
+def prompt_start(tokenizer: Tokenizer, folder: Path) -> list[int]:
+    """The ids that the tokenizer in `folder` puts before a text, as transformers' does: [BOS], or nothing."""
+    adds_bos = _read_settings(folder).get("add_bos_token")
+    if isinstance(tokenizer, HFTokenizer) and not isinstance(adds_bos, bool):
+        text = "a"
+        plain, whole = (tokenizer.backend.encode(text, add_special_tokens=add).ids for add in (False, True))
+        return list(whole[: whole.index(plain[0])]) if plain and plain[0] in whole else []
+    # A SentencePiece model says nothing of it, and transformers' class for it adds BOS.
+    return [tokenizer.bos_id] if tokenizer.bos_id is not None and adds_bos is not False else []
+
+
+def _copy(tokenizer: Tokenizer, folder: Path) -> None:
+    """Copies a Hugging Face folder's tokenizer files; none of a tokenizer that is a single file."""
     original = Path(tokenizer.path)
-    return [Path(shutil.copy(original / name, folder)) for name in FILES if (original / name).is_file()]
+    for name in (*FILES, CHAT_TEMPLATE):
+        if (original / name).is_file():
+            shutil.copy(original / name, folder)
 
 
-def _reads_alike(folder: Path, trained: Tokenizer) -> bool:
+def _reads_alike(folder: Path, trained: Tokenizer, start: list[int]) -> bool:
     readers = AutoTokenizer.from_pretrained(folder, trust_remote_code=False), load_tokenizer(folder)
     for text in PROBES:
         ids = trained.encode(text)
         if readers[0].encode(text, add_special_tokens=False) != ids or readers[1].encode(text) != ids:
             return False
-    return True
+        if readers[0].encode(text) != start + ids:
+            return False
+    return prompt_start(readers[1], folder) == start
 
 
-def _write_fast(trained: Tokenizer, folder: Path) -> None:
+def _definition(trained: Tokenizer) -> dict[str, Any]:
+    """The tokenizer as the values of a tokenizer.json."""
     if isinstance(trained, HFTokenizer):
         backend = trained.backend
     else:
         assert isinstance(trained, SentencePieceTokenizer)
         backend = _bpe_backend(trained.model)
-    names = {
-        f"{kind}_token": backend.id_to_token(token_id)
-        for kind, token_id in (("bos", trained.bos_id), ("eos", trained.eos_id))
-        if token_id is not None
-    }
-    PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names).save_pretrained(
-        folder
-    )
-    # transformers 5 writes a class name of its own, which versions before it do not know; this one all of them know.
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    write_json(folder / "tokenizer_config.json", {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
+    definition: dict[str, Any] = json.loads(backend.to_str())
+    return definition
+
+
+def _template(start: dict[str, int]) -> dict[str, Any]:
+    """The part of a tokenizer.json that puts the tokens `start` (name -> id) before a text, and both of a pair."""
+    special = {piece: {"id": piece, "ids": [token_id], "tokens": [piece]} for piece, token_id in start.items()}
+
+    def part(name: str, type_id: int) -> list[dict[str, Any]]:
+        before = [{"SpecialToken": {"id": piece, "type_id": type_id}} for piece in start]
+        return [*before, {"Sequence": {"id": name, "type_id": type_id}}]
+
+    pair = [*part("A", 0), *part("B", 1)]
+    return {"type": "TemplateProcessing", "single": part("A", 0), "pair": pair, "special_tokens": special}
+
+
+def _write(definition: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
+    write_text(folder / "tokenizer.json", json.dumps(definition, ensure_ascii=False))
+    known = {name: value for name, value in settings.items() if value is not None}
+    write_json(folder / "tokenizer_config.json", known)
+
+
+def _original_settings(trained: Tokenizer) -> dict[str, Any]:
+    path = Path(trained.path)
+    return _read_settings(path if path.is_dir() else path.parent) if path.suffix != ".gguf" else {}
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """What tokenizer_config.json says; empty where there is none that can be read."""
+    try:
+        return dict(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
+
+
+def _names(trained: Tokenizer) -> tuple[str | None, str | None]:
+    """BOS and EOS as text."""
+    return _piece(trained, trained.bos_id), _piece(trained, trained.eos_id)
+
+
+def _piece(trained: Tokenizer, token_id: int | None) -> str | None:
+    if token_id is None:
+        return None
+    if isinstance(trained, HFTokenizer):
+        piece: str | None = trained.backend.id_to_token(token_id)
+    else:
+        assert isinstance(trained, SentencePieceTokenizer)
+        piece = trained.model.id_to_piece(token_id)
+    return piece
 
 
 def _bpe_backend(model: SentencePieceProcessor) -> tokenizers.Tokenizer:

@@ -11,7 +11,7 @@ from gguf import TokenType
 
 from fbitrain.base.errors import UserError
 from fbitrain.data.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
-from fbitrain.loading.tokenizer_folder import PROBES
+from fbitrain.loading.tokenizer_folder import PROBES, pad_id
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab_size: int, *, add_bos: bool) -> None:
@@ -33,6 +33,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab_size: int
         writer.add_bos_token_id(tokenizer.bos_id)
     if tokenizer.eos_id is not None:
         writer.add_eos_token_id(tokenizer.eos_id)
+    if (padding := pad_id(tokenizer)) is not None:
+        writer.add_pad_token_id(padding)
     writer.add_add_bos_token(add_bos and tokenizer.bos_id is not None)
     writer.add_add_eos_token(False)  # it would end every prompt
     writer.add_add_space_prefix(isinstance(tokenizer, SentencePieceTokenizer))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
+from huggingface_hub import try_to_load_from_cache
+
 from fbitrain.base.files import read_json_lines
 from fbitrain.calibration.text import needs_text
-from fbitrain.config import Config
+from fbitrain.config import Config, DistillConfig
 from fbitrain.config_optim import describe_optimizer
-from fbitrain.loading.pretrained_shape import is_binary_run
+from fbitrain.loading.pretrained_shape import HUB_ID, is_binary_run
 from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.hf import ReleasedModel
 from fbitrain.model.phases import binary_share, has_phases, unfinished_phase
@@ -65,6 +68,18 @@ class Storage:
         return (self.binary_bits + self.other_bits) / (self.binary_weights + self.other_weights)
 
 
+@dataclass(frozen=True)
+class Labels:
+    """What the hub files a model under; `release` cannot know it."""
+
+    license: str = "unknown"  # the hub's short names: apache-2.0, mit, llama3.2, other
+    language: Sequence[str] = ("en",)  # ISO 639 codes of the texts' languages
+    base_model: str = ""  # the hub id of the model that fine-tuning began with
+
+
+UNLABELED = Labels()
+
+
 def heldout_metrics(run_dir: Path, step: int) -> dict[str, float]:
     """The last held-out figures up to `step` in a run's metrics.jsonl; empty if there are none."""
     path = run_dir / "metrics.jsonl"
@@ -78,21 +93,29 @@ def heldout_metrics(run_dir: Path, step: int) -> dict[str, float]:
 
 
 def model_card(
-    config: Config, training: Training, storage: Storage | None, formats: Sequence[str], dtype: str, model_type: str
+    config: Config,
+    training: Training,
+    storage: Storage | None,
+    files: Mapping[str, str],
+    dtype: str,
+    model_type: str,
+    labels: Labels = UNLABELED,
 ) -> str:
-    """README.md of a release as Hugging Face reads it: a YAML header, then Markdown.
+    """README.md of a release, or of one of its formats, as Hugging Face reads it: a YAML header, then Markdown.
 
-    storage: what packed holds, if that is among `formats`. dtype: of all other weights. model_type: transformers' name
-    of the architecture.
+    files: where each format that the card is for lies, seen from the card: a folder, "" for the card's own, or a .gguf.
+    storage: what packed holds, if that is among them. dtype: of all other weights. model_type: transformers' name of
+    the architecture.
     """
-    parts = [_header(config, training), _recipe(config, training), _figures(training)]
-    if storage is not None:
+    library = "gguf" if list(files) == ["gguf"] else "transformers"
+    parts = [_header(config, training, labels, library), _recipe(config, training), _figures(training)]
+    if storage is not None and "packed" in files:
         parts.append(_size(storage, dtype))
-    parts += [_loading(formats, model_type), _limits(config, training, "packed" in formats)]
+    parts += [_loading(files, model_type), _limits(config, training, files)]
     return "\n".join(parts)
 
 
-def _header(config: Config, training: Training) -> str:
+def _header(config: Config, training: Training, labels: Labels, library: str) -> str:
     kind = "Llama"
     if config.model.pretrained:
         origin, kind = f"fine-tuned from {config.model.pretrained}", "language model"
@@ -109,21 +132,41 @@ def _header(config: Config, training: Training) -> str:
     else:
         kind = f"A {kind} with {_bits(how)} weights"
     tags += ["distillation"] if config.distill.uses_teacher else []
+    head = {
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "license": labels.license,
+        "language": list(labels.language),
+        "tags": tags,
+    }
+    if base := labels.base_model or _hub_id(config.model.pretrained):
+        head |= {"base_model": base, "base_model_relation": "finetune" if training.tokens else "quantized"}
     return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [{", ".join(tags)}]
----
+{yaml.safe_dump(head, sort_keys=False, allow_unicode=True, default_flow_style=None)}---
 # {config.run.name}
 
 {kind}, {origin} by fbitrain.
 """
 
 
+def _hub_id(pretrained: str) -> str:
+    """`pretrained` if it is the name of a model that was fetched from the hub, and no path; else empty."""
+    if not pretrained or Path(pretrained).exists() or not HUB_ID.fullmatch(pretrained):
+        return ""
+    return pretrained if isinstance(try_to_load_from_cache(pretrained, "config.json"), str) else ""
+
+
 def _bits(how: BinarizeConfig) -> str:
     if how.traits.salient:
         return "partially binary"
     return "ternary" if how.traits.levels == 3 else "1-bit"
+
+
+def _teacher(distill: DistillConfig) -> str:
+    if not distill.uses_teacher:
+        return "none"
+    cached = f"targets cached in {distill.cache}" if distill.cache else ""
+    return ", ".join(filter(None, (distill.teacher, cached)))
 
 
 def _recipe(config: Config, training: Training) -> str:
@@ -137,7 +180,7 @@ def _recipe(config: Config, training: Training) -> str:
         "binary weights": _pattern(config) if binary_share(how, training.step) else "none",
         "never binary": ", ".join(["embeddings", "norms", *how.skip]) if how.enabled else "",
         "calibration": _calibration(config),
-        "teacher": distill.teacher if distill.uses_teacher else "none",
+        "teacher": _teacher(distill),
         "loss": f"{distill.kd_weight:g} · CE(teacher) + {distill.ce_weight:g} · CE(labels)"
         + (f" + {distill.hidden_weight:g} · MSE(hidden states)" if distill.hidden_weight else ""),
         "temperature": f"{distill.temperature:g}",
@@ -215,40 +258,46 @@ With the {storage.other_weights:,} weights of embeddings, norms and head in {dty
 """
 
 
-def _loading(formats: Sequence[str], model_type: str) -> str:
+def _loading(files: Mapping[str, str], model_type: str) -> str:
     lines = ["## Loading", ""]
-    if "dense" in formats:
-        lines += ["`dense` needs transformers only:", "", _snippet("dense", ""), ""]
-    if "packed" in formats:
+    if "dense" in files or "packed" in files:
+        lines += ["REPO is this repository's name on the hub, or the path of this card's folder.", ""]
+    if "dense" in files:
+        lines += ["`dense` needs transformers only:", "", _snippet(files["dense"], ""), ""]
+    if "packed" in files:
         lines += [
-            "`packed` runs this folder's `remote_code.py` (plain torch), or, where fbitrain is installed,",
+            "`packed` runs the `remote_code.py` beside this card (plain torch), or, where fbitrain is installed,",
             f'`fbitrain.model.hf.register("{model_type}")` first and leave `trust_remote_code` out:',
             "",
-            _snippet("packed", ", trust_remote_code=True"),
+            _snippet(files["packed"], ", trust_remote_code=True"),
             "",
         ]
-    if "gguf" in formats:
-        lines += ["`gguf` is for llama.cpp: `llama-cli -m gguf/FILE.gguf -p ...`", ""]
+    if "gguf" in files:
+        lines += [f"`gguf` is for llama.cpp: `llama-cli -m {files['gguf']} -p ...`", ""]
     return "\n".join(lines)
 
 
-def _snippet(name: str, option: str) -> str:
+def _snippet(folder: str, option: str) -> str:
+    place = f', subfolder="{folder}"' if folder else ""
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("{name}"{option})
-tokenizer = AutoTokenizer.from_pretrained("{name}"{option})
+model = AutoModelForCausalLM.from_pretrained(REPO{place}{option})
+tokenizer = AutoTokenizer.from_pretrained(REPO{place})
+inputs = tokenizer(["The first prompt", "Another one"], padding=True, return_tensors="pt")
+print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=32)))
 ```"""
 
 
-def _limits(config: Config, training: Training, packed: bool) -> str:
+def _limits(config: Config, training: Training, files: Mapping[str, str]) -> str:
     nature = "A base model: it continues text, and was not tuned to follow instructions or to be safe."
     if config.model.pretrained:
         nature = f"It has the limits of {config.model.pretrained}, whose licence may bind its use too."
     lines = ["## Limits", "", nature, "Its teacher's and its data's licences may bind its use."]
     if config.data.add_bos:
-        lines.append("Training put BOS before each document; a prompt should start with it too.")
-    if binary_share(config.binarize, training.step) and config.binarize.traits.int8_activations:
+        lines.append("Training put BOS before each document. The tokenizer puts it before each prompt too.")
+    rounded = binary_share(config.binarize, training.step) and config.binarize.traits.int8_activations
+    if rounded and "dense" in files:
         lines.append("`dense` has the weights but not the rounding of activations to int8 that training had.")
-    if packed:
+    if "packed" in files:
         lines.append("In plain torch `packed` saves memory, not time: it unpacks its bits at every call.")
     return "\n".join(lines) + "\n"

@@ -4,7 +4,8 @@
       dense/     a stock LlamaForCausalLM, or the class that fine-tuning began with: every weight written out
       packed/    a bit or two per binary weight; loads with fbitrain, or with trust_remote_code in plain torch
       gguf/      a file for llama.cpp (fbitrain.releasing.gguf)
-      README.md  the model card, also in each format's folder
+      README.md  the model card; each format's folder has its own, with the paths as they are there
+      remote_code.py, remote_layers.py  the code of packed, for a repository that is the whole release
 
 All formats hold the same function: scales are rounded once (`fbitrain.model.packing`).
 """
@@ -27,7 +28,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PretrainedConfig
 
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import fsync_folder, fsync_tree, give_usual_mode, require_writable
+from fbitrain.base.files import fsync_folder, fsync_tree, give_usual_mode, require_writable, write_json
 from fbitrain.checkpoint_files import load_weights, trainer_state
 from fbitrain.checkpoint_folders import find_latest
 from fbitrain.checkpoint_marker import MARKER, damage_of_files, require_sound
@@ -36,19 +37,26 @@ from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 from fbitrain.fine_tune import lm_config_of
 from fbitrain.loading.model_folder import DTYPES
 from fbitrain.loading.pretrained_shape import kept_tokenizer
-from fbitrain.loading.tokenizer_folder import write_tokenizer
+from fbitrain.loading.tokenizer_folder import pad_id, write_tokenizer
 from fbitrain.model.config import BinarizeConfig
-from fbitrain.model.hf import ReleasedModel, copy_remote_code, empty_model, plain_weights
+from fbitrain.model.hf import REMOTE_CODE, ReleasedModel, copy_remote_code, empty_model, plain_weights
 from fbitrain.model.phases import binary_share, unfinished_phase
 from fbitrain.releasing.gguf import block_type, check_gguf, write_gguf
-from fbitrain.releasing.model_card import Storage, Training, heldout_metrics, model_card
+from fbitrain.releasing.model_card import UNLABELED, Labels, Storage, Training, heldout_metrics, model_card
 
 FORMATS = ("dense", "packed", "gguf")
 DEFAULT_FORMATS = ("dense", "packed")
 CARD = "README.md"
+OWN_FILES = (CARD, *(file.name for file in REMOTE_CODE))  # what a release has beside its formats
 
 
-def release(run: Path, out: Path, formats: Sequence[str] = DEFAULT_FORMATS, dtype: str = "float16") -> Path:
+def release(
+    run: Path,
+    out: Path,
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    dtype: str = "float16",
+    labels: Labels = UNLABELED,
+) -> Path:
     """Writes a run (its newest complete checkpoint) or one checkpoint to `out`; returns the checkpoint.
 
     formats: which of FORMATS. dtype: what the scales of binary layers, and all other weights, are rounded to.
@@ -74,7 +82,7 @@ def release(run: Path, out: Path, formats: Sequence[str] = DEFAULT_FORMATS, dtyp
     model = _released_model(lm_config, config.binarize, load_weights(checkpoint), dtype, trainer["step"])
     tokenizer = load_tokenizer(kept_tokenizer(checkpoint.parent.parent) or config.data.tokenizer)
     with replacing_release(out) as folder:
-        write_release(folder, config, model, tokenizer, training, formats, dtype)
+        write_release(folder, config, model, tokenizer, training, formats, dtype, labels)
     return checkpoint
 
 
@@ -142,25 +150,34 @@ def write_release(
     training: Training,
     formats: Sequence[str],
     dtype: str,
+    labels: Labels = UNLABELED,
 ) -> None:
-    """Fills the existing `folder` with one folder per format and the model card."""
+    """Fills the existing `folder` with one folder per format and the model card; each format has a card of its own.
+
+    The code of `packed` lies beside both cards, because transformers looks for it at the top of a repository: a format
+    may be one, or the release as a whole.
+    """
+    places = {name: name for name in formats}
     for name in formats:
         target = folder / name
         target.mkdir()
         tensors = model.packed_tensors() if name == "packed" else model.dense_tensors()
         _refuse_non_finite(tensors, dtype)
         if name == "gguf":
-            write_gguf(target, config, model, tensors, tokenizer)
+            places[name] = f"{name}/{write_gguf(target, config, model, tensors, tokenizer).name}"
         elif name == "packed":
             copy_remote_code(target)
+            copy_remote_code(folder)
             _write_model(target, config, model.packed_config, tensors, tokenizer, dtype)
         else:
             dense_config = deepcopy(model.config)
             dense_config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(dense_config)].__name__]
             _write_model(target, config, dense_config, tensors, tokenizer, dtype)
     storage = Storage.of(model) if "packed" in formats else None
-    card = model_card(config, training, storage, formats, dtype, model.config.model_type)
-    for place in (folder, *(folder / name for name in formats)):
+    # A format's own card is for that format alone, whose files lie beside it.
+    own = {folder / name: {name: places[name].removeprefix(name).removeprefix("/")} for name in formats}
+    for place, files in {folder: places, **own}.items():
+        card = model_card(config, training, storage, files, dtype, model.config.model_type, labels)
         (place / CARD).write_text(card, encoding="utf-8")
 
 
@@ -172,21 +189,33 @@ def _write_model(
     tokenizer: Tokenizer,
     dtype: str,
 ) -> None:
-    write_tokenizer(tokenizer, folder)
     model_config.dtype = DTYPES[dtype]
     model_config.bos_token_id, model_config.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
-    if not config.model.pretrained:
-        model_config.rope_theta = config.model.rope_theta  # where readers older than transformers 5 look for it
     model_config.save_pretrained(folder)
+    _add_older_rope(folder / "config.json")
+    positions = getattr(model_config, "max_position_embeddings", None)
+    write_tokenizer(tokenizer, folder, add_bos=config.data.add_bos, max_length=positions)
     # BOS and EOS only as far as training put them around its documents: a prompt is to look like one.
     generation = GenerationConfig(
         bos_token_id=tokenizer.bos_id if config.data.add_bos else None,
         eos_token_id=tokenizer.eos_id if config.data.add_eos else None,
+        pad_token_id=pad_id(tokenizer),
     )
     generation.save_pretrained(folder)
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})  # in shards of 5 GB
     for file in folder.glob("*.safetensors"):
         give_usual_mode(file)
+
+
+def _add_older_rope(file: Path) -> None:
+    """Names the rotary embedding's parameters where readers older than transformers 5 look for them too."""
+    values = json.loads(file.read_text(encoding="utf-8"))
+    rope = values.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        values["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            values["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+        write_json(file, values)
 
 
 def _refuse_non_finite(tensors: Mapping[str, Tensor], dtype: str) -> None:
@@ -222,7 +251,7 @@ def replacing_release(out: Path) -> Iterator[Path]:
         unfinished.mkdir(parents=True)
         yield unfinished
         for file in out.iterdir() if out.exists() else ():
-            if file.is_file() and file.name != CARD:
+            if file.is_file() and file.name not in OWN_FILES:
                 shutil.copy2(file, unfinished)
         fsync_tree(unfinished)
         shutil.rmtree(old, ignore_errors=True)

@@ -32,7 +32,7 @@ from fbitrain.calibration.text import cut_sequences, read_calibration
 from fbitrain.config import CalibrationConfig
 from fbitrain.data.tokenizer import load_tokenizer
 from fbitrain.model.build import binarize_, chosen_linears
-from fbitrain.model.config import BinarizeConfig, SalientConfig
+from fbitrain.model.config import CRITERIA, HESSIAN_SCORES, BinarizeConfig, SalientConfig
 from fbitrain.model.gptq_pb import gptq_partial
 from fbitrain.model.partial import PartialBinaryLinear
 from fbitrain.model.salience import hessian_scores, select_mask
@@ -102,14 +102,15 @@ def hessians_by_hooks(lm: PreTrainedModel, linears: Mapping[str, nn.Module], ids
 
 
 @ARCHITECTURES
-def test_masks_by_hessian_are_those_of_whole_forward_passes(architecture: str) -> None:
-    lm, binarize, ids = build(architecture), setting(criterion="hessian"), sequences()
+@pytest.mark.parametrize("score", HESSIAN_SCORES)
+def test_masks_by_hessian_are_those_of_whole_forward_passes(architecture: str, score: str) -> None:
+    lm, binarize, ids = build(architecture), setting(criterion=score), sequences()
     before = {name: value.clone() for name, value in lm.state_dict().items()}
     masks = select_masks(lm, binarize, ids)
     linears = linears_of(lm, binarize)
     assert list(masks) == list(linears)
     for name, hessian in hessians_by_hooks(lm, linears, ids).items():
-        expected = select_mask(hessian_scores(weight_NK(linears[name]), hessian, 0.01), 0.2)
+        expected = select_mask(hessian_scores(weight_NK(linears[name]), hessian, 0.01, score), 0.2)
         assert masks[name].shape == weight_NK(linears[name]).shape
         assert (masks[name] == expected).float().mean() > 0.995, name  # fp32 against fp64 may order two scores anew
     assert all(torch.equal(value, before[name]) for name, value in lm.state_dict().items())
@@ -146,6 +147,26 @@ def test_criteria_choose_by_their_scores() -> None:
             assert scores[mask].min() >= scores[~mask].max()
 
 
+def test_hessian_takes_the_cholesky_score_only_where_gptq_solves_few_salient_weights() -> None:
+    def solved(criterion: str, **how: bool) -> dict[str, Tensor]:
+        binarize = setting(criterion=criterion)
+        binarize = replace(binarize, salient=replace(binarize.salient, fraction=0.1))
+        parts = quantize_(build("llama"), binarize, CalibrationConfig(**how), sequences())
+        return {name: part.mask for name, part in parts.items()}
+
+    def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+        return all(torch.equal(one[name], other[name]) for name in one)
+
+    diagonal, cholesky = solved("hessian_diagonal"), solved("hessian_cholesky")
+    assert not same(diagonal, cholesky)
+    assert same(solved("hessian"), cholesky)
+    assert same(solved("hessian", feedback=False), solved("hessian_diagonal", feedback=False))
+    by_selection = [
+        select_masks(build("llama"), setting(criterion=c), sequences()) for c in ("hessian", "hessian_diagonal")
+    ]
+    assert same(*by_selection)
+
+
 @ARCHITECTURES
 def test_each_block_is_solved_for_the_quantized_blocks_before_it(architecture: str) -> None:
     binarize, ids = setting(criterion="hessian"), sequences()
@@ -167,7 +188,7 @@ def test_each_block_is_solved_for_the_quantized_blocks_before_it(architecture: s
             weight_NK(originals[name]).copy_(parts[name].effective_weight())
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "hessian", "fisher"])
+@pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("feedback", [True, False])
 def test_the_binarized_model_computes_with_the_solved_weights(criterion: str, feedback: bool) -> None:
     binarize, ids, lm = setting(criterion=criterion), sequences(), build("llama")

@@ -91,7 +91,8 @@ def test_a_release_computes_what_was_trained(run_dir: Path, tmp_path: Path, conf
 def test_what_lies_in_the_folders(run_dir: Path, tmp_path: Path, workspace: Any) -> None:
     out = tmp_path / "deep" / "out"
     release(run_dir, out)
-    assert sorted(path.name for path in out.iterdir()) == ["README.md", "dense", "packed"]
+    code = ["remote_code.py", "remote_layers.py"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "dense", "packed", *code]
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     dense, packed = (json.loads((out / name / "config.json").read_text()) for name in ("dense", "packed"))
     assert dense["architectures"] == ["LlamaForCausalLM"]
@@ -109,6 +110,7 @@ def test_what_lies_in_the_folders(run_dir: Path, tmp_path: Path, workspace: Any)
         tokenizer = AutoTokenizer.from_pretrained(out / name)
         text = "the model learns  one bit\n"
         assert tokenizer(text, add_special_tokens=False).input_ids == load_tokenizer(workspace.teacher).encode(text)
+        assert tokenizer(text).input_ids == [0, *tokenizer(text, add_special_tokens=False).input_ids]
         generation = GenerationConfig.from_pretrained(out / name)
         assert (generation.bos_token_id, generation.eos_token_id) == (0, 1)
 
@@ -252,10 +254,10 @@ def test_the_model_card_tells_what_was_done(run_dir: Path, tmp_path: Path, works
     release(run_dir, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "\nlicense: unknown\nlanguage: [en]\n" in card
     for part in ("4 of 6, 768", str(workspace.teacher), "| perplexity | 97 |", "| bits_per_byte | 2 |", "per column"):
         assert part in card, part
     assert "trust_remote_code=True" in card
-    assert (tmp_path / "out" / "packed" / "README.md").read_text() == card
 
 
 @pytest.mark.parametrize(
@@ -275,7 +277,8 @@ def test_the_model_card_tells_what_was_done(run_dir: Path, tmp_path: Path, works
 def test_the_card_describes_every_kind_of_method(config: Config, binarize: BinarizeConfig, words: str) -> None:
     storage = Storage(100, 150, 50, 800, {"weight_bits": 100, "alpha": 50})
     fine_tuned = replace(config, binarize=binarize, model=replace(config.model, pretrained="some/model"))
-    card = model_card(fine_tuned, Training(1, 2), storage, ["packed", "gguf"], "float16", "gpt2")
+    files = {"dense": "dense", "packed": "packed", "gguf": "gguf/NAME-F16.gguf"}
+    card = model_card(fine_tuned, Training(1, 2), storage, files, "float16", "gpt2")
     for part in (words, binarize.traits.paper, "fine-tuned from some/model", 'register("gpt2")', "llama.cpp"):
         assert part in card, part
     assert "1.500 bits each, scales included\n(weight_bits 1.000, alpha 0.500)" in card
@@ -287,7 +290,7 @@ def test_the_card_claims_only_the_calibration_of_this_run(config: Config, tmp_pa
         model, data = replace(config.model, pretrained=pretrained), replace(config.data, seq_len=24)
         looked_at = CalibrationConfig(n_sequences=7, **calibration)
         fine_tuned = replace(config, binarize=how, model=model, data=data, calibration=looked_at)
-        card = model_card(fine_tuned, Training(1, 2), None, ["packed"], "float16", "gpt2")
+        card = model_card(fine_tuned, Training(1, 2), None, {"packed": "packed"}, "float16", "gpt2")
         return "".join(line.removeprefix("| calibration ") for line in card.splitlines() if "| calibration " in line)
 
     (tmp_path / "checkpoints").mkdir()
@@ -312,7 +315,7 @@ def test_a_tokenizer_that_is_one_file_becomes_a_folder(tmp_path: Path, workspace
     original.write_bytes((workspace.teacher / "tokenizer.json").read_bytes())
     (tmp_path / "out").mkdir()
     trained = load_tokenizer(original)
-    write_tokenizer(trained, tmp_path / "out")
+    write_tokenizer(trained, tmp_path / "out", add_bos=True, max_length=64)
     read = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert all(read.encode(text, add_special_tokens=False) == trained.encode(text) for text in PROBES)
     written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
@@ -352,7 +355,7 @@ def test_a_run_keeps_its_tokenizer(kind: str, tmp_path: Path, workspace: Any) ->
 @pytest.mark.skipif(not LLAMA_TOKENIZER.is_file(), reason=f"{LLAMA_TOKENIZER} is absent")
 def test_a_sentencepiece_model_keeps_its_ids(tmp_path: Path) -> None:
     trained = load_tokenizer(LLAMA_TOKENIZER)
-    write_tokenizer(trained, tmp_path)
+    write_tokenizer(trained, tmp_path, add_bos=True, max_length=64)
     read = AutoTokenizer.from_pretrained(tmp_path)
     texts = [" " * n + "x = 1" + "\n" * n + "  two  spaces" for n in range(40)]
     texts += ["<0x41> ▁ \t\tif", "naïve 漢字\u3000字 👩‍🔬", "1,234.5e-6"]

@@ -92,7 +92,7 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     path = tmp_path / "tiny.gguf"
     write_gguf(path, tiny_llama(tied=True))
 
-    def full_disk(*args: object) -> None:
+    def full_disk(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(gguf_export, "write_tokenizer", full_disk)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fbitrain.model.config import CHOLESKY_UP_TO, CRITERIA, HESSIAN_SCORES, SalientConfig
 from fbitrain.model.hessian import HessianSum, SingularHessianError, inverse_diagonal, inverse_factor
 from fbitrain.model.salience import hessian_scores, magnitude_scores, select_mask
 
@@ -62,14 +63,37 @@ def test_a_useless_hessian_is_refused(value: float) -> None:
         inverse_factor(torch.full((4, 4), value), 0.01)
 
 
-def test_hessian_scores_order_weights_as_the_papers_formula() -> None:
+@pytest.mark.parametrize("score", HESSIAN_SCORES)
+def test_hessian_scores_order_weights_as_the_papers_formula(score: str) -> None:
     torch.manual_seed(2)
     w, hessian = torch.randn(5, 11), random_hessian(11, 60).float()
     inverse = torch.linalg.inv((hessian + 0.01 * hessian.diagonal().mean() * torch.eye(11)).double())
-    paper = w.double() ** 2 / inverse.diagonal() ** 2
-    scores = hessian_scores(w, hessian, 0.01)
+    # The formula as it is written; and as the published code reads it, where H⁻¹ is kept as its Cholesky factor.
+    read_as = inverse if score == "hessian_diagonal" else torch.linalg.cholesky(inverse, upper=True)
+    paper = w.double() ** 2 / read_as.diagonal() ** 2
+    scores = hessian_scores(w, hessian, 0.01, score)
     assert torch.allclose(scores.double() ** 2, paper, rtol=1e-3)
     assert torch.equal(scores.flatten().argsort(), paper.flatten().argsort())
+
+
+def test_the_cholesky_score_counts_only_the_columns_that_come_after() -> None:
+    torch.manual_seed(4)
+    hessian, w = random_hessian(9, 40), torch.ones(1, 9)
+    scores = hessian_scores(w, hessian, 0.0, "hessian_cholesky").squeeze(0)
+    for k in range(9):
+        assert scores[k].item() == pytest.approx(torch.linalg.inv(hessian[k:, k:])[0, 0].item() ** -0.5, rel=1e-4)
+
+
+def test_hessian_means_the_score_that_is_better_at_the_share() -> None:
+    def score(criterion: str, fraction: float, *, feedback: bool = True) -> str:
+        return SalientConfig(fraction=fraction, criterion=criterion).hessian_score(feedback=feedback)
+
+    assert [score("hessian", fraction) for fraction in (0.05, 0.1, CHOLESKY_UP_TO)] == 3 * ["hessian_cholesky"]
+    assert [score("hessian", fraction) for fraction in (0.2, 0.3, 0.5)] == 3 * ["hessian_diagonal"]
+    assert {score("hessian", fraction, feedback=False) for fraction in (0.05, 0.1, 0.5)} == {"hessian_diagonal"}
+    assert [score(name, 0.1) for name in HESSIAN_SCORES] == list(HESSIAN_SCORES)
+    assert score("magnitude", 0.1) == score("fisher", 0.1) == ""
+    assert set(HESSIAN_SCORES) < set(CRITERIA)
 
 
 def test_magnitude_scores_are_fp32_and_without_graph() -> None:
