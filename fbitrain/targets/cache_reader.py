@@ -23,11 +23,10 @@ from fbitrain.targets.cache_folder import (
     read_settings,
     shard_path,
 )
-from fbitrain.targets.frames import FRAME_TOKENS, DamagedFrame, Targets, decode
+from fbitrain.targets.frames import FRAME_TOKENS, SMALL_VOCAB, DamagedFrame, Targets, decode
 from fbitrain.targets.sparse import SparseTargets
 
 FRAMES_KEPT = 128  # the last ones read, some 300 KB each: a long document is read in many pieces
-NO_WORDS = np.zeros(1, np.uint8)
 
 
 class _Frame(NamedTuple):
@@ -46,6 +45,8 @@ class TargetCache:
         self.folder = Path(folder)
         self.settings: CacheSettings = read_settings(self.folder)
         self._rest = rest
+        ids = np.uint16 if self.settings.vocab_size <= SMALL_VOCAB else np.uint32
+        self._no_words = Targets(np.zeros(1, np.uint8), np.empty(0, ids), np.empty(0, self.settings.weight_dtype))
         self._covered: set[tuple[str, str]] = set()
         self._shards: dict[tuple[str, str], _Shard] = {}
         self._frames: OrderedDict[tuple[str, str, int], _Frame] = OrderedDict()
@@ -93,16 +94,12 @@ class TargetCache:
                 skip = 0
                 if first == 0 and first < span.stop:
                     labelled.append(n_tokens)
-                    parts.append(Targets(NO_WORDS, *self._no_words))
+                    parts.append(self._no_words)
                     n_tokens, first = n_tokens + 1, 1
                 if first < span.stop:
                     parts += self._pieces(span, first, span.stop)
                     n_tokens += span.stop - first
         return self._joined(parts, labelled) if parts else SparseTargets.none(0)
-
-    @property
-    def _no_words(self) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.generic]]:
-        return np.empty(0, np.uint16), np.empty(0, self.settings.weight_dtype)
 
     def _pieces(self, span: Span, first: int, stop: int) -> Iterator[Targets]:
         """The targets of tokens `first` to `stop` of the span's document, frame by frame."""
@@ -119,22 +116,19 @@ class TargetCache:
             first += to - at
 
     def _joined(self, parts: Sequence[Targets], labelled: Sequence[int]) -> SparseTargets:
-        n = np.concatenate([part.n for part in parts])
-        ids = np.concatenate([part.ids for part in parts]).astype(np.int64)
-        weights = np.concatenate([part.weights for part in parts]).astype(np.float32)
-        ends = np.cumsum(n, dtype=np.int64)
-        label_weights = np.zeros(len(n), np.float32)
-        if self.settings.kind == "sampled":
-            weights /= self.settings.n
-        else:
-            place = np.repeat(np.arange(len(n)), n)
+        n, ids, weights = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        label_weights, divisor = np.zeros(len(n), np.float32), float(self.settings.n)
+        if self.settings.kind == "top":
+            place, divisor = np.repeat(np.arange(len(n)), n), 1.0
             sums = np.bincount(place, weights, minlength=len(n)).astype(np.float32)
             if self._rest == "label":
                 label_weights = np.maximum(1 - sums, 0)
             else:
-                weights /= sums[place]
+                weights = weights / sums[place]
         label_weights[labelled] = 1
-        return SparseTargets(*(torch.from_numpy(array) for array in (ends, ids, weights, label_weights)))
+        ends = torch.from_numpy(np.cumsum(n, dtype=np.int64))
+        words, shares = torch.from_numpy(ids), torch.from_numpy(weights)
+        return SparseTargets(ends, words, shares, torch.from_numpy(label_weights), divisor)
 
     def _frame(self, shard: _Shard, number: int) -> _Frame:
         key = (*shard.key, number)

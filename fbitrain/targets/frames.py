@@ -20,7 +20,7 @@ import zstandard
 FRAME_TOKENS = 4096
 MOST_WORDS = 255  # of a token: what n can say
 _COMPRESSION_LEVEL = 1
-_SMALL_VOCAB = 1 << 16
+SMALL_VOCAB = 1 << 16
 MOST_VOCAB = 1 << 24
 
 
@@ -38,7 +38,7 @@ class DamagedFrame(Exception):
 
 def encode(targets: Targets, vocab_size: int) -> bytes:
     """The frame of `targets`, whose ids are below `vocab_size`."""
-    wide = np.dtype("<u2") if vocab_size <= _SMALL_VOCAB else np.dtype("<u4")
+    wide = np.dtype("<u2") if vocab_size <= SMALL_VOCAB else np.dtype("<u4")
     ids = targets.ids.astype(wide)
     differences = ids.copy()
     differences[1:] -= ids[:-1]
@@ -54,7 +54,7 @@ def encode(targets: Targets, vocab_size: int) -> bytes:
 
 def decode(frame: bytes | memoryview, n_tokens: int, vocab_size: int, weight_dtype: np.dtype[np.generic]) -> Targets:
     """The targets of `n_tokens` tokens. Raises DamagedFrame."""
-    id_bytes = 2 if vocab_size <= _SMALL_VOCAB else 3
+    id_bytes = 2 if vocab_size <= SMALL_VOCAB else 3
     width = weight_dtype.itemsize + id_bytes
     try:
         if zstandard.frame_content_size(frame) > n_tokens * (1 + MOST_WORDS * width):

@@ -13,13 +13,15 @@ class SparseTargets:
     """Of M tokens, weights over a few words each. Token m has the entries ends[m − 1] to ends[m].
 
     A token's target is Σ weight · one-hot(word) + label_weight · one-hot(label). Its weights need not sum to 1: those
-    of draws do so in expectation only, where they carry importance weights.
+    of draws do so in expectation only, where they carry importance weights. As they are read, ids and weights have the
+    few bytes that they are stored in; `to` makes of them what the loss computes with.
     """
 
     ends_M: Tensor  # int64 on the CPU, whose loop over chunks reads it
-    ids_E: Tensor  # int64
-    weights_E: Tensor  # fp32
+    ids_E: Tensor  # int64, or as stored
+    weights_E: Tensor  # fp32, or as stored and to be divided
     label_weights_M: Tensor  # fp32
+    divisor: float = 1.0  # of stored weights: the number of draws
 
     @classmethod
     def none(cls, n_tokens: int) -> SparseTargets:
@@ -31,11 +33,10 @@ class SparseTargets:
         return len(self.ends_M)
 
     def to(self, device: torch.device) -> SparseTargets:
-        """The same with what the loss computes with on `device`."""
-        ids, weights, labels = (
-            tensor.to(device, non_blocking=True) for tensor in (self.ids_E, self.weights_E, self.label_weights_M)
-        )
-        return SparseTargets(self.ends_M, ids, weights, labels)
+        """The same on `device`, ids as int64 and weights as fp32 shares."""
+        ids_E, weights_E = self.ids_E.to(device, non_blocking=True), self.weights_E.to(device, non_blocking=True)
+        label_weights_M = self.label_weights_M.to(device, non_blocking=True)
+        return SparseTargets(self.ends_M, ids_E.long(), weights_E.float() / self.divisor, label_weights_M)
 
     def rows(self, rows: slice) -> SparseTargets:
         """The tokens `rows`; of the words only views are made."""

@@ -26,6 +26,7 @@ from tests.data.corpora import rank_loader
 from tests.targets.conftest import PreviousTokenTeacher, V, answer
 from tests.targets.test_draws import settings as made
 
+CPU = torch.device("cpu")
 SOURCES = ["web", "code"]
 SETTINGS_USED = made(kind="top", n=1, vocab_size=V)
 
@@ -89,7 +90,7 @@ def wanted(batch: torch.Tensor, bos: int) -> list[int | None]:
 
 
 def found(cache: TargetCache, loader: Any) -> list[int | None]:
-    targets = cache.read(loader.spans())
+    targets = cache.read(loader.spans()).to(CPU)
     ends = targets.ends_M.tolist()
     words: list[int | None] = []
     for start, end, label_weight in zip([0, *ends[:-1]], ends, targets.label_weights_M.tolist(), strict=True):
@@ -171,7 +172,7 @@ def test_draws_are_the_same_for_any_batch_of_the_teacher(
     a, b = (opened(tmp_path / name, tokenized) for name in ("a", "b"))
     with rank_loader(tokenized, byte_tokenizer, log_spans=True) as loader:
         next(loader)
-        first, second = a.read(loader.spans()), b.read(loader.spans())
+        first, second = (cache.read(loader.spans()).to(CPU) for cache in (a, b))
     assert torch.equal(first.ids_E, second.ids_E)
     assert torch.equal(first.weights_E, second.weights_E)
     sums = torch.zeros(len(first)).index_add_(0, first.places(), first.weights_E) + first.label_weights_M
@@ -187,7 +188,7 @@ def test_what_the_likeliest_words_leave_goes_where_it_is_asked_to(
     cache.cover(TokenIndex(tokenized.pretokenized), SOURCES)
     with rank_loader(tokenized, byte_tokenizer, log_spans=True) as loader:
         next(loader)
-        targets = cache.read(loader.spans())
+        targets = cache.read(loader.spans()).to(CPU)
     sums = torch.zeros(len(targets)).index_add_(0, targets.places(), targets.weights_E)
     torch.testing.assert_close(sums + targets.label_weights_M, torch.ones(len(targets)))
     inside = targets.label_weights_M[targets.label_weights_M < 1]

@@ -69,7 +69,7 @@ def test_it_is_the_cross_entropy_with_the_weights(
         own = -sum((weight * log_q[token, word] for word, weight in rows[token].items()), torch.zeros(()))
         own = own - label_weights[token] * log_q[token, labels[token]]
         total = total + kd_weight * own - ce_weight * log_q[token, labels[token]]
-        kd += float(own)
+        kd += float(own.detach())
     torch.testing.assert_close(loss.double(), total / 21, rtol=1e-5, atol=1e-6)
     assert float(metrics.kd) == pytest.approx(kd, rel=1e-5)
     assert float(metrics.teacher_entropy) == float(metrics.top1_agreement) == 0
