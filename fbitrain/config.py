@@ -127,7 +127,10 @@ class EngineConfig:
 class CheckpointConfig:
     """When checkpoints are written and how many stay."""
 
-    every: int = 1000  # steps; the last step and a stop signal also save
+    every: int = 1000  # steps; the last step and a stop also save
+    every_minutes: float = 30.0  # and when this long has passed since the last one; 0: by steps alone
+    stop_within_s: float = 10.0  # a step that ends later than this after a stop signal is dropped, to be repeated
+    margin_s: float = 300.0  # saves and stops this long before the end of a SLURM job's time
     keep: int = 3  # newest complete checkpoints kept; 0 keeps all
 
 

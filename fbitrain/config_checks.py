@@ -47,6 +47,9 @@ def _train_problems(config: Config, world_size: int) -> Iterator[str]:
         ("train", "micro_batch_size", 1),
         ("train", "global_batch_tokens", 1),
         ("checkpoint", "every", 1),
+        ("checkpoint", "every_minutes", 0),
+        ("checkpoint", "stop_within_s", 0),
+        ("checkpoint", "margin_s", 0),
         ("checkpoint", "keep", 0),
         ("metrics", "every", 1),
         ("eval", "every", 0),
@@ -54,7 +57,7 @@ def _train_problems(config: Config, world_size: int) -> Iterator[str]:
         ("distill", "chunk_tokens", 1),
     ):
         value = getattr(getattr(config, section), name)
-        if value < least:
+        if not value >= least:
             yield f"{section}.{name}={value} must be at least {least}"
     if "" in config.eval.prompts:
         yield "eval.prompts has an empty prompt; give it a word, or take it out"

@@ -16,10 +16,16 @@ class BatchLog:
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         self._lines = JsonLines(run_dir / f"batches_rank{rank:05d}.jsonl")
+        self._digests: list[str] = []
 
-    def add(self, step: int, batch: Tensor) -> None:
-        digest = hashlib.sha256(batch.numpy().tobytes()).hexdigest()
-        self._lines.add({"step": step, "sha256": digest})
+    def add(self, batch: Tensor) -> None:
+        """A micro-batch of the step that is going on; a step that is dropped leaves no lines."""
+        self._digests.append(hashlib.sha256(batch.numpy().tobytes()).hexdigest())
+
+    def end_step(self, step: int) -> None:
+        for digest in self._digests:
+            self._lines.add({"step": step, "sha256": digest})
+        self._digests = []
 
 
 class DocumentLog:

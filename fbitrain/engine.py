@@ -26,6 +26,7 @@ from fbitrain.parameters import parameter_kinds, whole_shape
 from fbitrain.process import device, keep_freed_memory, on_gpu, resolve_precision, set_threads, set_timeouts
 from fbitrain.ranks import on_all_ranks
 from fbitrain.shards import PREFIX, Shards
+from fbitrain.slurm import adopt_ranks
 from fbitrain.student import Student
 
 if "DS_ACCELERATOR" not in os.environ and not torch.cuda.is_available():
@@ -34,7 +35,8 @@ import deepspeed
 
 
 def init_distributed(config: Config) -> tuple[int, int]:
-    """Joins the process group; returns (rank, world_size). Without a launcher it is a world of one."""
+    """Joins the process group; returns (rank, world_size). Without a launcher or srun it is a world of one."""
+    adopt_ranks()
     for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(key, value)
     if os.environ["WORLD_SIZE"] == "1":

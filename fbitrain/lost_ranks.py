@@ -22,6 +22,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from fbitrain.base.errors import UserError
+from fbitrain.base.processes import machine, started
 
 NOTE = "LOST.json"
 LOOK_S = 2.0  # between two looks at the processes of this machine
@@ -44,21 +45,7 @@ class Process:
 
 
 def _own_process() -> Process:
-    namespace = ""
-    with suppress(OSError):
-        namespace = os.readlink("/proc/self/ns/pid") + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    host = socket.gethostname()
-    return Process(dist.get_rank(), os.getpid(), _started(os.getpid()), host, f"{host} {namespace}")
-
-
-def _started(pid: int) -> str:
-    """When the process `pid` started; empty if there is none, or only what its parent has not yet taken note of."""
-    try:
-        # The name, in parentheses, may hold anything; fields 3 (state) and 22 (start) of proc(5) come after it.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
+    return Process(dist.get_rank(), os.getpid(), started(os.getpid()), socket.gethostname(), machine())
 
 
 class Peers:
@@ -79,7 +66,7 @@ class Peers:
 
     def missing(self) -> list[Process]:
         """The ranks of this machine whose processes are gone."""
-        return [process for process in self._here if _started(process.pid) != process.started]
+        return [process for process in self._here if started(process.pid) != process.started]
 
     def claim(self, missing: Sequence[Process]) -> bool:
         """Whether this rank is the one to say that these are missing: the first on any node."""

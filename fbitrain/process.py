@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from fbitrain import slurm
 from fbitrain.config import Config
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from glibc's malloc.h
@@ -42,7 +43,8 @@ def set_threads(config: Config) -> None:
     """The launcher sets no thread count, and ranks that each use every core trample on one another."""
     threads = config.engine.threads_per_rank
     if not threads:
-        threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1")))
+        share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))
+        threads = slurm.cores_of_rank() or max(1, share)
     torch.set_num_threads(threads)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 from fbitrain.base.errors import UserError
@@ -20,22 +19,34 @@ class StreamError(UserError):
     """The data stream of one rank failed; every rank raises it."""
 
 
-class StopSignal:
-    """Remembers SIGTERM and Ctrl-C until the ranks agree, at the end of a step, that one of them was told to stop."""
+class DelayedFlag:
+    """Whether any rank raised a flag, known to all ranks one call later: so that no rank and no device waits for it."""
 
-    def __init__(self) -> None:
-        self.requested = False
-        self.agreed = False
-        self.name = "a signal to another rank"
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sent: tuple[Tensor, Callable[[], object]] | None = None  # int32 [1], and what waits until it is shared
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.requested:
-            self.requested = True
-            self.name = signal.Signals(number).name
-            # Not print: the signal may have come in the middle of one.
-            os.write(1, f"{self.name}: saving at the end of this step, then stopping\n".encode())
+    def exchange(self, raised: bool) -> bool:
+        """Sends this rank's flag; returns whether any rank had raised its own at the call before. Collective."""
+        before, flag = self._sent, torch.full((1,), int(raised), dtype=torch.int32, device=self._device)
+        if self._device.type == "cuda":
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)  # in the order of the device's work; this process goes on
+            here = torch.empty(1, dtype=torch.int32, pin_memory=True)
+            here.copy_(flag, non_blocking=True)
+            arrived = torch.Event("cuda")
+            arrived.record()
+            self._sent = here, arrived.synchronize
+        else:
+            self._sent = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True).wait
+        if before is None:
+            return False
+        shared, wait = before
+        wait()
+        return bool(shared.item())
+
+    def forget(self) -> None:
+        """Leaves what was sent last without an answer."""
+        self._sent = None
 
 
 def agreed(work: Callable[[], T]) -> T:

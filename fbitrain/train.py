@@ -5,7 +5,6 @@ A step is an optimizer step. The engine owns mechanics, this file owns their ord
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -19,20 +18,22 @@ from tqdm import tqdm
 
 from fbitrain import checkpoint
 from fbitrain.base.errors import UserError
-from fbitrain.build import HeldoutWindows, Parts, build
+from fbitrain.build import Parts, build
 from fbitrain.checkpoint_files import TrainerState
 from fbitrain.checkpoint_folders import find_latest
 from fbitrain.config import Config
 from fbitrain.engine import Engine, init_distributed
+from fbitrain.evaluation import evaluate
 from fbitrain.fine_tune import needs_calibration, with_known_sizes
-from fbitrain.inference.evaluate import bits_per_byte, perplexity_of
 from fbitrain.lost_ranks import lost_ranks_named
 from fbitrain.model.phases import binary_share, has_phases
 from fbitrain.optim.schedules import batch_tokens_at, lr_at
-from fbitrain.phases import enter_step, set_share
-from fbitrain.ranks import StopSignal, StreamError, agreed, from_rank_0, on_all_ranks, say
+from fbitrain.phases import enter_step
+from fbitrain.process import device
+from fbitrain.ranks import StreamError, agreed, from_rank_0, on_all_ranks, say
 from fbitrain.run_folder import finished, write_finished, write_stopped
-from fbitrain.tracking import gather_scales, router_scalars
+from fbitrain.stopping import Stop
+from fbitrain.tracking import router_scalars
 from fbitrain.utilization import memory_scalars, peak_tflops
 
 
@@ -47,7 +48,7 @@ def train(config: Config) -> None:
         if done := finished(config):
             say(done)
         else:
-            stop = StopSignal()
+            stop = Stop(config.checkpoint, device())
             parts, state = build(config, rank, world_size)
             closed_last.callback(parts.close)  # takes rank 0 a while, in which others may leave
             run_steps(parts, state, stop)
@@ -55,7 +56,7 @@ def train(config: Config) -> None:
     dist.destroy_process_group()
 
 
-def run_steps(parts: Parts, state: TrainerState, stop: StopSignal) -> None:
+def run_steps(parts: Parts, state: TrainerState, stop: Stop) -> None:
     """All steps that are left, with what happens between them."""
     config, rank = parts.config, parts.rank
     if state.step == 0:
@@ -66,31 +67,38 @@ def run_steps(parts: Parts, state: TrainerState, stop: StopSignal) -> None:
             evaluate(parts, state)
     bar = tqdm(total=config.train.total_steps, initial=state.step, unit="step", disable=None if rank == 0 else True)
     saved_step = state.step
-    data_state: Mapping[str, Any] = {}
+    data_state: Mapping[str, Any] = {}  # behind the last finished step
+    stop.saved()
     parts.interval.run()
     while state.step < config.train.total_steps and not stop.agreed:
         try:
-            data_state = train_step(parts, state, stop)
+            behind = train_step(parts, state, stop)
         except StreamError as error:
             if state.step > saved_step:
                 save(parts, state, data_state)
             raise on_all_ranks(error) from None
+        if behind is None:  # nothing of the step stays: a run that resumes takes all of it again
+            if state.step > saved_step:
+                save(parts, state, data_state)
+            break
+        data_state = behind
         state = TrainerState(state.step + 1, state.tokens + batch_tokens_at(config.train, state.step + 1))
         bar.update()
         last = state.step == config.train.total_steps
         if state.step % config.metrics.every == 0 or last:
             log(parts, state, bar)
         # Saving comes before evaluating: a launcher gives a stopped run half a minute.
-        if state.step % config.checkpoint.every == 0 or last or stop.agreed:
+        if state.step % config.checkpoint.every == 0 or last or stop.agreed or stop.save_due:
             saved_step = save(parts, state, data_state)
+            stop.saved()
         if config.eval.every and (last or (state.step % config.eval.every == 0 and not stop.agreed)):
             evaluate(parts, state)
     bar.close()
     leave_marker(parts, state, stop)
 
 
-def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[str, Any]:
-    """One optimizer step; returns the data state after its last batch.
+def train_step(parts: Parts, state: TrainerState, stop: Stop) -> Mapping[str, Any] | None:
+    """One optimizer step; returns the data state after its last batch, None if the ranks stopped in the middle of it.
 
     Raises StreamError on all ranks, before the update, if the stream of any of them fails.
     """
@@ -98,6 +106,7 @@ def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[s
     enter_step(engine, config.binarize, state.step)
     n_micro_batches = config.grad_accum_steps(engine.world_size, state.step + 1)
     engine.set_grad_accum_steps(n_micro_batches)
+    stop.begin_step(n_micro_batches)
     failure = ""
     finite = torch.ones((), dtype=torch.bool, device=engine.device)
     for i in range(n_micro_batches):
@@ -109,7 +118,7 @@ def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[s
             except UserError as error:  # the other ranks are in the middle of a step: take part in it, then tell them
                 failure = str(error)
         if parts.batch_log:
-            parts.batch_log.add(state.step + 1, batch)
+            parts.batch_log.add(batch)
         batch = batch.to(engine.device, non_blocking=True)
         loss, metrics = engine(batch, **parts.targets.ask(batch, cached))
         engine.backward(loss)
@@ -118,19 +127,24 @@ def train_step(parts: Parts, state: TrainerState, stop: StopSignal) -> Mapping[s
         if i == n_micro_batches - 1:
             # The one host wait of a step, where DeepSpeed is about to wait for the gradient norm anyway.
             agree_to_go_on(parts, state, stop, finite, failure)
+        elif stop.drops_step(left=n_micro_batches - 1 - i):
+            return None
         engine.end_micro_batch(state.step + 1)
     parts.interval.add_step(engine.grad_norm())
+    if parts.batch_log:
+        parts.batch_log.end_step(state.step + 1)
     if parts.document_log:
         parts.document_log.add(state.step + 1, parts.loader.take_documents())
     return parts.loader.state()
 
 
-def agree_to_go_on(parts: Parts, state: TrainerState, stop: StopSignal, finite: Tensor, failure: str) -> None:
-    """All ranks learn if any rank was told to stop, and raise, before the update, if any loss or stream is broken."""
-    flags = [~finite, torch.tensor(bool(failure)), torch.tensor(stop.requested)]
+def agree_to_go_on(parts: Parts, state: TrainerState, stop: Stop, finite: Tensor, failure: str) -> None:
+    """All ranks learn if any is to stop or to save, and raise, before the update, if any loss or stream is broken."""
+    flags = [~finite, *(torch.tensor(flag) for flag in (bool(failure), *stop.wishes()))]
     shared = torch.stack([flag.to(finite.device) for flag in flags]).to(torch.int32)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    broken, failed, stop.agreed = (bool(flag) for flag in shared.tolist())
+    broken, failed, stopping, saving = (bool(flag) for flag in shared.tolist())
+    stop.agree(stopping, saving)
     if failed:
         failures: list[str] = [""] * parts.engine.world_size
         dist.all_gather_object(failures, failure)
@@ -216,54 +230,6 @@ def data_scalars(stats: Mapping[str, Any], engine: Engine) -> dict[str, float]:
     }
 
 
-@torch.no_grad()
-def evaluate(parts: Parts, state: TrainerState) -> None:
-    """Held-out perplexity, sample texts, histograms of the scales. Every rank takes part."""
-    config, engine = parts.config, parts.engine
-    parts.interval.pause()
-    set_share(engine, config.binarize, state.step)
-    engine.train(False)
-    if parts.heldout is not None:
-        nll, count = heldout_nll(parts, parts.heldout)
-        scalars = {
-            "heldout/nll": nll / count,
-            "heldout/perplexity": perplexity_of(nll / count),
-            "heldout/bits_per_byte": bits_per_byte(nll, parts.heldout.n_bytes),
-        }
-        parts.writer.scalars(state.step, state.tokens, scalars)
-        perplexity, bits = scalars["heldout/perplexity"], scalars["heldout/bits_per_byte"]
-        say(f"step {state.step} | held-out perplexity {perplexity:.1f} | {bits:.3f} bits/byte")
-    samples = {}
-    for i, prompt in enumerate(config.eval.prompts if config.eval.sample_tokens else ()):
-        start = [parts.tokenizer.bos_id] if config.data.add_bos else []
-        ids = torch.tensor([[*start, *parts.tokenizer.encode(prompt)]], device=engine.device)
-        samples[f"sample/{i}"] = parts.tokenizer.decode(
-            engine.student.greedy(ids, config.eval.sample_tokens, engine)[0].tolist()
-        )
-    parts.writer.texts(state.step, samples)
-    parts.writer.histograms(state.step, gather_scales(engine))
-    engine.train()
-    parts.interval.run()
-
-
-def heldout_nll(parts: Parts, heldout: HeldoutWindows) -> tuple[float, int]:
-    """Summed negative log-likelihood (nats) and predicted tokens over all ranks' shares of the windows."""
-    engine, size = parts.engine, parts.config.train.micro_batch_size
-    mine = heldout.windows[parts.rank :: engine.world_size]
-    n_batches = math.ceil(math.ceil(len(heldout.windows) / engine.world_size) / size)
-    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for i in tqdm(
-        range(n_batches), desc="held-out", unit="batch", leave=False, disable=None if parts.rank == 0 else True
-    ):
-        windows = mine[i * size : (i + 1) * size]
-        # A rank without windows left still takes part: under ZeRO-3 a forward gathers weights from every rank.
-        _, metrics = engine((windows if len(windows) else heldout.windows[:1]).to(engine.device))
-        if len(windows):
-            sums += torch.stack([metrics.label_ce.double(), metrics.tokens.double()])
-    dist.all_reduce(sums)
-    return sums[0].item(), int(sums[1].item())
-
-
 def save(parts: Parts, state: TrainerState, data_state: Mapping[str, Any]) -> int:
     """Writes the checkpoint of this step; returns the step."""
     parts.interval.pause()
@@ -288,10 +254,10 @@ def save_start(parts: Parts, state: TrainerState) -> None:
         save(parts, state, parts.loader.state())
 
 
-def leave_marker(parts: Parts, state: TrainerState, stop: StopSignal) -> None:
+def leave_marker(parts: Parts, state: TrainerState, stop: Stop) -> None:
     """FINISHED.json or STOPPED.json: launchers do not pass exit codes on faithfully."""
-    config, told = parts.config, f"signal {stop.name}"
+    config = parts.config
     done = state.step >= config.train.total_steps
-    from_rank_0(lambda: write_finished(config, state) if done else write_stopped(config, state, told))
+    from_rank_0(lambda: write_finished(config, state) if done else write_stopped(config, state, stop.reason))
     if not done:
-        say(f"stopped by {stop.name} after step {state.step}; with train.resume=auto it goes on from there")
+        say(f"stopped by {stop.reason} after step {state.step}; with train.resume=auto it goes on from there")

@@ -243,8 +243,8 @@ def checkout(tmp_path: Path) -> Path:
         "deepspeed": 'printf "%s\\n" "$@" >"$LOG.${SLURM_NODEID:-0}"; echo "${DS_ACCELERATOR:-}" >"$LOG.accelerator"; '
         "exit ${EXIT:-0}",
         "python": '[[ $* == *socket* ]] && echo 12345 || exit "${NO_GPU:-0}"',
-        "scontrol": '[[ "$1 $2 $3" == "show hostnames n[7-8]" ]] && printf "n7\\nn8\\n"',
-        "srun": 'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
+        "squeue": 'echo "${ENDS:-}"',
+        "srun": 'printf "%s\\n" "$@" "ends ${SLURM_JOB_END_TIME:-}" >"$LOG"',
     }
     folder = tmp_path / "checkout" / ".venv" / "bin"
     folder.mkdir(parents=True)
@@ -266,17 +266,22 @@ def start(checkout: Path, script: str, **variables: str) -> subprocess.Completed
     )
 
 
-def test_slurm_starts_one_launcher_per_node(checkout: Path) -> None:
-    slurm = {"SLURM_JOB_ID": "70001", "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_GPUS_ON_NODE": "4"}
+@pytest.mark.parametrize(
+    ("told", "ends"),
+    [
+        ({"SLURM_JOB_END_TIME": "1800000000"}, "1800000000"),
+        ({"ENDS": "2027-01-15T08:00:00", "TZ": "UTC"}, "1800000000"),
+        ({"ENDS": "NOT_SET"}, ""),
+        ({}, ""),
+    ],
+)
+def test_slurm_starts_the_ranks_themselves(checkout: Path, told: dict[str, str], ends: str) -> None:
+    slurm = {"SLURM_JOB_ID": "70001", "SLURM_CPUS_PER_TASK": "6", **told}
     done = start(checkout, "slurm.sbatch", FBITRAIN=str(checkout), **slurm)
     assert (done.returncode, done.stderr) == (0, "")
-    for rank in (0, 1):
-        parsed = runner.parse_args((checkout / f"log.{rank}").read_text().splitlines())
-        assert (parsed.node_rank, parsed.no_ssh, parsed.master_addr) == (rank, True, "n7")
-        assert 1024 < parsed.master_port < 65536
-        assert dict(runner.fetch_hostfile(parsed.hostfile)) == {"n7": 4, "n8": 4}
-        assert parsed.user_script == str(checkout / "launch" / "pretrain.py")
-        assert parsed.user_args == ["a b.yaml", "optim.lr=1"]
+    options, command = ["--cpus-per-task=6", "--kill-on-bad-exit=1"], ["a b.yaml", "optim.lr=1"]
+    script = ["python", "-u", str(checkout / "launch" / "pretrain.py")]
+    assert (checkout / "log").read_text().splitlines() == [*options, *script, *command, f"ends {ends}"]
 
 
 def test_slurm_without_the_checkout_says_so(checkout: Path) -> None:

@@ -17,6 +17,7 @@ import orjson
 
 from fbitrain.base.errors import UserError
 from fbitrain.base.files import replacing
+from fbitrain.base.locks import Beat, lock
 from fbitrain.data.pretokenized.token_shards import (
     INDEX,
     VERSION,
@@ -77,8 +78,9 @@ class TokenFolder:
             handle = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise UserError(f"{self.path} cannot be used ({error.strerror or error}); give another --out") from None
+        beat = None
         try:
-            self._lock(handle)
+            beat = self._lock(handle)
             self._require_ours()
             self._remove(LEFTOVER)
             yield
@@ -86,6 +88,8 @@ class TokenFolder:
             raise UserError(f"{self.path} cannot be written to ({error.strerror or error}); mend that") from None
         finally:
             os.close(handle)
+            if beat:
+                beat.release()
 
     def target(self, source: str, format: RecordFormat, shard: Shard) -> Target:
         """What becomes of `shard`. Raises UserError where its name leads out of this folder."""
@@ -140,9 +144,9 @@ class TokenFolder:
             logger.warning("%s cannot be read; made anew of the shards of this configuration", self.path / INDEX)
             return {}
 
-    def _lock(self, handle: int) -> None:
+    def _lock(self, handle: int) -> Beat | None:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock(handle, self.path, fcntl.LOCK_EX | fcntl.LOCK_NB, patient=True)
         except BlockingIOError:
             raise UserError(f"{self.path} is in use by another run of this command; wait for it") from None
 

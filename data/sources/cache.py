@@ -150,7 +150,7 @@ class ShardCache:
         part = self._folder.new_part(key)
         try:
             fetched = self._fetch_into(part, shard, patience_s)
-            self._folder.finish(key, lock, Record(shard.path, fetched.size, shard.sha256))
+            self._folder.finish(key, lock, part, Record(shard.path, fetched.size, shard.sha256))
         except BaseException:
             part.close()
             self._folder.discard(key + PART)

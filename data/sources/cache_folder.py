@@ -2,8 +2,8 @@
 
 An entry KEY has up to three files: KEY, the whole shard; KEY.part, the shard while it is fetched; KEY.lock, which the
 fetching process locks and in which it writes what is known of the shard. A process that uses KEY or KEY.part holds a
-shared flock on it, a process that removes one an exclusive flock. Locks end with their process, however that ends, so a
-file that can be locked is in nobody's use.
+shared lock on it, a process that removes one an exclusive lock. Locks end with their process, however that ends, so a
+file that can be locked is in nobody's use (fbitrain/base/locks.py).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
+from fbitrain.base import locks
 from fbitrain.base.errors import UserError
 from fbitrain.base.files import why_not_ours
 from fbitrain.data.sources.patterns import file_part
@@ -97,7 +98,7 @@ class CacheFolder:
         """Waits until nobody else fetches `key`; to be closed."""
         return _locked(self.path(key) + LOCK, fcntl.LOCK_EX)
 
-    def new_part(self, key: str) -> io.FileIO:
+    def new_part(self, key: str) -> Locked:
         """An empty file for the shard, held; only for who has the lock."""
         file = _locked(self.path(key) + PART, fcntl.LOCK_SH)
         file.truncate(0)
@@ -120,10 +121,11 @@ class CacheFolder:
         lock.write(json.dumps(asdict(record)).encode())
         os.fsync(lock.fileno())
 
-    def finish(self, key: str, lock: io.FileIO, record: Record) -> None:
+    def finish(self, key: str, lock: io.FileIO, part: Locked, record: Record) -> None:
         """Gives the fetched and fsynced part its name. What fails here leaves an entry that nobody believes."""
         self.write_record(lock, record)
         with self._alone():
+            part.hold(self.path(key))
             os.replace(self.path(key) + PART, self.path(key))
         descriptor = os.open(self.folder, os.O_RDONLY)
         try:
@@ -207,14 +209,32 @@ def _open_own(path: str, flags: int) -> int:
     return descriptor
 
 
-def _locked(path: str, operation: int, *, create: bool = True) -> io.FileIO:
-    """Opens `path` unbuffered and flocks it; the file that has this name once the lock is there."""
+class Locked(io.FileIO):
+    """An open file whose lock goes with it."""
+
+    _beat: locks.Beat | None = None
+
+    def hold(self, path: str, operation: int = fcntl.LOCK_SH) -> None:
+        """Locks the file, under the name `path`, instead of as before."""
+        before, self._beat = self._beat, locks.lock(self.fileno(), path, operation)
+        if before:
+            before.release()
+
+    def close(self) -> None:
+        super().close()
+        if self._beat:
+            self._beat.release()
+            self._beat = None
+
+
+def _locked(path: str, operation: int, *, create: bool = True) -> Locked:
+    """Opens `path` unbuffered and locks it; the file that has this name once the lock is there."""
     while True:
         # Writable, because NFS gives an exclusive lock to no other; closing releases it.
         descriptor = _open_own(path, os.O_RDWR | (os.O_CREAT if create else 0))
-        file = io.FileIO(descriptor, "r+")
+        file = Locked(descriptor, "r+")
         try:
-            fcntl.flock(descriptor, operation)
+            file.hold(path, operation)
             if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
                 return file
         except FileNotFoundError:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fbitrain.base.errors import UserError
+from fbitrain.base.locks import lock
 
 _held: list[IO[str]] = []  # open for as long as the process lives
 
@@ -101,9 +102,14 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def lock_folder(path: Path) -> bool:
-    """Holds `path` for this process until it ends, however it ends; False if another process holds it."""
+    """Holds `path` for this process until it ends, however it ends; False if another process holds it.
+
+    Where the file system has no flock, it may take as long to find out as a dead process's lock stays (locks.STALE_S).
+    """
     handle = os.fdopen(os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
-    if not _lock(handle.fileno()):
+    try:
+        lock(handle.fileno(), path / ".lock", fcntl.LOCK_EX | fcntl.LOCK_NB, patient=True)
+    except BlockingIOError:
         handle.close()
         return False
     _held.append(handle)
@@ -121,9 +127,14 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
         raise UserError(f"{path} is a link, and what it leads to would be cleared; remove it") from None
+    beat = None
     try:
-        if not _lock(handle):
-            raise UserError(f"{path} is in use by another run of this command; wait for it, or write elsewhere")
+        try:
+            beat = lock(handle, path, fcntl.LOCK_EX | fcntl.LOCK_NB, patient=True)
+        except BlockingIOError:
+            raise UserError(
+                f"{path} is in use by another run of this command; wait for it, or write elsewhere"
+            ) from None
         _clear(path)
         try:
             yield path
@@ -131,6 +142,8 @@ def scratch_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
     finally:
         os.close(handle)
+        if beat:
+            beat.release()
 
 
 def why_not_ours(status: os.stat_result) -> str:
@@ -140,14 +153,6 @@ def why_not_ours(status: os.stat_result) -> str:
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return f"can be written by others (mode {stat.S_IMODE(status.st_mode):o})"
     return ""
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _clear(folder: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from fbitrain.base.errors import UserError
 from fbitrain.base.optional_writes import never_fail_to_print
 from fbitrain.config import Config, ConfigError, load_config
+from fbitrain.slurm import adopt_ranks
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -25,6 +26,7 @@ def refusal(config: Config) -> str:
 
 def start(arguments: argparse.Namespace, refusal: Callable[[Config], str]) -> int:
     """Reads the configuration and trains, on this rank; ConfigError with what `refusal` says of it, if anything."""
+    adopt_ranks()
     rank = int(os.environ.get("RANK", "0"))
     never_fail_to_print()
     try:

@@ -3,7 +3,7 @@
 #
 #   launch/cluster/single_node.sh launch/configs/fbi_130m.yaml [section.key=value…]
 #
-# Stopped by a signal, all ranks save at the next step border. Started again, the run goes on from there.
+# Stopped by a signal, all ranks save and leave. Started again, the run goes on from there.
 set -euo pipefail
 
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)

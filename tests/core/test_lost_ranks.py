@@ -14,7 +14,8 @@ import pytest
 
 from fbitrain import lost_ranks
 from fbitrain.base.errors import UserError
-from fbitrain.lost_ranks import NOTE, Peers, Process, _started, lost_ranks_named
+from fbitrain.base.processes import started
+from fbitrain.lost_ranks import NOTE, Peers, Process, lost_ranks_named
 
 BROKEN = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:554] Connection closed by peer [127.0.0.1]:4711")
 
@@ -34,7 +35,7 @@ def world(monkeypatch: pytest.MonkeyPatch, other: subprocess.Popen[bytes]) -> li
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     monkeypatch.setattr(lost_ranks, "PATIENCE_S", 0.5)
     me = lost_ranks._own_process()
-    found = [me, replace(me, rank=1, pid=other.pid, started=_started(other.pid))]
+    found = [me, replace(me, rank=1, pid=other.pid, started=started(other.pid))]
 
     def gather(into: list[Any], mine: Any) -> None:
         into[:] = found

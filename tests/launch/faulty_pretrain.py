@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 from fbitrain import build, checkpoint, fine_tune, train
 from fbitrain.base.optional_writes import JsonLines
 from fbitrain.commands.verbs import leave
+from fbitrain.engine import Engine
 from fbitrain.tensorboard_page import TensorBoardPage
 
 RANK = int(os.environ["RANK"])
@@ -44,6 +46,31 @@ def kill_rank_0_at_step_4() -> None:
 def hang_while_rank_1_dies() -> None:
     """As inside NCCL, where a rank that waits for a lost one hears of nothing."""
     before_step_4(lambda: die() if RANK == 1 else time.sleep(600))
+
+
+def slow_micro_batches_in_step_4() -> None:
+    """Step 4 takes half a minute, and says when it has begun."""
+
+    def slow() -> None:
+        backward = Engine.backward
+
+        def waiting(engine: Any, loss: Any) -> None:
+            print("step 4 has begun", flush=True)
+            time.sleep(8)
+            backward(engine, loss)
+
+        Engine.backward = waiting  # type: ignore[method-assign]
+
+    before_step_4(slow)
+
+
+def no_flock() -> None:
+    """As on a network disk that is mounted without."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    fcntl.flock = refuse
 
 
 def full_disk_in_steps_2_to_4() -> None:
