@@ -45,6 +45,7 @@ class DataConfig:
     phases: list[PhaseConfig] = field(default_factory=list)  # a curriculum; empty: the sources' weights throughout
     # Folder of `fbitrain data pretokenize`: its tokens instead of the sources' text.
     pretokenized: str = field(default="", metadata=PATH)
+    skip_steps: list[int] = field(default_factory=list)  # steps, from 1, whose batches are drawn and not trained on
     heldout: list[str] = field(default_factory=list)  # shards never trained on; perplexity is measured here
     heldout_fraction: float = 0.0  # of documents, by a hash of their text, that the stream leaves out (data.holdout)
     # File of `fbitrain data duplicates`: the documents it lists are left out.
@@ -88,6 +89,9 @@ def data_problems(data: DataConfig) -> Iterator[str]:
         if source.kind not in KINDS:
             yield f"{where}.kind={source.kind!r} must be {' or '.join(KINDS)}"
     yield from _phase_problems(data, names)
+    for step in data.skip_steps:
+        if step < 1:
+            yield f"data.skip_steps names step {step}; steps count from 1"
     if not 0 <= data.heldout_fraction < 1:
         yield f"data.heldout_fraction={data.heldout_fraction} must be at least 0 and less than 1"
     if not data.cache_gb > 0:

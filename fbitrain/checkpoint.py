@@ -9,7 +9,7 @@ ranks under any ZeRO stage can read what any other wrote. A folder counts only o
       fixed.safetensors             what training does not change: buffers and frozen parameters, if there are any
       lm_config.json                transformers' configuration of a fine-tuned model
       data_rank00000.json           where this rank's stream stands
-      trainer.json                  step, tokens, and each parameter's shape
+      trainer.json                  step, tokens, running means of loss and gradient, and each parameter's shape
       data_shards.json              the shards that the streams read
       config.yaml                   the resolved configuration
       COMPLETE.json                 every file's size and digest (checkpoint_marker)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fbitrain.base.errors import UserError
 from fbitrain.checkpoint_marker import FIXED, damage, require_sound
+from fbitrain.spikes import RunningMeans
 
 if TYPE_CHECKING:
     from fbitrain.data.sources.fingerprint import ShardList
@@ -28,13 +29,14 @@ class TrainerState:
     """What the loop itself has to remember."""
 
     step: int = 0
-    tokens: int = 0  # seen by the student, over all ranks
+    tokens: int = 0  # trained on, over all ranks
+    means: RunningMeans = field(default_factory=RunningMeans)  # by which a step is judged
 
 
 def trainer_state(folder: Path) -> TrainerState:
     """The loop's state at a complete checkpoint."""
     saved = json.loads((folder / "trainer.json").read_text())
-    return TrainerState(saved["step"], saved["tokens"])
+    return TrainerState(saved["step"], saved["tokens"], RunningMeans(**saved.get("means", {})))
 
 
 def data_states(folder: Path) -> tuple[list[dict[str, Any]], ShardList]:

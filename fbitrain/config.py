@@ -105,6 +105,12 @@ class TrainConfig:
     batch_changes: list[BatchChange] = field(default_factory=list)  # a batch that grows, in the order of their steps
     # auto: from the run's newest complete checkpoint if there is one; never; or a checkpoint folder.
     resume: str = field(default="auto", metadata=PATH)
+    # At a loss or gradient that is not finite, or a spike: stop (and save), skip the step, or rewind to the checkpoint
+    # before it and leave out all steps since.
+    on_spike: str = "stop"
+    spike_loss: float = 0.0  # nats above its running mean that make a loss a spike; 0: none does
+    spike_grad_norm: float = 0.0  # times its running mean that make a gradient norm a spike; 0: none does
+    spike_window: int = 100  # steps of the running means; as many are trained on before one can be a spike
     seed: int = 0  # initial weights and sampling
     activation_checkpointing: bool = False  # recompute each block in backward instead of keeping its activations
     compile: bool = False  # torch.compile the student

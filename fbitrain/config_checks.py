@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fbitrain.config import Config
 
 PRECISIONS = ("auto", "bf16", "fp32")
+ON_SPIKE = ("stop", "skip", "rewind")
 
 
 def semantic_problems(config: Config, world_size: int) -> Iterator[str]:
@@ -46,6 +47,9 @@ def _train_problems(config: Config, world_size: int) -> Iterator[str]:
         ("train", "total_steps", 0 if config.model.pretrained else 1),
         ("train", "micro_batch_size", 1),
         ("train", "global_batch_tokens", 1),
+        ("train", "spike_loss", 0),
+        ("train", "spike_grad_norm", 0),
+        ("train", "spike_window", 1),
         ("checkpoint", "every", 1),
         ("checkpoint", "every_minutes", 0),
         ("checkpoint", "stop_within_s", 0),
@@ -59,6 +63,8 @@ def _train_problems(config: Config, world_size: int) -> Iterator[str]:
         value = getattr(getattr(config, section), name)
         if not value >= least:
             yield f"{section}.{name}={value} must be at least {least}"
+    if config.train.on_spike not in ON_SPIKE:
+        yield f"train.on_spike={config.train.on_spike!r} is unknown; choose one of {', '.join(ON_SPIKE)}"
     if "" in config.eval.prompts:
         yield "eval.prompts has an empty prompt; give it a word, or take it out"
     if config.eval.every and config.eval.max_tokens < data.seq_len:

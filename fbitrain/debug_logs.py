@@ -34,5 +34,10 @@ class DocumentLog:
     def __init__(self, run_dir: Path, rank: int) -> None:
         self._lines = JsonLines(run_dir / f"documents_rank{rank:05d}.jsonl")
 
-    def add(self, step: int, documents: Sequence[str]) -> None:
-        self._lines.add({"step": step, "documents": documents})
+    def add(self, step: int, documents: Sequence[str], left_out: str) -> None:
+        """left_out: why nothing was learnt from the step; empty for all others."""
+        self._lines.add({"step": step, "documents": documents} | ({"left_out": left_out} if left_out else {}))
+
+    def rewound(self, step: int, to: int) -> None:
+        """After `step` the weights are those of step `to`: nothing is left of the documents between."""
+        self._lines.add({"step": step, "rewound_to": to})

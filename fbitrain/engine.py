@@ -126,6 +126,9 @@ class Engine:
         self.shards = Shards(student, self._kinds, self._deepspeed.optimizer, self._optimizer, config.engine.zero_stage)
         self._place_matrices(forms)
         self._grad_norm: Tensor | float | None = None
+        self._fault: str | None = None  # of the step that is going on; None until it is judged
+        self._fault_of_gradient: Callable[[float], str] = lambda norm: ""
+        self._guard_updates()
         for _, buffer in self._buffers():  # DeepSpeed gives all ranks the parameters of rank 0, but not its buffers
             dist.broadcast(buffer, 0)
         set_timeouts(config.engine.comm_timeout_s)
@@ -148,20 +151,41 @@ class Engine:
         """Adds the gradient of one micro-batch's mean loss; DeepSpeed averages over micro-batches and ranks."""
         self._deepspeed.backward(loss)
 
-    def end_micro_batch(self, step: int) -> None:
-        """Ends a micro-batch of 1-based `step`; after the step's last one this clips the gradient and updates."""
-        boundary = self._deepspeed.is_gradient_accumulation_boundary()
-        if boundary:
-            set_rates(self._optimizer.param_groups, self.config, step)
-            if self.config.engine.zero_stage == 0:  # DeepSpeed reports no norm here
-                self._grad_norm = nn.utils.get_total_norm(
-                    [p.grad for p in self.student.parameters() if p.grad is not None]
-                )
-                if not torch.isfinite(self._grad_norm):  # the other stages skip such an update by themselves
-                    raise on_all_ranks(UserError("the gradient is not finite; stopped before the update"))
+    def end_micro_batch(self) -> None:
+        """Ends a micro-batch that is not its step's last."""
         self._deepspeed.step()
-        if boundary and self.config.engine.zero_stage > 0:
-            self._grad_norm = self._deepspeed.get_global_grad_norm()
+
+    def end_step(self, step: int, fault: str, fault_of_gradient: Callable[[float], str]) -> str:
+        """Ends the last micro-batch of 1-based `step`: clips the gradient and updates, unless there is a fault.
+
+        fault_of_gradient: of the norm of the whole gradient before clipping. Returns the fault; with one, weights and
+        moments are as before the step, and only Adam's count goes on.
+        """
+        set_rates(self._optimizer.param_groups, self.config, step)
+        if self.config.engine.zero_stage == 0:  # DeepSpeed reports no norm here
+            self._grad_norm = nn.utils.get_total_norm([p.grad for p in self.student.parameters() if p.grad is not None])
+        self._fault, self._fault_of_gradient = fault or None, fault_of_gradient
+        if fault:
+            self.shards.count_steps(step - 1)  # DeepSpeed looks for a state that the first update would make
+        self._deepspeed.step()
+        if self._fault is None:  # DeepSpeed found a number that is not finite, and updated nothing
+            self._fault = fault_of_gradient(math.inf)
+        if self._fault:
+            self.shards.count_steps(step)
+        return self._fault
+
+    def _guard_updates(self) -> None:
+        """Lets the optimizer update only where the step has no fault; DeepSpeed calls it once or for each group."""
+        update = self._optimizer.step
+
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            if self._fault is None:  # first call of the step: by now the norm is known
+                if self.config.engine.zero_stage > 0:
+                    self._grad_norm = self._deepspeed.optimizer._global_grad_norm
+                self._fault = self._fault_of_gradient(float(self.grad_norm()))
+            return None if self._fault else update(*args, **kwargs)
+
+        self._optimizer.step = guarded  # type: ignore[method-assign]
 
     def grad_norm(self) -> Tensor:
         """2-norm of the last step's whole gradient before clipping, over all ranks; a device scalar."""

@@ -19,11 +19,13 @@ class IntervalMeans:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._reset()
+        self.restart()
 
-    def _reset(self) -> None:
+    def restart(self) -> None:
+        """Begins a new interval, the clock stopped."""
         self._sums = torch.zeros(len(_SUMS) + 2, dtype=torch.float64, device=self._device)  # + loss, grad norm
         self._micro_batches = self._steps = 0
+        self._before = self._sums.clone(), 0
         self._seconds = 0.0
         self._started: float | None = None
 
@@ -47,9 +49,17 @@ class IntervalMeans:
         self._sums[-1] += grad_norm
         self._steps += 1
 
-    def gradients_finite(self) -> bool:
-        """Whether every gradient norm since the last log line is a number; the same answer on every rank."""
-        return bool(torch.isfinite(self._sums[-1]))
+    def begin_step(self) -> None:
+        self._before = self._sums.clone(), self._micro_batches
+
+    def drop_step(self) -> None:
+        """Takes back the micro-batches of the step that is going on."""
+        self._sums, self._micro_batches = self._before
+
+    @property
+    def empty(self) -> bool:
+        """Whether no step was trained on since the last log line; the same on every rank."""
+        return not self._steps
 
     def close(self, distill: DistillConfig) -> dict[str, float]:
         """Means over the interval and all ranks, then starts a new one. Collective."""
@@ -75,6 +85,6 @@ class IntervalMeans:
                 "teacher/entropy": values["teacher_entropy"] / tokens,
                 "teacher/label_ce": values["teacher_label_ce"] / tokens,
             }
-        self._reset()
+        self.restart()
         self.run()
         return scalars

@@ -22,6 +22,7 @@ _FREE_KEYS = (
     "data.n_workers",
     "data.max_bad_records",
     "data.heldout",
+    "data.skip_steps",
     "data.sources",
     "data.phases",
     "data.pretokenized",

@@ -95,10 +95,7 @@ class Shards:
 
     def changed(self, step: int) -> None:
         """After fragments were overwritten: refreshes the compute copies and sets Adam's step count. Collective."""
-        states = self._states()
-        for group, flat in self.flats():
-            if "step" in states[id(flat)]:
-                states[id(flat)]["step"].fill_(float(step - self.state_starts.get(group["kind"], 0)))
+        self.count_steps(step)
         zero, stage = self._zero, self.stage
         if stage in (1, 2):
             zero.update_lp_params()
@@ -109,6 +106,13 @@ class Shards:
             if persistent:
                 persistent[0].partition(persistent)
                 persistent[0].all_gather(persistent)
+
+    def count_steps(self, step: int) -> None:
+        """Sets Adam's step count to what it is after `step` steps, those that were left out among them."""
+        states = self._states()
+        for group, flat in self.flats():
+            if "step" in states[id(flat)]:
+                states[id(flat)]["step"].fill_(float(step - self.state_starts.get(group["kind"], 0)))
 
     def update_ratios(self) -> dict[str, float]:
         """Kind -> ‖what the last step added‖ / ‖parameters‖, weight decay left out. Collective."""

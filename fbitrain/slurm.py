@@ -12,9 +12,9 @@ _COUNT = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 def adopt_ranks(environ: MutableMapping[str, str] = os.environ) -> None:
     """Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE and MASTER_… where no launcher did and `srun` started this process.
 
-    SLURM_STEP_NUM_TASKS is srun's: a batch script itself has the other variables, too, and is a single process.
+    A process that srun starts alone is left as it is: it may be a shell, in which several runs are started.
     """
-    if "RANK" in environ or "SLURM_STEP_NUM_TASKS" not in environ or "SLURM_PROCID" not in environ:
+    if "RANK" in environ or not _of_several(environ) or "SLURM_PROCID" not in environ:
         return
     local_rank = environ.get("SLURM_LOCALID", "0")
     if environ.get("CUDA_VISIBLE_DEVICES", "").isdigit():  # --gpus-per-task: the one GPU that is seen is number 0
@@ -40,8 +40,8 @@ def first_host(nodes: str) -> str:
 
 
 def cores_of_rank(environ: MutableMapping[str, str] = os.environ) -> int | None:
-    """The cores that SLURM gives each task; None without SLURM, or where --cpus-per-task was not said."""
-    cores = environ.get("SLURM_CPUS_PER_TASK", "") if "SLURM_STEP_NUM_TASKS" in environ else ""
+    """The cores that SLURM gives each of several tasks; None elsewhere, or where --cpus-per-task was not said."""
+    cores = environ.get("SLURM_CPUS_PER_TASK", "") if _of_several(environ) else ""
     return int(cores) if cores.isdigit() and int(cores) else None
 
 
@@ -49,6 +49,11 @@ def job_end(environ: MutableMapping[str, str] = os.environ) -> float | None:
     """When the job's time is over, in seconds since 1970; None where nobody says."""
     end = environ.get("SLURM_JOB_END_TIME", "")
     return float(end) if end.isdigit() else None
+
+
+def _of_several(environ: MutableMapping[str, str]) -> bool:
+    """Whether this is one of several tasks. The variable is srun's: a batch script has all the others, too."""
+    return environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
 
 
 def _tasks_here(environ: MutableMapping[str, str]) -> int:

@@ -5,10 +5,12 @@ A step is an optimizer step. The engine owns mechanics, this file owns their ord
 
 from __future__ import annotations
 
-import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,25 +18,25 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from fbitrain import checkpoint
+from fbitrain import checkpoint, resume
 from fbitrain.base.errors import UserError
 from fbitrain.build import Parts, build
-from fbitrain.checkpoint_files import TrainerState
+from fbitrain.checkpoint_files import TrainerState, trainer_state
 from fbitrain.checkpoint_folders import find_latest
 from fbitrain.config import Config
-from fbitrain.engine import Engine, init_distributed
+from fbitrain.engine import init_distributed
 from fbitrain.evaluation import evaluate
 from fbitrain.fine_tune import needs_calibration, with_known_sizes
+from fbitrain.log_line import log
 from fbitrain.lost_ranks import lost_ranks_named
-from fbitrain.model.phases import binary_share, has_phases
-from fbitrain.optim.schedules import batch_tokens_at, lr_at
+from fbitrain.optim.schedules import batch_tokens_at
 from fbitrain.phases import enter_step
 from fbitrain.process import device
 from fbitrain.ranks import StreamError, agreed, from_rank_0, on_all_ranks, say
 from fbitrain.run_folder import finished, write_finished, write_stopped
+from fbitrain.spikes import MOST_IN_A_ROW, SpikeError, fault_of_gradient, fault_of_loss, require_progress, suspects
 from fbitrain.stopping import Stop
-from fbitrain.tracking import router_scalars
-from fbitrain.utilization import memory_scalars, peak_tflops
+from fbitrain.student import CachedTargets
 
 
 def train(config: Config) -> None:
@@ -60,32 +62,30 @@ def run_steps(parts: Parts, state: TrainerState, stop: Stop) -> None:
     """All steps that are left, with what happens between them."""
     config, rank = parts.config, parts.rank
     if state.step == 0:
-        model = {"model/bits_per_weight": parts.bits_per_weight, "model/flops_per_token": parts.flops_per_token}
-        parts.writer.scalars(0, 0, model)
-        save_start(parts, state)
-        if config.eval.every:
-            evaluate(parts, state)
+        begin(parts, state)
     bar = tqdm(total=config.train.total_steps, initial=state.step, unit="step", disable=None if rank == 0 else True)
     saved_step = state.step
+    rewinds: Counter[Path] = Counter()
     data_state: Mapping[str, Any] = {}  # behind the last finished step
     stop.saved()
     parts.interval.run()
     while state.step < config.train.total_steps and not stop.agreed:
         try:
-            behind = train_step(parts, state, stop)
-        except StreamError as error:
+            end = train_step(parts, state, stop)
+            if end and end.rewind:
+                end = replace(end, state=rewind(parts, end.state, rewinds))
+        except (StreamError, SpikeError) as error:
             if state.step > saved_step:
                 save(parts, state, data_state)
-            raise on_all_ranks(error) from None
-        if behind is None:  # nothing of the step stays: a run that resumes takes all of it again
+            raise on_all_ranks(explained(error, config, state.step + 1)) from None
+        if end is None:  # nothing of the step stays: a run that resumes takes all of it again
             if state.step > saved_step:
                 save(parts, state, data_state)
             break
-        data_state = behind
-        state = TrainerState(state.step + 1, state.tokens + batch_tokens_at(config.train, state.step + 1))
+        state, data_state = end.state, end.data_state
         bar.update()
         last = state.step == config.train.total_steps
-        if state.step % config.metrics.every == 0 or last:
+        if (state.step % config.metrics.every == 0 or last) and not parts.interval.empty:
             log(parts, state, bar)
         # Saving comes before evaluating: a launcher gives a stopped run half a minute.
         if state.step % config.checkpoint.every == 0 or last or stop.agreed or stop.save_due:
@@ -97,143 +97,128 @@ def run_steps(parts: Parts, state: TrainerState, stop: Stop) -> None:
     leave_marker(parts, state, stop)
 
 
-def train_step(parts: Parts, state: TrainerState, stop: Stop) -> Mapping[str, Any] | None:
-    """One optimizer step; returns the data state after its last batch, None if the ranks stopped in the middle of it.
+@dataclass(frozen=True)
+class StepEnd:
+    """Where the loop and this rank's stream stand behind a step."""
 
-    Raises StreamError on all ranks, before the update, if the stream of any of them fails.
+    state: TrainerState
+    data_state: Mapping[str, Any]
+    rewind: bool = False  # the weights are to be those of the newest checkpoint
+
+
+def train_step(parts: Parts, state: TrainerState, stop: Stop) -> StepEnd | None:
+    """One optimizer step; None if the ranks stopped in the middle of it.
+
+    Raises StreamError on all ranks, before the update, if the stream of any of them fails, and SpikeError if the loss
+    or the gradient is at fault and train.on_spike says to stop.
     """
     config, engine = parts.config, parts.engine
+    step = state.step + 1
     enter_step(engine, config.binarize, state.step)
-    n_micro_batches = config.grad_accum_steps(engine.world_size, state.step + 1)
+    n_micro_batches = config.grad_accum_steps(engine.world_size, step)
     engine.set_grad_accum_steps(n_micro_batches)
     stop.begin_step(n_micro_batches)
+    parts.interval.begin_step()
+    named = step in config.data.skip_steps
     failure = ""
-    finite = torch.ones((), dtype=torch.bool, device=engine.device)
+    losses = torch.zeros((), dtype=torch.float64, device=engine.device)
     for i in range(n_micro_batches):
-        batch, cached = parts.blank_batch, None
-        if not failure:
-            try:
-                batch = next(parts.loader)
-                cached = parts.targets.read(parts.loader.spans())
-            except UserError as error:  # the other ranks are in the middle of a step: take part in it, then tell them
-                failure = str(error)
-        if parts.batch_log:
-            parts.batch_log.add(batch)
-        batch = batch.to(engine.device, non_blocking=True)
-        loss, metrics = engine(batch, **parts.targets.ask(batch, cached))
-        engine.backward(loss)
-        parts.interval.add_micro_batch(loss, metrics)
-        finite &= torch.isfinite(loss.detach())
-        if i == n_micro_batches - 1:
-            # The one host wait of a step, where DeepSpeed is about to wait for the gradient norm anyway.
-            agree_to_go_on(parts, state, stop, finite, failure)
-        elif stop.drops_step(left=n_micro_batches - 1 - i):
-            return None
-        engine.end_micro_batch(state.step + 1)
-    parts.interval.add_step(engine.grad_norm())
+        batch, cached, failure = (parts.blank_batch, None, failure) if failure else draw(parts, with_targets=not named)
+        if not named:
+            batch = batch.to(engine.device, non_blocking=True)
+            loss, metrics = engine(batch, **parts.targets.ask(batch, cached))
+            engine.backward(loss)
+            parts.interval.add_micro_batch(loss, metrics)
+            losses += loss.detach()
+        if i < n_micro_batches - 1:
+            if stop.drops_step(left=n_micro_batches - 1 - i):
+                return None
+            if not named:
+                engine.end_micro_batch()
+    # The one host wait of a step, where DeepSpeed is about to wait for the gradient norm anyway.
+    mean_loss = agree_to_go_on(parts, stop, losses / n_micro_batches, failure)
+    if named:
+        engine.shards.count_steps(step)
+        fault = "it is one of data.skip_steps"
+    else:
+        fault = update(parts, state, mean_loss)
+    return end_step(parts, state, mean_loss, fault, named)
+
+
+def draw(parts: Parts, *, with_targets: bool) -> tuple[Tensor, CachedTargets | None, str]:
+    """The next micro-batch, its targets in a cache, and why there are none: an empty string unless the stream failed.
+
+    The other ranks are in the middle of a step, so a rank whose stream failed takes part in it before it tells them.
+    """
+    try:
+        batch = next(parts.loader)
+        cached = parts.targets.read(parts.loader.spans()) if with_targets else None
+    except UserError as error:
+        return parts.blank_batch, None, str(error)
     if parts.batch_log:
-        parts.batch_log.end_step(state.step + 1)
-    if parts.document_log:
-        parts.document_log.add(state.step + 1, parts.loader.take_documents())
-    return parts.loader.state()
+        parts.batch_log.add(batch)
+    return batch, cached, ""
 
 
-def agree_to_go_on(parts: Parts, state: TrainerState, stop: Stop, finite: Tensor, failure: str) -> None:
-    """All ranks learn if any is to stop or to save, and raise, before the update, if any loss or stream is broken."""
-    flags = [~finite, *(torch.tensor(flag) for flag in (bool(failure), *stop.wishes()))]
-    shared = torch.stack([flag.to(finite.device) for flag in flags]).to(torch.int32)
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    broken, failed, stopping, saving = (bool(flag) for flag in shared.tolist())
-    stop.agree(stopping, saving)
+def agree_to_go_on(parts: Parts, stop: Stop, loss: Tensor, failure: str) -> float:
+    """All ranks learn if any is to stop or to save, and the mean of their losses; they raise if any stream failed."""
+    flags = torch.tensor([bool(failure), *stop.wishes()], dtype=torch.float64, device=loss.device)
+    shared = torch.cat([flags, loss.double().view(1)])
+    dist.all_reduce(shared)
+    failed, stopping, saving, total = shared.tolist()
+    stop.agree(bool(stopping), bool(saving))
     if failed:
         failures: list[str] = [""] * parts.engine.world_size
         dist.all_gather_object(failures, failure)
         raise StreamError(next(message for message in failures if message))
-    if broken:
-        latest = find_latest(parts.config.run_dir)
-        raise on_all_ranks(
-            UserError(
-                f"the loss of step {state.step + 1} is not finite; stopped before the update. "
-                + (f"The last good checkpoint is {latest}; " if latest else "No checkpoint was written yet; ")
-                + f"{suspects(parts.config, state.step + 1)}, then start again"
-            )
-        )
+    return float(total / parts.engine.world_size)
 
 
-def require_finite_gradients(parts: Parts, state: TrainerState) -> None:
-    """DeepSpeed skips an update whose gradient norm is not finite and goes on; a run should not."""
-    if not parts.interval.gradients_finite():
-        raise on_all_ranks(
-            UserError(
-                f"a gradient norm up to step {state.step} is not finite; nothing was saved, older checkpoints stay; "
-                f"{suspects(parts.config, state.step)}, then start again"
-            )
-        )
+def update(parts: Parts, state: TrainerState, loss: float) -> str:
+    """Updates the weights unless loss or gradient is at fault; returns that fault. SpikeError if it is to stop."""
+    train, means, step = parts.config.train, state.means, state.step + 1
+    fault = fault_of_loss(train, means, loss)
+    fault = fault and f"the loss of step {step} {fault}"
+
+    def of_gradient(norm: float) -> str:
+        found = fault_of_gradient(train, means, norm)
+        return found and f"the gradient norm of step {step} {found}"
+
+    if not fault or train.on_spike != "stop":
+        fault = parts.engine.end_step(step, fault, of_gradient)
+    if fault and train.on_spike == "stop":
+        raise SpikeError(f"{fault}; stopped before the update")
+    if fault:
+        require_progress(means, fault)
+    return fault
 
 
-def suspects(config: Config, step: int) -> str:
-    """What to do about a number that is not finite at 1-based `step`; at the first one no learning rate is to blame."""
-    if step > 1:
-        return "lower optim.lr or check the data"
-    start = f"model.pretrained={config.model.pretrained}" if config.model.pretrained else "model.init_std"
-    teacher = f"the teacher {config.distill.teacher}, " if config.distill.needs_teacher else ""
-    return f"nothing was trained before it: check {teacher}what the student starts from ({start}) and the data"
+def end_step(parts: Parts, state: TrainerState, loss: float, fault: str, named: bool) -> StepEnd:
+    """What is known of a step once it is updated, or left out for a fault."""
+    train, means, step = parts.config.train, state.means, state.step + 1
+    if fault:
+        parts.interval.drop_step()
+        say(f"step {step} is left out: {fault}")
+        means = means if named else replace(means, left_out=means.left_out + 1)
+    else:
+        norm = parts.engine.grad_norm()
+        parts.interval.add_step(norm)
+        means = means.after(loss, float(norm), train.spike_window)
+    if parts.batch_log:
+        parts.batch_log.end_step(step)
+    if parts.document_log:
+        parts.document_log.add(step, parts.loader.take_documents(), fault)
+    tokens = state.tokens + (0 if fault else batch_tokens_at(train, step))
+    rewinds = bool(fault) and not named and train.on_spike == "rewind"
+    return StepEnd(TrainerState(step, tokens, means), parts.loader.state(), rewinds)
 
 
 # -- what happens between steps ---------------------------------------------------------------------------------------
 
 
-def log(parts: Parts, state: TrainerState, bar: tqdm[Any]) -> None:
-    """One line of scalars to metrics.jsonl, TensorBoard and the console."""
-    require_finite_gradients(parts, state)
-    scalars = parts.interval.close(parts.config.distill)
-    parts.interval.pause()
-    scalars["optim/lr"] = lr_at(parts.config, state.step)
-    scalars |= {f"lr/{kind}": rate for kind, rate in parts.engine.rates().items()}
-    scalars |= {f"update_ratio/{kind}": ratio for kind, ratio in parts.engine.shards.update_ratios().items()}
-    if has_phases(parts.config.binarize):
-        scalars["phase/binary_share"] = binary_share(parts.config.binarize, state.step)
-    achieved = scalars["speed/tokens_per_s"] * parts.flops_per_token / parts.engine.world_size / 1e12
-    scalars["speed/tflops_per_rank"] = achieved
-    if peak := peak_tflops(parts.config, parts.engine.device):
-        scalars["speed/mfu"] = achieved / peak
-    scalars |= parts.signs.look() | parts.scales.look() | router_scalars(parts.engine)
-    scalars |= memory_scalars(parts.engine.device) | data_scalars(parts.loader.stats(), parts.engine)
-    parts.writer.scalars(state.step, state.tokens, scalars)
-    line = (
-        f"step {state.step}/{parts.config.train.total_steps} | loss {scalars['train/loss']:.4f} | "
-        f"lr {scalars['optim/lr']:.2e} | grad norm {scalars['optim/grad_norm']:.2f} | "
-        + (f"binary {scalars['phase/binary_share']:.0%} | " if "phase/binary_share" in scalars else "")
-        + (f"signs flipped {scalars['signs/flipped']:.2%} | " if "signs/flipped" in scalars else "")
-        + f"{scalars['speed/tokens_per_s']:.0f} tokens/s"
-    )
-    if parts.rank == 0:
-        bar.write(line, file=sys.stdout)
-        sys.stdout.flush()
-    parts.interval.run()
-
-
-def data_scalars(stats: Mapping[str, Any], engine: Engine) -> dict[str, float]:
-    """The streams' counters as data/… scalars, summed over all ranks; epochs are their mean. Collective."""
-    scalars: dict[str, float] = {}
-    for key, value in stats.items():
-        if isinstance(value, Mapping):
-            scalars |= {f"data/{key}/{inner}": float(number) for inner, number in value.items()}
-        else:
-            scalars[f"data/{key}"] = float(value)
-    # Every rank has the same sources, so the same names in the same order.
-    sums = torch.tensor(list(scalars.values()), dtype=torch.float64, device=engine.device)
-    dist.all_reduce(sums)
-    return {
-        name: total / engine.world_size if name.startswith("data/epochs/") else total
-        for name, total in zip(scalars, sums.tolist(), strict=True)
-    }
-
-
 def save(parts: Parts, state: TrainerState, data_state: Mapping[str, Any]) -> int:
     """Writes the checkpoint of this step; returns the step."""
     parts.interval.pause()
-    require_finite_gradients(parts, state)
     started = time.perf_counter()
     try:
         folder = checkpoint.save(parts.engine, parts.config, state, data_state, parts.loader.shard_list())
@@ -244,14 +229,54 @@ def save(parts: Parts, state: TrainerState, data_state: Mapping[str, Any]) -> in
     return state.step
 
 
-def save_start(parts: Parts, state: TrainerState) -> None:
-    """The checkpoint of step 0, where there is something to keep: what calibration found, or all that a run of no steps
-    gives."""
+def rewind(parts: Parts, state: TrainerState, before: Counter[Path]) -> TrainerState:
+    """Weights and optimizer as the newest checkpoint has them; the stream goes on, so all steps since are left out.
+
+    `state` is that behind the last of them; `before` counts the times that a checkpoint was gone back to. Raises
+    SpikeError where there is none, and where it does not help.
+    """
+    config, engine = parts.config, parts.engine
+    folder = from_rank_0(lambda: find_latest(config.run_dir))
+    if folder is None:
+        raise SpikeError(f"step {state.step} would be left out and the weights rewound, but there is no checkpoint yet")
+    before[folder] += 1
+    if before[folder] > MOST_IN_A_ROW:
+        raise SpikeError(
+            f"the weights were rewound to {folder} {MOST_IN_A_ROW} times, and step {state.step} is no better"
+        )
+    kept = trainer_state(folder)
+    if kept.step < config.binarize.from_step <= state.step:
+        raise SpikeError(f"{folder} is of full precision, and step {state.step} is not: it cannot be rewound to")
+    agreed(lambda: resume.restore(engine, folder, config.optim.on_change))
+    engine.shards.changed(state.step)
+    parts.interval.restart()
+    parts.interval.run()
+    if parts.document_log:
+        parts.document_log.rewound(state.step, kept.step)
+    say(f"rewound to the weights of {folder}; steps {kept.step + 1} to {state.step} are left out")
+    return TrainerState(state.step, kept.tokens, replace(kept.means, left_out=state.means.left_out))
+
+
+def explained(error: UserError, config: Config, step: int) -> UserError:
+    """What stopped the run in 1-based `step`, with what is left of it and what to do."""
+    if not isinstance(error, SpikeError):
+        return error
+    latest = find_latest(config.run_dir)
+    kept = f"The last good checkpoint is {latest}" if latest else "No checkpoint was written yet"
+    return UserError(f"{error}. {kept}; {suspects(config, step)}, then start again")
+
+
+def begin(parts: Parts, state: TrainerState) -> None:
+    """What comes before the first step: its checkpoint where there is something to keep (what calibration found, or all
+    that a run of no steps gives), and the first evaluation."""
     config = parts.config
-    if config.train.total_steps and not needs_calibration(config):
-        return
-    if from_rank_0(lambda: find_latest(config.run_dir)) is None:
+    model = {"model/bits_per_weight": parts.bits_per_weight, "model/flops_per_token": parts.flops_per_token}
+    parts.writer.scalars(0, 0, model)
+    wanted = needs_calibration(config) or not config.train.total_steps
+    if wanted and from_rank_0(lambda: find_latest(config.run_dir)) is None:
         save(parts, state, parts.loader.state())
+    if config.eval.every:
+        evaluate(parts, state)
 
 
 def leave_marker(parts: Parts, state: TrainerState, stop: Stop) -> None:

@@ -54,6 +54,7 @@ def test_a_task_that_sees_one_gpu_takes_that() -> None:
     [
         {**OF_SRUN, "RANK": "0"},  # a launcher knows better
         {name: value for name, value in OF_SRUN.items() if "STEP" not in name},  # a batch script, alone
+        {**OF_SRUN, "SLURM_STEP_NUM_TASKS": "1"},  # perhaps a shell
         {},
     ],
 )

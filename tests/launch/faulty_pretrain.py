@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import signal
 import sys
@@ -109,14 +110,38 @@ def kill_in_second_save() -> None:
 
 
 def nan_on_rank_1_at_step_3() -> None:
-    agree = train.agree_to_go_on
+    agree, calls = train.agree_to_go_on, itertools.count(1)
 
-    def poisoned(parts: Any, state: Any, stop: Any, finite: Any, failure: str) -> None:
-        if state.step == 2 and RANK == 1:
-            finite = finite & False
-        agree(parts, state, stop, finite, failure)
+    def poisoned(parts: Any, stop: Any, loss: Any, failure: str) -> float:
+        bad = next(calls) == 3 and RANK == 1
+        return agree(parts, stop, loss * float("nan") if bad else loss, failure)
 
     train.agree_to_go_on = poisoned
+
+
+def scaled_gradient(at: int, factor: float) -> None:
+    """In step `at` and no other."""
+    step, backward = train.train_step, Engine.backward
+    going_on = 0
+
+    def stepping(parts: Any, state: Any, stop: Any) -> Any:
+        nonlocal going_on
+        going_on = state.step + 1
+        return step(parts, state, stop)
+
+    def scaling(engine: Any, loss: Any) -> None:
+        backward(engine, loss * (factor if going_on == at else 1.0))
+
+    train.train_step = stepping
+    Engine.backward = scaling  # type: ignore[method-assign]
+
+
+def large_gradient_at_step_4() -> None:
+    scaled_gradient(4, 1000.0)
+
+
+def infinite_gradient_at_step_5() -> None:
+    scaled_gradient(5, float("inf"))
 
 
 def freeze(chosen: Callable[[str], bool]) -> None:

@@ -222,15 +222,6 @@ def test_a_file_that_cannot_be_parsed_and_what_is_not_ours(launch: Any, referenc
     assert (checkpoints / "step_00000099").is_symlink()
 
 
-def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(launch: Any) -> None:
-    run = launch("nan", "checkpoint.every=1", script=FAULTS, env={"FAULT": "nan_on_rank_1_at_step_3"}, expect=1)
-    assert run.output.count("the loss of step 3 is not finite") == 1
-    assert "step_00000002" in run.output
-    assert "Traceback (most recent call last)" not in run.output
-    assert (run.run_dir / "checkpoints" / "step_00000002" / "COMPLETE.json").is_file()
-    assert not (run.run_dir / "checkpoints" / "step_00000003").exists()
-
-
 def test_a_stream_that_fails_on_one_rank_stops_all_and_loses_nothing(
     launch: Any, workspace: Any, tmp_path: Path
 ) -> None:
