@@ -171,7 +171,7 @@ def stepper(config: Config, targets: dict[str, StepTargets]) -> Callable[[str], 
         batch = next(loader)
         loss, _ = engine(batch, **targets[way].ask(batch, targets[way].read(loader.spans())))
         engine.backward(loss)
-        engine.end_micro_batch(min(next(steps), config.train.total_steps))
+        engine.end_step(min(next(steps), config.train.total_steps), "", lambda norm: "")
 
     return step
 
