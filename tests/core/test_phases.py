@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fbitrain.base.command import run
 from fbitrain.base.errors import UserError
+from fbitrain.checkpoint_marker import write_marker
 from fbitrain.commands import release as command
 from fbitrain.config import ConfigError, DistillConfig, load_config, to_yaml
 from fbitrain.loading.model_folder import load_lm
@@ -87,7 +88,9 @@ def test_bits_are_refused_with_the_step_of_the_first(
         config = load_config(run_dir / "config.yaml")
         # The weights are not looked at: these would be too narrow for groups of 128.
         said_there = to_yaml(replace(config, binarize=phased(phases, **fields)))
-        (run_dir / "checkpoints" / "step_00000003" / "config.yaml").write_text(said_there)
+        checkpoint = run_dir / "checkpoints" / "step_00000003"
+        (checkpoint / "config.yaml").write_text(said_there)
+        write_marker(checkpoint, 3)
         said = f"is {kind} after step 3, binary from step {sum(phases) + 1} on, so there are no bits to write"
         with pytest.raises(UserError, match=f"{said} as {names}; release it as dense only"):
             release(run_dir, tmp_path / "out", formats)

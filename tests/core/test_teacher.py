@@ -234,7 +234,7 @@ def test_sequences_beyond_a_models_positions_are_refused(tmp_path: Path, workspa
     for positions, said in ((16, "data.seq_len=24 is (more|longer) than"), (24, "")):
         (tmp_path / "model" / "config.json").write_text(json.dumps({**values, "max_position_embeddings": positions}))
         try:
-            check_vocabularies(load_config(tmp_path / "run.yaml", [f"{key}={tmp_path}/model"]))
+            check_vocabularies(load_config(tmp_path / "run.yaml", [f"{key}={tmp_path}/model"]), None)
             message = ""
         except UserError as error:
             message = str(error)
@@ -244,7 +244,7 @@ def test_sequences_beyond_a_models_positions_are_refused(tmp_path: Path, workspa
     longer = ["data.seq_len=4096", "train.global_batch_tokens=4096", "eval.max_tokens=4096", "model.max_seq_len=8192"]
     longer = longer if key == "distill.teacher" else longer[:-1]
     with pytest.raises(UserError, match=r"data.seq_len=4096 is more than the 2048 positions of .*model"):
-        check_vocabularies(load_config(tmp_path / "run.yaml", [f"{key}={tmp_path}/model", *longer]))
+        check_vocabularies(load_config(tmp_path / "run.yaml", [f"{key}={tmp_path}/model", *longer]), None)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -274,6 +274,6 @@ def test_at_the_first_step_the_learning_rate_is_no_suspect(workspace: Any) -> No
     assert f"the teacher {workspace.teacher}" in first
     assert "model.init_std" in first
     assert "optim.lr" not in first
-    assert suspects(config, 2) == "lower optim.lr or check the data"
+    assert suspects(config, 2).startswith("lower optim.lr or check the data")
     alone = load_config(workspace.config, ["distill.kd_weight=0", "distill.ce_weight=1"])
     assert "teacher" not in suspects(alone, 1)

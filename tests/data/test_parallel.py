@@ -75,7 +75,7 @@ def test_processes_leave_when_their_caller_is_killed(tmp_path: Path) -> None:
         "import os, time\n"
         "from fbitrain.data.tools.parallel import in_processes\n"
         "def work(job):\n"
-        "    print(os.getpid(), flush=True)\n"
+        "    os.write(1, f'{os.getpid()}\\n'.encode())\n"
         "    time.sleep(600)\n"
         "if __name__ == '__main__':\n"
         "    list(in_processes(work, range(2), 2))\n"
