@@ -138,6 +138,7 @@ def test_damage_ends_the_run_in_a_sentence_with_a_checkpoint(
     assert list((ended.run_dir / "checkpoints").glob("step_*"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(why_no_int8(torch.device("cpu"))), reason="this CPU multiplies no int8")
 def test_a_live_teacher_may_be_compiled_and_in_int8(launch: Any) -> None:
     live = launch("exact", ranks=1, expect=0)

@@ -13,7 +13,7 @@ from tests.launch.run_folders import copy_run
 pytestmark = pytest.mark.launch
 FAULTS = Path(__file__).with_name("faulty_pretrain.py")
 SKIP = ("train.on_spike=skip", "train.spike_grad_norm=20", "train.spike_window=2", "debug.log_documents=true")
-STAGES = [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2)), 1, 3]
+STAGES = [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3)), 1]
 
 
 def documents(run: Any) -> list[dict[str, Any]]:
@@ -71,6 +71,7 @@ def test_rewinding_leaves_out_all_steps_since_the_checkpoint(launch: Any) -> Non
     assert launch("rewound-again", *options, **faulty).losses[6] == named.losses[6]
 
 
+@pytest.mark.slow
 def test_nothing_to_rewind_to(launch: Any) -> None:
     options = ("train.on_spike=rewind", "checkpoint.every=100")
     run = launch("early", *options, script=FAULTS, env={"FAULT": "infinite_gradient_at_step_5"}, expect=1)
