@@ -128,7 +128,7 @@ def take_over(out: Path, settings: CacheSettings, every: Sequence[Piece]) -> Non
 
 def require_teacher(config: Config, tokenizer: Tokenizer) -> Teacher:
     """The teacher, whole on every rank."""
-    distill = replace(config.distill, cache="", kd_weight=1.0, hidden_weight=0.0)
+    distill = replace(config.distill, kd_weight=1.0, hidden_weight=0.0)
     teacher = build_teacher(replace(config, distill=distill))
     assert teacher is not None, "kd_weight is 1"
     if config.distill.int8:
@@ -176,7 +176,7 @@ def write_all(writer: PieceWriter, todo: Sequence[Piece]) -> None:
 
 def join_all(out: Path, every: Sequence[Piece], rank: int, world_size: int) -> None:
     """Joins the pieces of every shard that is not joined; each rank has its share of the shards."""
-    shards = [list(of_shard) for _, of_shard in groupby(every, key=lambda piece: (piece.source, piece.report.name))]
+    shards = [list(of_shard) for _, of_shard in groupby(every, key=lambda piece: piece.shard)]
 
     def join_mine() -> None:
         for of_shard in shards[rank::world_size]:

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 
 from fbitrain.targets.sparse import SparseTargets
-
-# fp32 logits that the element-wise work touches at a time. On a CPU a tile must stay in the core's cache (1 MiB; a
-# whole chunk would go through main memory a dozen times); elsewhere it must be large enough to fill the device.
-_CPU_TILE_ELEMENTS = 2**18
-_DEVICE_TILE_ELEMENTS = 2**24
+from fbitrain.targets.tiles import tile_rows
 
 
 class Stats(NamedTuple):
@@ -49,8 +45,7 @@ class Tiles:
     """The element-wise work on a chunk of logits, a few rows at a time, with scratch memory kept between chunks."""
 
     def __init__(self, terms: Terms, chunk: int, vocab: int, device: torch.device, *, want_gradient: bool) -> None:
-        elements = _CPU_TILE_ELEMENTS * torch.get_num_threads() if device.type == "cpu" else _DEVICE_TILE_ELEMENTS
-        self.n_rows = max(1, min(elements // vocab, chunk))
+        self.n_rows = max(1, min(tile_rows(vocab, device), chunk))
         self.terms = terms
         self.want_gradient = want_gradient
         # Two softmaxes, and fp32 copies of logits that come in another dtype.

@@ -115,11 +115,17 @@ def read_report(shard: Path) -> ShardReport | None:
 def sizes_differ(shard: Path, report: ShardReport) -> str:
     """What is wrong with the sizes of a shard's files, or nothing."""
     for ending, file in ((TOKENS, report.tokens), (RECORDS, report.records)):
-        path = with_ending(shard, ending)
-        size = path.stat().st_size if path.exists() else -1
-        if size != file.size:
-            return f"{path} has {size} bytes where {file.size} were written" if size >= 0 else f"{path} is missing"
+        if wrong := size_differs(with_ending(shard, ending), file):
+            return wrong
     return ""
+
+
+def size_differs(path: Path, file: FileReport) -> str:
+    """What is wrong with the size of the file `path`, of which `file` was reported; or nothing."""
+    size = path.stat().st_size if path.exists() else -1
+    if size == file.size:
+        return ""
+    return f"{path} has {size} bytes where {file.size} were written" if size >= 0 else f"{path} is missing"
 
 
 class TokenIndex:

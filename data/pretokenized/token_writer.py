@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -87,25 +87,35 @@ class HashedFile:
 
 
 @contextmanager
+def hashed_files(target: Path, endings: Sequence[str], report: Callable[[], bytes]) -> Iterator[list[HashedFile]]:
+    """Yields a new file of `target` for each of `endings`; `report()` becomes its report, written last.
+
+    Raises UserError where a file cannot be written.
+    """
+    try:
+        with_ending(target, REPORT).unlink(missing_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            paths = [stack.enter_context(replacing(with_ending(target, ending))) for ending in endings]
+            yield [HashedFile(stack.enter_context(path.open("wb"))) for path in paths]
+        with replacing(with_ending(target, REPORT)) as path:
+            path.write_bytes(report())
+    except OSError as error:
+        raise UserError(
+            f"{target.parent} cannot be written to ({error.strerror or error}); mend that and run the command again: "
+            "what is finished stays"
+        ) from None
+
+
+@contextmanager
 def writing(target: Path, origin: ShardReport) -> Iterator[ShardWriter]:
     """Yields a writer of the files of `target`; what it has counted becomes their report, written last.
 
     `origin` says what the tokens are made of. Raises UserError where a file cannot be written.
     """
-    try:
-        with_ending(target, REPORT).unlink(missing_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            replacing(with_ending(target, TOKENS)) as tokens_path,
-            replacing(with_ending(target, RECORDS)) as records_path,
-            tokens_path.open("wb") as tokens_file,
-            records_path.open("wb") as records_file,
-        ):
-            tokens, records = HashedFile(tokens_file), HashedFile(records_file)
-            writer = ShardWriter(tokens, records, origin.dtype)
-            yield writer
-            writer.flush()
-        report = replace(
+
+    def report() -> bytes:
+        return replace(
             origin,
             tokens=tokens.report(),
             records=records.report(),
@@ -115,14 +125,12 @@ def writing(target: Path, origin: ShardReport) -> Iterator[ShardWriter]:
             n_bytes=writer.n_bytes,
             bad=writer.bad,
             lost=writer.lost,
-        )
-        with replacing(with_ending(target, REPORT)) as path:
-            path.write_bytes(report.to_json())
-    except OSError as error:
-        raise UserError(
-            f"{target.parent} cannot be written to ({error.strerror or error}); mend that and run the command again: "
-            "what is finished stays"
-        ) from None
+        ).to_json()
+
+    with hashed_files(target, (TOKENS, RECORDS), report) as (tokens, records):
+        writer = ShardWriter(tokens, records, origin.dtype)
+        yield writer
+        writer.flush()
 
 
 def damage(shard: Path) -> str:

@@ -32,7 +32,7 @@ def main(arguments: argparse.Namespace) -> int:
     from fbitrain.cache_teacher import CacheOptions, cache_teacher
 
     options = CacheOptions(
-        out=arguments.out.expanduser(),
+        out=arguments.out,
         draws=arguments.draws,
         top=arguments.top,
         systematic=arguments.systematic,

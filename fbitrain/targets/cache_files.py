@@ -2,60 +2,42 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from fbitrain.base.errors import UserError
-from fbitrain.base.files import replacing
 from fbitrain.data.pretokenized.token_shards import ShardReport, with_ending
-from fbitrain.data.pretokenized.token_writer import HashedFile
-from fbitrain.targets.cache_folder import FRAMES, PLACE, PLACES, REPORT, CachedShard, map_places
+from fbitrain.data.pretokenized.token_writer import HashedFile, hashed_files
+from fbitrain.targets.cache_folder import FRAMES, PLACE, PLACES, CachedShard, map_places
 from fbitrain.targets.frames import Targets
 
 COPY_BYTES = 1 << 24
 
 
+@contextmanager
+def writing_cache(target: Path, origin: ShardReport) -> Iterator[CacheFiles]:
+    """Yields the files of `target`, made for the tokens of `origin`; their report, written last, makes them count.
+
+    Raises UserError where they cannot be written.
+    """
+
+    def report() -> bytes:
+        sha256 = origin.tokens.sha256
+        return CachedShard(sha256, files.n_tokens, files.n_words, frames.report(), places.report()).to_json()
+
+    with hashed_files(target, (FRAMES, PLACES), report) as (frames, places):
+        files = CacheFiles(frames, places)
+        yield files
+
+
 class CacheFiles:
-    """The report makes them count and is written last. Raises UserError where they cannot be written."""
+    """Appends frames and their places to two files, and counts."""
 
-    def __init__(self, target: Path, origin: ShardReport) -> None:
-        self._target, self._origin = target, origin
+    def __init__(self, frames: HashedFile, places: HashedFile) -> None:
+        self._frames, self._places = frames, places
         self.n_tokens = self.n_words = self.n_bytes = 0
-        self._stack = ExitStack()
-
-    def __enter__(self) -> CacheFiles:
-        try:
-            with_ending(self._target, REPORT).unlink(missing_ok=True)
-            self._target.parent.mkdir(parents=True, exist_ok=True)
-            self._frames, self._places = (self._open(ending) for ending in (FRAMES, PLACES))
-        except OSError as error:
-            raise self._unwritable(error) from None
-        return self
-
-    def _open(self, ending: str) -> HashedFile:
-        path = self._stack.enter_context(replacing(with_ending(self._target, ending)))
-        return HashedFile(self._stack.enter_context(path.open("wb")))
-
-    def __exit__(self, *error: object) -> None:
-        try:
-            self._stack.__exit__(*error)  # type: ignore[arg-type]
-            if error[0] is None:
-                frames, places = self._frames.report(), self._places.report()
-                report = CachedShard(self._origin.tokens.sha256, self.n_tokens, self.n_words, frames, places)
-                with replacing(with_ending(self._target, REPORT)) as path:
-                    path.write_bytes(report.to_json())
-        except OSError as fault:
-            raise self._unwritable(fault) from None
-        if isinstance(error[1], OSError):
-            raise self._unwritable(error[1]) from None
-
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(
-            f"{self._target.parent} cannot be written to ({error.strerror or error}); mend that and run the command "
-            "again: what is finished stays"
-        )
 
     def add(self, line: int, first: int, targets: Targets, frame: bytes) -> None:
         place = np.array([(line, first, self._frames.size, len(frame), len(targets.n))], PLACE)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from fbitrain.base.errors import UserError
-from fbitrain.data.pretokenized.token_shards import TokenIndex, with_ending
+from fbitrain.data.pretokenized.token_shards import TokenIndex, size_differs, with_ending
 from fbitrain.data.reading.documents import Span
 from fbitrain.targets.cache_folder import (
     FRAMES,
@@ -70,7 +70,8 @@ class TargetCache:
                         "was written for as data.pretokenized, or write the cache anew"
                     )
                 for ending, file in ((FRAMES, cached.frames), (PLACES, cached.places)):
-                    _require_size(with_ending(path, ending), file.size)
+                    if wrong := size_differs(with_ending(path, ending), file):
+                        raise UserError(f"{wrong}; restore it, or remove its .json and write the cache again")
                 self._covered.add((source, report.name))
         return missing
 
@@ -187,10 +188,3 @@ class _Shard:
             f"{with_ending(self._path, FRAMES)} is damaged at the document of line {line + 1}: {how}; remove "
             f"{self._path}.json and write the cache again, which makes this shard anew"
         )
-
-
-def _require_size(path: Path, size: int) -> None:
-    found = path.stat().st_size if path.exists() else -1
-    if found != size:
-        how = f"has {found} bytes where {size} were written" if found >= 0 else "is missing"
-        raise UserError(f"{path} {how}; restore it, or remove its .json and write the cache again")

@@ -20,7 +20,7 @@ from fbitrain.data.pretokenized.token_shards import (
     map_shard,
     source_folder,
 )
-from fbitrain.targets.cache_files import CacheFiles
+from fbitrain.targets.cache_files import CacheFiles, writing_cache
 from fbitrain.targets.cache_folder import PLACE, CacheSettings
 from fbitrain.targets.draws import Drawing
 from fbitrain.targets.frames import FRAME_TOKENS, Targets, encode
@@ -83,7 +83,7 @@ class PieceWriter:
             for window, targets in self._ask(batch, texts):
                 found[window.document].append((window.first, targets))
             yield sum(window.n_targets for window in batch)
-        with CacheFiles(piece.path(self._folder), piece.report) as files:
+        with writing_cache(piece.path(self._folder), piece.report) as files:
             for line, of_document in zip(texts.lines, found, strict=True):
                 if of_document:
                     in_order = [targets for _, targets in sorted(of_document, key=lambda item: item[0])]

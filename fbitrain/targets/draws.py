@@ -18,10 +18,7 @@ from torch import Tensor
 
 from fbitrain.targets.cache_folder import CacheSettings
 from fbitrain.targets.frames import Targets
-
-# As in the loss (fbitrain.loss_tiles): what is done with a tile's fp32 logits must stay in a core's cache.
-_CPU_TILE_ELEMENTS = 2**18
-_DEVICE_TILE_ELEMENTS = 2**25
+from fbitrain.targets.tiles import tile_rows
 
 
 @dataclass(frozen=True)
@@ -52,12 +49,7 @@ class Drawing:
         for start in range(0, len(uniforms), chunk_tokens):
             rows = slice(start, min(start + chunk_tokens, len(uniforms)))
             logits_CV, uniforms_C = logits(rows), uniforms[rows]
-            elements = (
-                _CPU_TILE_ELEMENTS * torch.get_num_threads()
-                if logits_CV.device.type == "cpu"
-                else _DEVICE_TILE_ELEMENTS
-            )
-            tile = max(1, elements // logits_CV.shape[1])
+            tile = tile_rows(logits_CV.shape[1], logits_CV.device)
             for at in range(0, len(logits_CV), tile):
                 found.append(self._tile(logits_CV[at : at + tile].float(), uniforms_C[at : at + tile]))
         return Targets(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))

@@ -17,7 +17,7 @@ import orjson
 from fbitrain.base.errors import UserError
 from fbitrain.base.files import write_text
 from fbitrain.data.pretokenized.token_shards import ShardReport, TokenIndex, map_shard, source_folder, with_ending
-from fbitrain.targets.cache_files import CacheFiles
+from fbitrain.targets.cache_files import writing_cache
 from fbitrain.targets.cache_folder import (
     FRAMES,
     PLACES,
@@ -45,6 +45,11 @@ class Piece:
     number: int
     of: int
     n_tokens: int  # an estimate for the progress bar: BOS and EOS are not counted
+
+    @property
+    def shard(self) -> tuple[str, str]:
+        """Source and name of its shard."""
+        return self.source, self.report.name
 
     def path(self, folder: Path) -> Path:
         """The beginning of the names of its files."""
@@ -86,14 +91,27 @@ def cut(index: TokenIndex, sources: Sequence[str]) -> Iterator[Piece]:
 
 def unfinished(folder: Path, pieces: Sequence[Piece]) -> list[Piece]:
     """Those that no earlier run has finished."""
+    joined = _joined(folder, pieces)
     return [
-        piece for piece in pieces if not is_joined(folder, piece) and not _is_of(piece, read_cached(piece.path(folder)))
+        piece for piece in pieces if piece.shard not in joined and not _is_of(piece, read_cached(piece.path(folder)))
     ]
 
 
 def is_joined(folder: Path, piece: Piece) -> bool:
     """Whether the piece's shard is there as a whole."""
     return _is_of(piece, read_cached(shard_path(folder, piece.source, piece.report.name)))
+
+
+def _joined(folder: Path, pieces: Sequence[Piece]) -> set[tuple[str, str]]:
+    """The shards of `pieces` that are there as a whole; each is looked at once, however many pieces it has."""
+    one_of = {piece.shard: piece for piece in pieces}
+    return {shard for shard, piece in one_of.items() if is_joined(folder, piece)}
+
+
+def _remove(piece: Path) -> None:
+    """The files of the piece whose names begin with `piece`, the report first."""
+    for ending in (REPORT, FRAMES, PLACES):
+        with_ending(piece, ending).unlink(missing_ok=True)
 
 
 def _is_of(piece: Piece, cached: CachedShard | None) -> bool:
@@ -104,21 +122,20 @@ def join(folder: Path, pieces: Sequence[Piece]) -> None:
     """Makes one shard of its finished pieces, which then go. Raises UserError where the files cannot be written."""
     target = shard_path(folder, pieces[0].source, pieces[0].report.name)
     paths = [piece.path(folder) for piece in pieces]
-    with CacheFiles(target, pieces[0].report) as files:
+    with writing_cache(target, pieces[0].report) as files:
         for path in paths:
             report = read_cached(path)
             assert report, f"{path} is not finished"
             files.append(path, report)
     for path in paths:
-        for ending in (REPORT, FRAMES, PLACES):
-            with_ending(path, ending).unlink(missing_ok=True)
+        _remove(path)
 
 
 def remove_leftovers(folder: Path, pieces: Sequence[Piece]) -> None:
     """Files of killed runs: half-written ones, and pieces of shards that are joined."""
+    joined = _joined(folder, pieces)
     for piece in pieces:
-        if is_joined(folder, piece):
-            for ending in (REPORT, FRAMES, PLACES):
-                with_ending(piece.path(folder), ending).unlink(missing_ok=True)
+        if piece.shard in joined:
+            _remove(piece.path(folder))
     for found in folder.rglob(".*.tmp"):
         found.unlink(missing_ok=True)

@@ -105,7 +105,7 @@ def test_equals_the_definition(kd_weight: float, ce_weight: float, temperature: 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 64])
 def test_row_tiles_and_single_tokens(n_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fbitrain.loss_tiles._CPU_TILE_ELEMENTS", 3 * V)  # three rows at a time
+    monkeypatch.setattr("fbitrain.targets.tiles._CPU_TILE_ELEMENTS", 3 * V)  # three rows at a time
     inputs = make_inputs(n_tokens)
     loss, metrics = distill_loss(**inputs, kd_weight=0.5, ce_weight=0.5, chunk_tokens=20)
     wanted, sums = naive(inputs, 0.5, 0.5, 1.0)

@@ -50,7 +50,7 @@ def some_targets(n_tokens: int) -> tuple[list[dict[int, float]], list[float]]:
 def test_it_is_the_cross_entropy_with_the_weights(
     chunk_tokens: int, kd_weight: float, ce_weight: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fbitrain.loss_tiles._CPU_TILE_ELEMENTS", 3 * V)
+    monkeypatch.setattr("fbitrain.targets.tiles._CPU_TILE_ELEMENTS", 3 * V)
     hidden, head, labels = student(23)
     labels[[4, 11]] = -100
     rows, label_weights = some_targets(23)
