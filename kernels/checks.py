@@ -40,18 +40,17 @@ def check_xnor_gemm(a: Tensor, b: Tensor, k: int) -> None:
 
 def check_binary_linear(x: Tensor, weight: BinaryWeight, mode: str = "float") -> None:
     """x may have any strides; the weight's tensors must be contiguous, for copying them in every call would be slow."""
+    op = "binary_linear"
     words, alpha, beta, scale, k, group_size = weight
-    _check_activations("binary_linear", x, words, k, mode)
+    _check_activations(op, x, words, k, mode)
     wanted = scale_shape(scale, words.shape[0], k, group_size)
     if beta is not None and scale == "group":
-        raise ValueError("binary_linear: scale='group' has no shift; beta must be None")
-    _check_scale("binary_linear", "alpha", alpha, scale, wanted)
-    _check_contiguous("binary_linear", words=words, alpha=alpha)
-    _check_devices("binary_linear", x, words, alpha)
-    if beta is not None:
-        _check_scale("binary_linear", "beta", beta, scale, wanted)
-        _check_contiguous("binary_linear", beta=beta)
-        _check_devices("binary_linear", x, beta)
+        raise ValueError(f"{op}: scale='group' has no shift; beta must be None")
+    scales = {"alpha": alpha} | ({} if beta is None else {"beta": beta})
+    for name, value in scales.items():
+        _check_float(op, f"{name} of scale={scale!r}", value, wanted)
+    _check_contiguous(op, words=words, **scales)
+    _check_devices(op, x, words, *scales.values())
 
 
 def check_mixture_linear(x: Tensor, weight: MixtureWeight, mode: str = "float") -> None:
@@ -78,7 +77,7 @@ def check_partial_linear(x: Tensor, weight: PartialWeight, mode: str = "float") 
     if weight.scale not in ("row", "group"):
         raise ValueError(f"{op}: scale={weight.scale!r} is unknown; choose row or group")
     wanted = scale_shape(weight.scale, weight.words.shape[0], weight.k, weight.group_size)
-    _check_scale(op, "alpha", weight.alpha, weight.scale, wanted)
+    _check_float(op, f"alpha of scale={weight.scale!r}", weight.alpha, wanted)
     _check_salient(op, weight)
     tensors = {name: value for name, value in weight._asdict().items() if isinstance(value, Tensor)}
     _check_contiguous(op, **tensors)
@@ -115,11 +114,6 @@ def _check_activations(op: str, x: Tensor, words: Tensor, k: int, mode: str) -> 
 def _check_float(op: str, name: str, value: Tensor, wanted: tuple[int, int]) -> None:
     if value.shape != wanted or not value.is_floating_point():
         raise ValueError(f"{op}: {name} must be float {list(wanted)}, not {_describe(value)}")
-
-
-def _check_scale(op: str, name: str, value: Tensor, scale: str, wanted: tuple[int, int]) -> None:
-    if value.shape != wanted or not value.is_floating_point():
-        raise ValueError(f"{op}: {name} of scale={scale!r} must be float {list(wanted)}, not {_describe(value)}")
 
 
 def _check_contiguous(op: str, **tensors: Tensor) -> None:

@@ -63,7 +63,11 @@ class Library:
         for name, arguments in _ARGUMENTS.items():
             function = getattr(self._loaded, f"fbitrain_{name}")
             function.argtypes, function.restype = arguments, ctypes.c_int64
-            setattr(self, name, function)
+
+    def call(self, name: str, *arguments: int | None) -> int:
+        """What the C function fbitrain_`name` returns."""
+        result: int = getattr(self._loaded, f"fbitrain_{name}")(*arguments)
+        return result
 
     def why_not(self, level: str) -> str:
         supports: int = self._loaded.fbitrain_supports(_NUMBER[level])
@@ -72,21 +76,6 @@ class Library:
             0: f"this CPU or operating system has no {_NEEDED[level]}",
             -1: "the C++ compiler cannot build it",
         }[supports]
-
-    binary_linear: Callable[..., int]
-    mixture_linear: Callable[..., int]
-    partial_linear: Callable[..., int]
-    xnor_gemm: Callable[..., int]
-    pack_signs: Callable[..., int]
-    unpack_signs: Callable[..., int]
-    transpose_signs: Callable[..., int]
-    interleaved_bytes: Callable[..., int]
-    interleave: Callable[..., int]
-    decoder_hidden: Callable[..., int]
-    decoder_logits: Callable[..., int]
-    screen_bytes: Callable[..., int]
-    screen_head: Callable[..., int]
-    decoder_likeliest: Callable[..., int]
 
 
 @functools.cache
@@ -105,27 +94,32 @@ def levels() -> Mapping[str, str]:
     return MappingProxyType({level: library.why_not(level) for level in LEVELS})
 
 
-def library() -> Library:
-    """The compiled library, for callers that know a level runs (see `levels`)."""
-    return _library()
+def status_of(op: str, level: str, *arguments: int | None) -> int:
+    """What the C function of `op` returns for the level's number, torch's number of threads and `arguments`."""
+    return _library().call(op, _NUMBER[level], torch.get_num_threads(), *arguments)
 
 
-def number(level: str) -> int:
-    """What the C functions call `level`."""
-    return _NUMBER[level]
+def call(op: str, level: str, *arguments: int | None) -> None:
+    """Calls the C function of `op` as `status_of` does. Raises what `require_ok` does."""
+    require_ok(status_of(op, level, *arguments), op)
+
+
+def screen_bytes(columns: int) -> int:
+    """Bytes of a row of a screen of a head (csrc/head_screen.h); 0 where there is none for so many columns."""
+    return _library().call("screen_bytes", columns)
 
 
 def kernel(op: str, level: str) -> Callable[..., Tensor]:
     """The function that runs `op` (the arguments are those of its reference) with the instructions of `level`."""
-    return functools.partial(_RUN[op], _NUMBER[level])
+    return functools.partial(_RUN[op], level)
 
 
 def transpose_signs(words: Tensor, k: int) -> Tensor:
     """The packed signs of Wᵀ, int32 [k, ceil(N / 32)], from those of W: contiguous int32 [N, ceil(k / 32)]."""
     n = words.shape[0]
     transposed = torch.empty((k, n_words(n)), dtype=torch.int32, device="cpu")
-    status = _library().transpose_signs(torch.get_num_threads(), words.data_ptr(), transposed.data_ptr(), n, k)
-    require_ok(status, "transpose_signs")
+    pointers = words.data_ptr(), transposed.data_ptr()
+    require_ok(_library().call("transpose_signs", torch.get_num_threads(), *pointers, n, k), "transpose_signs")
     return transposed
 
 
@@ -133,50 +127,39 @@ def interleave(level: str, words: Tensor, k: int) -> Tensor | None:
     """The bits of packed signs, contiguous int32 [N, ceil(k / 32)], in the order in which `level` looks them up: int32
     [`interleaved_words`(N, k)]. None where the level looks nothing up."""
     n = words.shape[0]
-    if not _library().interleaved_bytes(_NUMBER[level], n, k):
+    if not _library().call("interleaved_bytes", _NUMBER[level], n, k):
         return None
     interleaved = torch.empty(interleaved_words(n, k), dtype=torch.int32, device="cpu")
-    status = _library().interleave(
-        _NUMBER[level], torch.get_num_threads(), words.data_ptr(), interleaved.data_ptr(), n, k
-    )
-    require_ok(status, "interleave")
+    call("interleave", level, words.data_ptr(), interleaved.data_ptr(), n, k)
     return interleaved
 
 
-def _pack_signs(level: int, w: Tensor) -> Tensor:
+def _pack_signs(level: str, w: Tensor) -> Tensor:
     w = w.detach().contiguous()
     k = w.shape[-1]
     words = torch.empty((*w.shape[:-1], n_words(k)), dtype=torch.int32, device="cpu")
     rows = w.numel() // max(k, 1)
-    status = _library().pack_signs(
-        level, torch.get_num_threads(), _FORMAT[w.dtype], w.data_ptr(), words.data_ptr(), rows, k
-    )
-    require_ok(status, "pack_signs")
+    call("pack_signs", level, _FORMAT[w.dtype], w.data_ptr(), words.data_ptr(), rows, k)
     return words
 
 
-def _unpack_signs(level: int, words: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+def _unpack_signs(level: str, words: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     words = words.contiguous()
     signs = torch.empty((*words.shape[:-1], k), dtype=dtype, device="cpu")
     rows = signs.numel() // max(k, 1)
-    status = _library().unpack_signs(
-        level, torch.get_num_threads(), _FORMAT[dtype], words.data_ptr(), signs.data_ptr(), rows, k
-    )
-    require_ok(status, "unpack_signs")
+    call("unpack_signs", level, _FORMAT[dtype], words.data_ptr(), signs.data_ptr(), rows, k)
     return signs
 
 
-def _xnor_gemm(level: int, a: Tensor, b: Tensor, k: int) -> Tensor:
+def _xnor_gemm(level: str, a: Tensor, b: Tensor, k: int) -> Tensor:
     m, n = a.shape[0], b.shape[0]
     product = torch.empty((m, n), dtype=torch.int32, device="cpu")
-    threads = torch.get_num_threads()
-    status = _library().xnor_gemm(level, threads, a.data_ptr(), b.data_ptr(), product.data_ptr(), m, n, k)
-    require_ok(status, "xnor_gemm")
+    call("xnor_gemm", level, a.data_ptr(), b.data_ptr(), product.data_ptr(), m, n, k)
     return product
 
 
 def _binary_linear(
-    level: int, x: Tensor, weight: BinaryWeight, mode: str = "float", interleaved: Tensor | None = None
+    level: str, x: Tensor, weight: BinaryWeight, mode: str = "float", interleaved: Tensor | None = None
 ) -> Tensor:
     """`interleaved` is what `interleave` made of the words: a decoder multiplies so, and bench.py and the tests here.
     It changes no result of "int8"; "float" then rounds x (times α for scale "column") to 24 bits of the token's largest
@@ -187,12 +170,12 @@ def _binary_linear(
     return _multiply("binary_linear", level, x, weight, mode, tensors, weight.group_size, scale=weight.scale)
 
 
-def _mixture_linear(level: int, x: Tensor, weight: MixtureWeight, mode: str = "float") -> Tensor:
+def _mixture_linear(level: str, x: Tensor, weight: MixtureWeight, mode: str = "float") -> Tensor:
     tensors = weight.gates.contiguous(), weight.alpha_in.float(), weight.alpha_out.float()
     return _multiply("mixture_linear", level, x, weight, mode, tensors, weight.alpha_in.shape[0])
 
 
-def _partial_linear(level: int, x: Tensor, weight: PartialWeight, mode: str = "float") -> Tensor:
+def _partial_linear(level: str, x: Tensor, weight: PartialWeight, mode: str = "float") -> Tensor:
     tensors = weight.alpha.float(), weight.row_starts, weight.columns, weight.values, weight.value_scale
     sizes = weight.group_size, weight.columns.numel()
     return _multiply("partial_linear", level, x, weight, mode, tensors, *sizes, scale=weight.scale)
@@ -200,7 +183,7 @@ def _partial_linear(level: int, x: Tensor, weight: PartialWeight, mode: str = "f
 
 def _multiply(
     op: str,
-    level: int,
+    level: str,
     x: Tensor,
     weight: BinaryWeight | MixtureWeight | PartialWeight,
     mode: str,
@@ -212,11 +195,11 @@ def _multiply(
     the pattern `scale`, if there is one; then x, words, `tensors` and y; then M, N, K and `sizes`."""
     x, n, k = x.contiguous(), weight.words.shape[0], weight.k
     y = x.new_empty((*x.shape[:-1], n))
-    how = [level, torch.get_num_threads(), MODES.index(mode), x.dtype is torch.bfloat16]
+    how = [MODES.index(mode), x.dtype is torch.bfloat16]
     if scale:
         how.append(SCALES.index(scale))
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in (x, weight.words, *tensors, y)]
-    status = getattr(_library(), op)(*how, *pointers, x.numel() // k, n, k, *sizes)
+    status = status_of(op, level, *how, *pointers, x.numel() // k, n, k, *sizes)
     if status > 0:
         raise not_finite(status - 1, x.shape)
     if status == -4 and isinstance(weight, PartialWeight):

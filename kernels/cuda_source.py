@@ -35,8 +35,3 @@ def source_text(name: str) -> str:
         return "".join([*parts, text[position:]])
 
     return written_in(f"{name}.cu")
-
-
-def source_names() -> list[str]:
-    """Every name that source_text knows."""
-    return sorted(path.stem for path in SOURCES.glob("*.cu"))

@@ -31,11 +31,10 @@ RUN: dict[str, Callable[..., Tensor]] = {
     "mixture_linear": cuda_linear.mixture_linear,
     "partial_linear": cuda_linear.partial_linear,
 }
-_LINEAR = ("binary_linear", "mixture_linear", "partial_linear")
-DTYPES = {
+DTYPES = {  # of floats, by op
     **dict.fromkeys(("pack_signs", "unpack_signs"), cuda_ops.DTYPES),
-    **dict.fromkeys(_LINEAR, cuda_linear.DTYPES),
-}  # of floats, by op
+    **dict.fromkeys(("binary_linear", "mixture_linear", "partial_linear"), cuda_linear.DTYPES),
+}
 
 
 @functools.cache
@@ -52,11 +51,6 @@ def why_not() -> str:
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
         return f"cupy does not work here: {(str(error).strip() or repr(error)).splitlines()[0]}"
     return ""
-
-
-def is_available() -> bool:
-    """Whether the kernels run here."""
-    return not why_not()
 
 
 @functools.cache

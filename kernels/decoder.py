@@ -101,6 +101,9 @@ class _Screen(NamedTuple):
     codes: Tensor
     bounds: Tensor
 
+    def pointers(self) -> tuple[int, int]:
+        return self.codes.data_ptr(), self.bounds.data_ptr()
+
 
 class Decoder:
     """A decoder made of `tensors`. `activations`: "float", or "int8" per token at every binary Linear.
@@ -123,11 +126,10 @@ class Decoder:
         check_tensors(shape, tensors)
         self.shape, self._mode, self._level = shape, MODES.index(activations), level
         self._layout = _Layout(shape.n_layers, shape.n_kv_heads, shape.head_size, _CACHE_DTYPE[activations])
-        self._library = cpu.library()
         self._kept: list[Tensor] = []  # everything that the description below points to
         self._described = self._describe(tensors)
         self._screen: _Screen | None = None  # made by the first call of `likeliest`
-        self._screen_bytes = self._library.screen_bytes(shape.d_model)
+        self._screen_bytes = cpu.screen_bytes(shape.d_model)
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache for `capacity` tokens, fp32 for float activations and fp16 for int8."""
@@ -145,18 +147,10 @@ class Decoder:
         wanted = ids.numel() if last is None else min(last, ids.numel())
         ids = ids.to(torch.int32).resolve_neg().contiguous()
         hidden = torch.empty((wanted, self.shape.d_model), dtype=torch.float32, device="cpu")
-        status = self._library.decoder_hidden(
-            cpu.number(self._level),
-            torch.get_num_threads(),
-            self._mode,
-            ctypes.addressof(self._described),
-            ctypes.addressof(cache.described),
-            ids.data_ptr(),
-            cache.length,
-            ids.numel(),
-            wanted,
-            hidden.data_ptr(),
-        )
+        described = ctypes.addressof(self._described), ctypes.addressof(cache.described)
+        sizes = cache.length, ids.numel(), wanted
+        arguments = self._mode, *described, ids.data_ptr(), *sizes, hidden.data_ptr()
+        status = cpu.status_of("decoder_hidden", self._level, *arguments)
         if status > 0:
             position = cache.length + status - 1
             raise NotFiniteError(f"int8 activations must be finite, and those of position {position} are not")
@@ -169,15 +163,7 @@ class Decoder:
         self._check_hidden(hidden)
         hidden = hidden.resolve_neg().contiguous()
         logits = torch.empty((len(hidden), self.shape.vocab_size), dtype=torch.float32, device="cpu")
-        status = self._library.decoder_logits(
-            cpu.number(self._level),
-            torch.get_num_threads(),
-            ctypes.addressof(self._described),
-            hidden.data_ptr(),
-            len(hidden),
-            logits.data_ptr(),
-        )
-        cpu.require_ok(status, "decoder_logits")
+        self._call("decoder_logits", hidden.data_ptr(), len(hidden), logits.data_ptr())
         return logits
 
     def likeliest(self, hidden: Tensor) -> int:
@@ -195,16 +181,7 @@ class Decoder:
             self._screen = self._make_screen()
         token = ctypes.c_int64()
         hidden = hidden.resolve_neg().contiguous()
-        status = self._library.decoder_likeliest(
-            cpu.number(self._level),
-            torch.get_num_threads(),
-            ctypes.addressof(self._described),
-            self._screen.codes.data_ptr(),
-            self._screen.bounds.data_ptr(),
-            hidden.data_ptr(),
-            ctypes.addressof(token),
-        )
-        cpu.require_ok(status, "decoder_likeliest")
+        self._call("decoder_likeliest", *self._screen.pointers(), hidden.data_ptr(), ctypes.addressof(token))
         return token.value
 
     def _make_screen(self) -> _Screen:
@@ -213,15 +190,12 @@ class Decoder:
             codes=torch.empty((rows, self._screen_bytes), dtype=torch.uint8, device="cpu"),
             bounds=torch.empty((3, rows), dtype=torch.float32, device="cpu"),
         )
-        status = self._library.screen_head(
-            cpu.number(self._level),
-            torch.get_num_threads(),
-            ctypes.addressof(self._described),
-            screen.codes.data_ptr(),
-            screen.bounds.data_ptr(),
-        )
-        cpu.require_ok(status, "screen_head")
+        self._call("screen_head", *screen.pointers())
         return screen
+
+    def _call(self, op: str, *pointers: int) -> None:
+        """Calls the C function of `op` with the description of this decoder and `pointers`."""
+        cpu.call(op, self._level, ctypes.addressof(self._described), *pointers)
 
     def _check_hidden(self, hidden: Tensor) -> None:
         d_model = self.shape.d_model

@@ -117,7 +117,7 @@ def _refusal(call: Call, dtypes: Mapping[str, tuple[torch.dtype, ...]]) -> str:
 BACKENDS: dict[str, list[Backend]] = {
     op: [
         *(Backend(level, cpu.kernel(op, level), _on_cpu(level)) for level in cpu.LEVELS),
-        *([Backend("cuda", cupy_backend.kernel(op), _on_cuda)] if op in cupy_backend.RUN else []),
+        Backend("cuda", cupy_backend.kernel(op), _on_cuda),
         Backend("reference", getattr(reference, op), _anywhere),
     ]
     for op in OPS

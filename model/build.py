@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fbitrain.model.config import BinarizeConfig, ModelConfig
-from fbitrain.model.linear import BinaryLinear
 from fbitrain.model.methods import FullLinear, make_layer
-from fbitrain.model.packed_layers import PackedBinaryLinear
 from fbitrain.model.refusals import check_fused, check_linears, check_masks, check_skip, fused_modules
 from fbitrain.model.size import skip_entry
 from fbitrain.model.storage import storage_bits
@@ -124,13 +122,6 @@ def chosen_linears(model: nn.Module, binarize: BinarizeConfig, *, values_needed:
     chosen = {name: linear for name, linear in linears.items() if skip_entry(name, binarize.skip) is None}
     check_linears(model, chosen, binarize, values_needed=values_needed)
     return chosen
-
-
-def pack_(model: nn.Module) -> None:
-    """Swaps every BinaryLinear of `model` for its PackedBinaryLinear in place: one bit per weight, inference only."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BinaryLinear):
-            model.set_submodule(name, PackedBinaryLinear.from_linear(module))
 
 
 def _set_rotary_frequencies(lm: LlamaForCausalLM, model: ModelConfig) -> None:

@@ -17,7 +17,6 @@ from fbitrain.kernels import ops
 from fbitrain.kernels.layout import NARROW_COLUMNS, scale_shape
 from fbitrain.kernels.weights import BinaryWeight, MixtureWeight, PartialWeight
 from fbitrain.model import remote_layers
-from fbitrain.model.linear import BinaryLinear
 
 
 class PackedBinaryLinear(remote_layers.PackedLinear):
@@ -37,25 +36,6 @@ class PackedBinaryLinear(remote_layers.PackedLinear):
             raise ValueError("scale='group' has no shift; beta must be False")
         scale_shape(scale, out_features, in_features, group_size)  # refuses what is no pattern
         super().__init__(in_features, out_features, scale=scale, beta=beta, group_size=group_size, **options)
-
-    @classmethod
-    def from_linear(cls, linear: BinaryLinear) -> PackedBinaryLinear:
-        """The packed form of `linear`, on its device. Its parameters must be whole, not partitioned."""
-        packed = cls(
-            linear.in_features,
-            linear.out_features,
-            scale=linear.scale,
-            beta=linear.beta is not None,
-            group_size=linear.group_size,
-            bias=linear.bias is not None,
-        )
-        packed.weight_bits = ops.pack_signs(linear.weight.detach())
-        packed.alpha = linear.alpha.detach().to(torch.float32, copy=True)
-        if linear.beta is not None:
-            packed.beta = linear.beta.detach().to(torch.float32, copy=True)
-        if linear.bias is not None:
-            packed.bias = linear.bias.detach().to(torch.float32, copy=True)
-        return packed.train(linear.training)
 
     def product(self, x: Tensor) -> Tensor:
         """x ŵᵀ."""

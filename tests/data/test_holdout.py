@@ -21,18 +21,12 @@ from fbitrain.base.errors import UserError
 from fbitrain.commands.verbs import call
 from fbitrain.data.commands.holdout import gather_heldout
 from fbitrain.data.config import DataConfig, SourceConfig
-from fbitrain.data.holdout_rule import are_heldout, is_heldout
+from fbitrain.data.holdout_rule import is_heldout
 from fbitrain.data.reading.documents import Document
 
 hashes = st.integers(0, 2**64 - 1)
 seeds = st.integers(-(2**70), 2**70)
 fractions = st.floats(0, 1, exclude_max=True)
-
-
-@given(content_hashes=st.lists(hashes, max_size=20), seed=seeds, fraction=fractions)
-def test_one_at_a_time_and_all_at_once_agree(content_hashes: list[int], seed: int, fraction: float) -> None:
-    at_once = are_heldout(np.array(content_hashes, np.uint64), seed, fraction)
-    assert at_once.tolist() == [is_heldout(content_hash, seed, fraction) for content_hash in content_hashes]
 
 
 @given(content_hash=hashes, seed=seeds, fraction=fractions, larger=fractions)
@@ -46,8 +40,8 @@ def test_a_larger_fraction_holds_out_more_and_none_nothing(
 
 @pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5])
 def test_the_fraction_is_kept_even_of_hashes_in_a_row_and_differs_by_seed(fraction: float) -> None:
-    n = 200_000
-    held = [are_heldout(np.arange(n, dtype=np.uint64), seed, fraction) for seed in (0, 1)]
+    n = 50_000
+    held = [np.array([is_heldout(i, seed, fraction) for i in range(n)]) for seed in (0, 1)]
     deviation = (n * fraction * (1 - fraction)) ** 0.5
     assert all(abs(int(mask.sum()) - n * fraction) < 5 * deviation for mask in held)
     both = int((held[0] & held[1]).sum())

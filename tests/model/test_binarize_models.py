@@ -20,7 +20,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from fbitrain.base.errors import UserError
-from fbitrain.model.build import binarize_, chosen_linears, pack_
+from fbitrain.model.build import binarize_, chosen_linears
 from fbitrain.model.config import (
     BinarizeConfig,
     ModelConfig,
@@ -30,6 +30,7 @@ from fbitrain.model.config import (
 from fbitrain.model.latent import LatentLinear
 from fbitrain.model.method_table import METHODS
 from fbitrain.model.packed_layers import PackedBinaryLinear
+from tests.model.packing import pack_
 
 VOCABULARY, D = 61, 24
 

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from fbitrain.base.errors import UserError
 from fbitrain.model.binarize import init_scales
-from fbitrain.model.build import binarize_, build_student, llama_config, pack_
+from fbitrain.model.build import binarize_, build_student, llama_config
 from fbitrain.model.config import PRESETS, BinarizeConfig, ModelConfig
 from fbitrain.model.latent import LatentLinear
 from fbitrain.model.linear import BinaryLinear
@@ -21,6 +21,7 @@ from fbitrain.model.method_table import METHODS
 from fbitrain.model.packed_layers import PackedBinaryLinear
 from fbitrain.model.size import ParameterCount, count_parameters
 from fbitrain.model.storage import storage_bits
+from tests.model.packing import pack_
 
 SMALL = ModelConfig(vocab_size=67, n_layers=2, n_heads=4, n_kv_heads=2, d_model=24, d_ff=40, max_seq_len=32)
 KEEP_HEAD = BinarizeConfig()

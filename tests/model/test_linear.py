@@ -16,6 +16,7 @@ from fbitrain.kernels import reference
 from fbitrain.model import scaled_product
 from fbitrain.model.linear import BinaryLinear
 from fbitrain.model.packed_layers import PackedBinaryLinear
+from tests.model.packing import packed_form
 
 N, K, G = 7, 33, 11
 PATTERNS = [*product(("column", "row", "tensor"), (True, False)), ("group", False)]
@@ -138,7 +139,7 @@ def test_the_scaled_weight_never_exists(scale: str, beta: bool, packed: bool, mo
     monkeypatch.setattr(scaled_product, "BLOCK_WEIGHTS", 2 * N * G)
     monkeypatch.setattr(reference, "BLOCK_WEIGHTS", 2 * K)
     layer, x = make_layer(scale, beta), make_input(4)
-    run = PackedBinaryLinear.from_linear(layer) if packed else layer
+    run = packed_form(layer) if packed else layer
     layer.requires_grad_(False)
     with FloatMatrices() as seen:
         y = run(x)
@@ -278,7 +279,7 @@ def test_unknown_ste_is_refused() -> None:
 @pytest.mark.parametrize(("scale", "beta"), PATTERNS)
 def test_packed_equals_unpacked(scale: str, beta: bool, dtype: torch.dtype) -> None:
     layer = make_layer(scale, beta, dtype=torch.float32)
-    packed = PackedBinaryLinear.from_linear(layer)
+    packed = packed_form(layer)
     assert packed.weight_bits.dtype == torch.int32
     assert packed.weight_bits.shape == (N, 2)
     x = make_input(2, 3, dtype=dtype).detach()
@@ -288,7 +289,7 @@ def test_packed_equals_unpacked(scale: str, beta: bool, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize(("scale", "beta"), PATTERNS)
 def test_packed_state_dict_round_trip(scale: str, beta: bool) -> None:
-    packed = PackedBinaryLinear.from_linear(make_layer(scale, beta, dtype=torch.float32))
+    packed = packed_form(make_layer(scale, beta, dtype=torch.float32))
     state = packed.state_dict()
     assert set(state) == {"weight_bits", "alpha"} | ({"beta"} if beta else set())
     loaded = PackedBinaryLinear(K, N, scale=scale, beta=beta, group_size=G)
@@ -299,7 +300,7 @@ def test_packed_state_dict_round_trip(scale: str, beta: bool) -> None:
 
 def test_packed_scales_do_not_follow_the_layer() -> None:
     layer = make_layer("column", True, dtype=torch.float32)
-    packed = PackedBinaryLinear.from_linear(layer)
+    packed = packed_form(layer)
     alpha = packed.alpha.clone()
     with torch.no_grad():
         layer.alpha.add_(1)

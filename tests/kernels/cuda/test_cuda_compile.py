@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from fbitrain.kernels.cuda_source import source_names, source_text
+from fbitrain.kernels.cuda_source import SOURCES, source_text
 from tests.kernels.cuda.sass import Kernel, compiled, disassembler
 
 # All sources for all of them take about two minutes of CPU time.
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+SOURCE_NAMES = sorted(path.stem for path in SOURCES.glob("*.cu"))
 BITS, BYTES = "BMMA", "IMMA"
 
 # Instructions that must, and that must not, be in a kernel: by a kernel's name, or the beginning of several names.
@@ -54,7 +55,7 @@ def all_kernels(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", source_names())
+@pytest.mark.parametrize("source", SOURCE_NAMES)
 def test_nothing_spills(
     all_kernels: dict[tuple[str, int], Future[dict[str, Kernel]]], source: str, architecture: int
 ) -> None:
@@ -66,7 +67,7 @@ def test_nothing_spills(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", source_names())
+@pytest.mark.parametrize("source", SOURCE_NAMES)
 def test_kernels_use_the_instructions_they_are_for(
     all_kernels: dict[tuple[str, int], Future[dict[str, Kernel]]], source: str, architecture: int
 ) -> None:
@@ -80,7 +81,7 @@ def test_kernels_use_the_instructions_they_are_for(
         assert not refused & set(kernel.opcodes), f"{name} has {refused & set(kernel.opcodes)}"
 
 
-@pytest.mark.parametrize("source", source_names())
+@pytest.mark.parametrize("source", SOURCE_NAMES)
 def test_a_source_is_one_text(source: str) -> None:
     """No header is left to be found, and none comes twice."""
     text = source_text(source)
