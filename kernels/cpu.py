@@ -195,11 +195,11 @@ def _multiply(
     the pattern `scale`, if there is one; then x, words, `tensors` and y; then M, N, K and `sizes`."""
     x, n, k = x.contiguous(), weight.words.shape[0], weight.k
     y = x.new_empty((*x.shape[:-1], n))
-    how = [MODES.index(mode), x.dtype is torch.bfloat16]
+    settings = [MODES.index(mode), x.dtype is torch.bfloat16]
     if scale:
-        how.append(SCALES.index(scale))
+        settings.append(SCALES.index(scale))
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in (x, weight.words, *tensors, y)]
-    status = status_of(op, level, *how, *pointers, x.numel() // k, n, k, *sizes)
+    status = status_of(op, level, *settings, *pointers, x.numel() // k, n, k, *sizes)
     if status > 0:
         raise not_finite(status - 1, x.shape)
     if status == -4 and isinstance(weight, PartialWeight):

@@ -137,7 +137,7 @@ def packed_config(
     """The config of the packed form of `config`'s model; see remote_code.BinaryModel for the other arguments."""
     config_class, model_class = binary_classes(config.model_type)
     fields = {key: value for key, value in config.to_dict().items() if key != "model_type"}
-    how = {
+    section = {
         "method": binarize.method,
         "layer": layer,
         "options": options,
@@ -145,8 +145,8 @@ def packed_config(
         "skip": list(binarize.skip),
     }
     if binarize.traits.salient:
-        how["salient"] = asdict(binarize.salient)
-    packed = config_class(**fields, binarize=how, bits_per_weight=bits_per_weight)
+        section["salient"] = asdict(binarize.salient)
+    packed = config_class(**fields, binarize=section, bits_per_weight=bits_per_weight)
     packed.architectures = [model_class.__name__]
     packed.auto_map = auto_map(config_class, model_class)
     return packed

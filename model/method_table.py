@@ -29,7 +29,9 @@ class Method:
     paper: str
     weight: str  # what an ordinary weight becomes, for the model card; may name settings, as in {n_experts}
     n_scales: Count  # fp32 scales that a release stores
-    settings: tuple[str, ...] = ()  # fields of BinarizeConfig that its layer's constructor takes
+    # Fields of BinarizeConfig that its layer's constructor takes. group_size is not named: it comes with them where
+    # scales or salient weights go by groups (config.method_settings).
+    settings: tuple[str, ...] = ()
     scales: tuple[str, ...] = ()  # parameters that are learned scales; () where scales follow from the weights
     buffers: tuple[str, ...] = ()  # persistent buffers of the layer
     levels: int = 2  # values of an ordinary weight, up to its scale, where binarize.bits is 1
@@ -49,8 +51,8 @@ class Method:
         return "scale" in self.settings
 
 
-def _pattern(how: BinarizeConfig, n: int, k: int) -> int:
-    rows, columns = scale_shape(how.scale, n, k, how.group_size)
+def _pattern(binarize: BinarizeConfig, n: int, k: int) -> int:
+    rows, columns = scale_shape(binarize.scale, n, k, binarize.group_size)
     return rows * columns
 
 
@@ -58,13 +60,13 @@ _BIBENCH = partial(
     Method,
     layer="bibench.BiBenchLinear",
     weight="α·sign(W), α the mean of |W| per row",
-    n_scales=lambda how, n, k: n,
+    n_scales=lambda binarize, n, k: n,
     settings=("method",),
 )
 _BITNET = partial(
     Method,
     layer="bitnet.BitNetLinear",
-    n_scales=lambda how, n, k: 1,
+    n_scales=lambda binarize, n, k: 1,
     settings=("method",),
     own_signs=False,
     int8_activations=True,
@@ -74,7 +76,7 @@ METHODS: dict[str, Method] = {
         layer="linear.BinaryLinear",
         paper="FBI-LLM, autoregressive distillation (arXiv 2407.07093)",
         weight="α·sign(W)",
-        n_scales=lambda how, n, k: _pattern(how, n, k) * (2 if how.beta else 1),
+        n_scales=lambda binarize, n, k: _pattern(binarize, n, k) * (2 if binarize.beta else 1),
         settings=("scale", "beta", "ste"),
         scales=("alpha", "beta"),
     ),
@@ -100,7 +102,7 @@ METHODS: dict[str, Method] = {
         layer="mixture.MixtureOfScalesLinear",
         paper="BinaryMoS (arXiv 2406.12311)",
         weight="sign(W) between {n_experts} pairs of input and output scales, mixed for each token by a router",
-        n_scales=lambda how, n, k: how.n_experts * (n + k),
+        n_scales=lambda binarize, n, k: binarize.n_experts * (n + k),
         settings=("ste", "n_experts"),
         scales=("scale_in", "scale_out"),
         routed=True,
@@ -109,12 +111,12 @@ METHODS: dict[str, Method] = {
         layer="mixture.OneBitLinear",
         paper="OneBit (arXiv 2402.11295)",
         weight="sign(W) between one learned scale per input and one per output",
-        n_scales=lambda how, n, k: n + k,
+        n_scales=lambda binarize, n, k: n + k,
         settings=("ste",),
         scales=("scale_in", "scale_out"),
     ),
     # bnn has no scale; a release stores one, 1.0.
-    "bnn": _BIBENCH(paper="BNN (arXiv 1602.02830)", weight="sign(W)", n_scales=lambda how, n, k: 1),
+    "bnn": _BIBENCH(paper="BNN (arXiv 1602.02830)", weight="sign(W)", n_scales=lambda binarize, n, k: 1),
     "xnor": _BIBENCH(paper="XNOR-Net (arXiv 1603.05279)"),
     "bireal": _BIBENCH(paper="Bi-Real Net (arXiv 1808.00278)"),
     "recu": _BIBENCH(paper="ReCU (arXiv 2103.12369)", own_signs=False),
@@ -130,7 +132,7 @@ METHODS: dict[str, Method] = {
     ),
 }
 # What an unknown name in a configuration stands for until it is reported (config.binarize_problems).
-UNKNOWN = Method(layer="", paper="", weight="", n_scales=lambda how, n, k: 0)
+UNKNOWN = Method(layer="", paper="", weight="", n_scales=lambda binarize, n, k: 0)
 
 
 def _all_of(field: str) -> tuple[str, ...]:

@@ -50,13 +50,13 @@ class BinaryModel:
         assert isinstance(self, nn.Module)
         if not config.binarize:
             raise ValueError("config.json has no binarize section, so this is not a packed fbitrain model")
-        how = config.binarize
+        section = config.binarize
         for name, module in list(self.named_modules()):
-            if {name, name.rpartition(".")[2]} & set(how["skip"]) or not isinstance(module, (nn.Linear, Conv1D)):
+            if {name, name.rpartition(".")[2]} & set(section["skip"]) or not isinstance(module, (nn.Linear, Conv1D)):
                 continue
             n, k = module.weight.shape if isinstance(module, nn.Linear) else module.weight.T.shape
-            options = {**how["options"], **how["own_options"].get(name, {}), "bias": module.bias is not None}
-            self.set_submodule(name, self.layers[how["layer"]](k, n, **options))
+            options = {**section["options"], **section["own_options"].get(name, {}), "bias": module.bias is not None}
+            self.set_submodule(name, self.layers[section["layer"]](k, n, **options))
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

@@ -42,8 +42,8 @@ def read_cells(path: str, column: str, row: int = 0) -> Iterator[Cell]:
     from pyarrow import parquet
 
     try:
-        how = {"buffer_size": BUFFER_BYTES, "pre_buffer": False, "page_checksum_verification": True}
-        with parquet.ParquetFile(path, **how) as file:
+        opening = {"buffer_size": BUFFER_BYTES, "pre_buffer": False, "page_checksum_verification": True}
+        with parquet.ParquetFile(path, **opening) as file:
             _require_column(file.schema_arrow, column)
             for group in range(file.num_row_groups):
                 n_rows = file.metadata.row_group(group).num_rows

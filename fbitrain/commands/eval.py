@@ -30,8 +30,8 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.out:
         require_writable(arguments.out, "--out")
     # lm-eval knows transformers' models only.
-    how = {"activations": arguments.activations, "transformers_only": bool(tasks)}
-    with open_model(arguments.model, arguments.dtype, **how) as model:
+    options = {"activations": arguments.activations, "transformers_only": bool(tasks)}
+    with open_model(arguments.model, arguments.dtype, **options) as model:
         print(f"running on {model.runs_on}", file=sys.stderr)
         positions = getattr(model.lm.config, "max_position_embeddings", DEFAULT_SEQ_LEN)
         seq_len = arguments.seq_len or min(DEFAULT_SEQ_LEN, positions)

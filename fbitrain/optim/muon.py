@@ -128,19 +128,20 @@ class MuonSettings:
 
 
 @torch.no_grad()
-def muon_step(flat: Tensor, state: dict[str, Any], plan: Plan, lr: float, decay: float, how: MuonSettings) -> None:
+def muon_step(flat: Tensor, state: dict[str, Any], plan: Plan, lr: float, decay: float, settings: MuonSettings) -> None:
     """Updates this rank's `flat` (fp32, with its gradient) in place; collective where matrices lie on several ranks.
 
     `state` keeps the momentum, and under "update_squares" the sum of squares of what this rank just added.
     """
     momentum, gradient = state["momentum"], flat.grad
     assert gradient is not None
-    momentum.lerp_(gradient, 1 - how.momentum)
-    lookahead = gradient.lerp_(momentum, how.momentum)  # Nesterov's; the gradient is not needed any more
+    momentum.lerp_(gradient, 1 - settings.momentum)
+    lookahead = gradient.lerp_(momentum, settings.momentum)  # Nesterov's; the gradient is not needed any more
     squares = torch.zeros((), dtype=torch.float32, device=flat.device)
     flat.mul_(1 - lr * decay)
     for placement, update in itertools.chain(
-        _local_updates(plan.local, lookahead, how), *(_shared_updates(some, lookahead, how) for some in plan.rounds)
+        _local_updates(plan.local, lookahead, settings),
+        *(_shared_updates(some, lookahead, settings) for some in plan.rounds),
     ):
         share = placement.share_of(dist.get_rank())
         assert share is not None
@@ -151,16 +152,16 @@ def muon_step(flat: Tensor, state: dict[str, Any], plan: Plan, lr: float, decay:
 
 
 def _local_updates(
-    matrices: Sequence[Matrix], lookahead: Tensor, how: MuonSettings
+    matrices: Sequence[Matrix], lookahead: Tensor, settings: MuonSettings
 ) -> Iterator[tuple[Placement, Tensor]]:
     """(placement, update, flattened) of each matrix that lies on this rank alone."""
     for matrix in matrices:
         if matrix.owner == dist.get_rank():
-            yield matrix.placement, _update(matrix, _own_share(matrix, lookahead, how), how)
+            yield matrix.placement, _update(matrix, _own_share(matrix, lookahead, settings), settings)
 
 
 def _shared_updates(
-    matrices: Sequence[Matrix], lookahead: Tensor, how: MuonSettings
+    matrices: Sequence[Matrix], lookahead: Tensor, settings: MuonSettings
 ) -> Iterator[tuple[Placement, Tensor]]:
     """(placement, this rank's share of the update, flattened) of each matrix it holds something of. Collective."""
     rank = dist.get_rank()
@@ -168,34 +169,34 @@ def _shared_updates(
     held = [(matrix, share) for matrix in matrices if (share := matrix.placement.share_of(rank))]
     pieces = iter(
         _all_to_all(
-            [(matrix.owner, _own_share(matrix, lookahead, how)) for matrix, _ in held],
+            [(matrix.owner, _own_share(matrix, lookahead, settings)) for matrix, _ in held],
             [(share.rank, share.stop - share.start) for _, share in owned],
-            how,
+            settings,
         )
     )
     back = []
     for matrix in (matrix for matrix in matrices if matrix.owner == rank):
         whole = torch.cat([next(pieces) for _ in matrix.placement.shares])
-        update = _update(matrix, whole, how)
+        update = _update(matrix, whole, settings)
         back += [(share.rank, update[share.start : share.stop]) for share in matrix.placement.shares]
-    returned = _all_to_all(back, [(matrix.owner, share.stop - share.start) for matrix, share in held], how)
+    returned = _all_to_all(back, [(matrix.owner, share.stop - share.start) for matrix, share in held], settings)
     for (matrix, _), update in zip(held, returned, strict=True):
         yield matrix.placement, update
 
 
-def _own_share(matrix: Matrix, lookahead: Tensor, how: MuonSettings) -> Tensor:
+def _own_share(matrix: Matrix, lookahead: Tensor, settings: MuonSettings) -> Tensor:
     share = matrix.placement.share_of(dist.get_rank())
     assert share is not None
-    return matrix.placement.view(lookahead, share).to(how.device, how.dtype)
+    return matrix.placement.view(lookahead, share).to(settings.device, settings.dtype)
 
 
-def _update(matrix: Matrix, momentum: Tensor, how: MuonSettings) -> Tensor:
+def _update(matrix: Matrix, momentum: Tensor, settings: MuonSettings) -> Tensor:
     whole = momentum.view(matrix.placement.shape)
-    return matrix_update(whole, matrix.form, how.ns_steps, how.convention).flatten()
+    return matrix_update(whole, matrix.form, settings.ns_steps, settings.convention).flatten()
 
 
 def _all_to_all(
-    sent: Sequence[tuple[int, Tensor]], wanted: Sequence[tuple[int, int]], how: MuonSettings
+    sent: Sequence[tuple[int, Tensor]], wanted: Sequence[tuple[int, int]], settings: MuonSettings
 ) -> list[Tensor]:
     """Sends (destination, piece)s; returns the pieces (source, elements) that are `wanted`, in their order. Collective.
 
@@ -205,9 +206,10 @@ def _all_to_all(
     outgoing = [[piece for to, piece in sent if to == rank] for rank in ranks]
     incoming = [sum(size for source, size in wanted if source == rank) for rank in ranks]
     flat = torch.cat(
-        [piece for pieces in outgoing for piece in pieces] or [torch.empty(0, dtype=how.dtype, device=how.device)]
+        [piece for pieces in outgoing for piece in pieces]
+        or [torch.empty(0, dtype=settings.dtype, device=settings.device)]
     )
-    received = torch.empty(sum(incoming), dtype=how.dtype, device=how.device)
+    received = torch.empty(sum(incoming), dtype=settings.dtype, device=settings.device)
     lengths = [sum(piece.numel() for piece in pieces) for pieces in outgoing]
     dist.all_to_all_single(received, flat, incoming, lengths)
     ends = list(itertools.accumulate(incoming, initial=0))

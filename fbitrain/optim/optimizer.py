@@ -30,9 +30,9 @@ class MuonAdamW(torch.optim.AdamW):
     DeepSpeed hands the groups flat partitions; `place` says which matrices lie in them, and comes before any step.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], how: MuonSettings, **adamw: Any) -> None:
+    def __init__(self, groups: list[dict[str, Any]], settings: MuonSettings, **adamw: Any) -> None:
         super().__init__(groups, **adamw)
-        self._how = how
+        self._settings = settings
         self._plans: dict[int, Plan] = {}  # by the id of the flat tensor, which the plan keeps alive
 
     def place(self, placed: Iterable[Placement], forms: Mapping[int, MatrixForm], world_size: int) -> None:
@@ -56,7 +56,7 @@ class MuonAdamW(torch.optim.AdamW):
             for flat in group["params"] if group["muon"] else ():
                 if flat.grad is not None:
                     plan, state = self._plans[id(flat)], ensure_state(self, group, flat)
-                    muon_step(flat, state, plan, group["lr"], group["weight_decay"], self._how)
+                    muon_step(flat, state, plan, group["lr"], group["weight_decay"], self._settings)
 
 
 def build_optimizer(config: Config, student: nn.Module, dtype: torch.dtype, device: torch.device) -> torch.optim.AdamW:
@@ -68,8 +68,8 @@ def build_optimizer(config: Config, student: nn.Module, dtype: torch.dtype, devi
     if optim.optimizer == "adamw":
         return torch.optim.AdamW(groups, **adamw)
     muon = optim.muon
-    how = MuonSettings(muon.momentum, muon.ns_steps, muon.update_size, dtype, device)
-    return MuonAdamW(groups, how, **adamw)
+    settings = MuonSettings(muon.momentum, muon.ns_steps, muon.update_size, dtype, device)
+    return MuonAdamW(groups, settings, **adamw)
 
 
 def param_groups(config: Config, student: nn.Module) -> list[dict[str, Any]]:
