@@ -13,10 +13,10 @@ ON_CHANGE = ("refuse", "restart")
 
 
 @dataclass(frozen=True)
-class LrFactors:
-    """Learning rate of each kind of parameter, as a factor of optim.lr; the kinds are fbitrain/parameters.py's."""
+class KindFactors:
+    """A factor for each kind of parameter; the kinds are fbitrain/parameters.py's."""
 
-    matrices: float = 1.0  # binary latents and the blocks' other Linears; with optimizer=muon their rate is muon.lr
+    matrices: float = 1.0  # binary latents and the blocks' other Linears; read for optimizer=adamw
     scales: float = 1.0  # α, β and the vectors of OneBit and BinaryMoS
     routers: float = 1.0  # BinaryMoS's
     embeddings: float = 1.0  # a head that is tied to them, too
@@ -26,21 +26,8 @@ class LrFactors:
     others: float = 1.0  # whatever else a model has, such as a state-space model's tensors
 
 
-@dataclass(frozen=True)
-class DecayFactors:
-    """Weight decay of each kind of parameter, as a factor of optim.weight_decay."""
-
-    matrices: float = 1.0  # with optimizer=muon their weight decay is muon.weight_decay
-    scales: float = 0.0
-    routers: float = 0.0
-    embeddings: float = 0.0
-    head: float = 1.0
-    norms: float = 0.0
-    biases: float = 0.0
-    others: float = 1.0
-
-
-KINDS = tuple(f.name for f in fields(LrFactors))
+UNDECAYED = ("scales", "routers", "embeddings", "norms", "biases")
+KINDS = tuple(f.name for f in fields(KindFactors))
 
 
 @dataclass(frozen=True)
@@ -90,8 +77,9 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 0.1
-    lr_factor: LrFactors = field(default_factory=LrFactors)
-    decay_factor: DecayFactors = field(default_factory=DecayFactors)
+    lr_factor: KindFactors = field(default_factory=KindFactors)  # of lr; with optimizer=muon matrices have muon.lr
+    # Of weight_decay; with optimizer=muon matrices have muon.weight_decay.
+    decay_factor: KindFactors = field(default_factory=lambda: KindFactors(**dict.fromkeys(UNDECAYED, 0.0)))
     max_grad_norm: float = 1.0  # of all gradients together, before any optimizer sees them; 0: no clipping
     muon: MuonConfig = field(default_factory=MuonConfig)
     # A checkpoint that holds no state of this optimizer for some parameters: refuse it, or restart: begin with none.

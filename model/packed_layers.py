@@ -22,20 +22,12 @@ from fbitrain.model import remote_layers
 class PackedBinaryLinear(remote_layers.PackedLinear):
     """y = x ŵᵀ + bias with ŵ = α·sign + β: BinaryLinear, and every method with one sign and one pattern of scales."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        scale: str = "column",
-        beta: bool = True,
-        group_size: int = 128,
-        **options: Any,
-    ) -> None:
-        if scale == "group" and beta:
+    def __init__(self, in_features: int, out_features: int, **options: Any) -> None:
+        scale, group_size = options.get("scale", "column"), options.get("group_size", 128)
+        if scale == "group" and options.get("beta", True):
             raise ValueError("scale='group' has no shift; beta must be False")
         scale_shape(scale, out_features, in_features, group_size)  # refuses what is no pattern
-        super().__init__(in_features, out_features, scale=scale, beta=beta, group_size=group_size, **options)
+        super().__init__(in_features, out_features, **options)
 
     def product(self, x: Tensor) -> Tensor:
         """x ŵᵀ."""

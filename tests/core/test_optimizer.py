@@ -20,9 +20,8 @@ from fbitrain.base.errors import UserError
 from fbitrain.config import Config, DistillConfig, TrainConfig
 from fbitrain.config_optim import (
     KINDS,
-    DecayFactors,
     FusedMatrix,
-    LrFactors,
+    KindFactors,
     MuonConfig,
     OptimConfig,
     describe_optimizer,
@@ -80,8 +79,8 @@ def test_frozen_parameters_are_in_no_group() -> None:
 
 
 def test_rates_and_decays_go_by_kind() -> None:
-    factors = LrFactors(**{kind: (i + 1) / 8 for i, kind in enumerate(KINDS)})
-    decays = DecayFactors(**{kind: i / 4 for i, kind in enumerate(KINDS)})
+    factors = KindFactors(**{kind: (i + 1) / 8 for i, kind in enumerate(KINDS)})
+    decays = KindFactors(**{kind: i / 4 for i, kind in enumerate(KINDS)})
     settings = config(lr=2e-3, min_lr=2e-4, weight_decay=0.1, lr_factor=factors, decay_factor=decays)
     groups = param_groups(settings, student(BinarizeConfig(method="mixture_of_scales")))
     set_rates(groups, settings, 10)
@@ -105,7 +104,7 @@ def test_muon_has_the_matrices_at_its_own_rate_on_the_same_schedule() -> None:
 
 def test_an_optimizer_in_one_line() -> None:
     assert describe_optimizer(OptimConfig()) == "AdamW, weight decay 0.1"
-    ours = OptimConfig(optimizer="muon", weight_decay=0, lr_factor=LrFactors(scales=0.1))
+    ours = OptimConfig(optimizer="muon", weight_decay=0, lr_factor=KindFactors(scales=0.1))
     assert describe_optimizer(ours) == (
         "Muon 0.02 for the matrices, AdamW for the rest, scales at 0.1 of its rate, weight decay 0"
     )
