@@ -17,6 +17,7 @@ from fbitrain.base.errors import UserError
 
 T = TypeVar("T")
 INTEGER_BITS = 64
+EXTENDS = "extends"
 SHIPPED = Path(__file__).parents[1] / "launch" / "configs"
 
 
@@ -41,11 +42,12 @@ def shipped_configs() -> list[Path]:
 def read_values(name: str | Path, overrides: Sequence[str], problems: list[str]) -> Any:
     """The plain values of the file `name`, or of the shipped one that is called so, such as quickstart.
 
-    `overrides` such as `optim.lr=1e-3` are applied; what is wrong with those is added to `problems`. Raises ConfigError
-    for a file that cannot be read.
+    A file with `extends: NAME` has the settings of that file, named alike or seen from its own folder, where it says
+    nothing else. `overrides` such as `optim.lr=1e-3` are applied; what is wrong with those is added to `problems`.
+    Raises ConfigError for a file that cannot be read.
     """
-    path, shipped = Path(name), SHIPPED / f"{name}.yaml"
-    raw = _read_yaml(shipped if not path.exists() and shipped in shipped_configs() else path)
+    path = Path(name)
+    raw = _read_extended(_located(path))
     for override in overrides:
         _apply_override(raw, override, problems)
     try:
@@ -141,6 +143,27 @@ class _Merger:
             if is_dataclass(section) and key in {f.name for f in fields(section)}:
                 return f"; did you mean {name}.{key}?"
         return f"; its fields are {', '.join(sorted(known))}"
+
+
+def _located(path: Path) -> Path:
+    """`path`, or where there is no such file the shipped one of that name, if there is one."""
+    shipped = SHIPPED / f"{path.name}.yaml"
+    return shipped if not path.exists() and shipped in shipped_configs() else path
+
+
+def _read_extended(path: Path, extending: tuple[Path, ...] = ()) -> DictConfig:
+    """The settings of `path` over those of the file that it extends; `extending` are the files that extend it."""
+    raw = _read_yaml(path)
+    base = raw.pop(EXTENDS, None)
+    if base is None:
+        return raw
+    if path in extending:
+        raise ConfigError(str(path), [f"it extends {base}, which extends it"])
+    try:
+        extended = OmegaConf.merge(_read_extended(_located(path.parent / str(base)), (*extending, path)), raw)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(path), [f"it does not fit {base}, which it extends: {_first_line(error)}"]) from None
+    return cast(DictConfig, extended)
 
 
 def _read_yaml(path: Path) -> DictConfig:

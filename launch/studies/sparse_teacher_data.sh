@@ -5,15 +5,11 @@
 #
 #   launch/studies/sparse_teacher_data.sh      with the environment that ./quickstart.sh makes, or another that is active
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-if [[ -z ${VIRTUAL_ENV:-} && -f .venv/bin/activate ]]; then
-    source .venv/bin/activate
-fi
+source "$(dirname "${BASH_SOURCE[0]}")/recipes_data.sh" # the environment, $SAMPLE and the tokenizer
 
 BASE=launch/studies/sparse_teacher_base.yaml
-SAMPLE=.cache/recipes/sample
-PART=.cache/recipes/part
-TARGETS=.cache/recipes/targets
+PART=$FOLDER/part
+TARGETS=$FOLDER/targets
 
 # As many documents as the students read once: about 2.6 million tokens.
 mkdir -p "$PART/github"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fbitrain.config import Config, ConfigError, differences, flatten, load_config, to_yaml
-from fbitrain.config_optim import DecayFactors
+from fbitrain.config_optim import KindFactors, OptimConfig
 from fbitrain.model.config import PRESETS, BinarizeConfig, ModelConfig
 
 ROOT = Path(__file__).parents[2]
@@ -304,9 +304,9 @@ def test_the_rate_and_decay_of_muons_matrices_are_muons(minimal: Path) -> None:
 
 def test_an_old_runs_list_of_kinds_without_decay_is_still_read(minimal: Path) -> None:
     config = load_config(minimal, ["optim.no_decay=[scales, norms]"])
-    assert config.optim.decay_factor == DecayFactors(scales=0, routers=0, norms=0, embeddings=1, biases=1)
+    assert config.optim.decay_factor == KindFactors(scales=0, routers=0, norms=0)
     everything = load_config(minimal, ["optim.no_decay=[scales, norms, embeddings, biases]"])
-    assert everything.optim.decay_factor == DecayFactors()
+    assert everything.optim.decay_factor == OptimConfig().decay_factor
     assert load_config(minimal, ["optim.no_decay=[]"]).optim.decay_factor.scales == 1
     both = load_config(minimal, ["optim.no_decay=[]", "optim.decay_factor.head=0"])
     assert (both.optim.decay_factor.head, both.optim.decay_factor.norms) == (0, 1)
@@ -485,3 +485,22 @@ def test_what_python_cannot_read_is_one_sentence(tmp_path: Path, content: str, w
 def test_what_python_cannot_read_in_an_override(minimal: Path, value: str) -> None:
     with pytest.raises(ConfigError, match=r"nested too deep|4300 digits|20,001 bits"):
         load_config(minimal, [f"data.seed={value}"])
+
+
+def test_a_file_has_what_it_does_not_say_from_the_one_it_extends(minimal: Path, tmp_path: Path) -> None:
+    (tmp_path / "middle.yaml").write_text(f"extends: {minimal.name}\noptim: {{lr: 0.5, min_lr: 0.1}}\n")
+    last = tmp_path / "last.yaml"
+    last.write_text("extends: middle.yaml\noptim: {min_lr: 0.2}\n")
+    config, base = load_config(last, ["train.seed=7"]), load_config(minimal)
+    assert (config.optim.lr, config.optim.min_lr, config.train.seed) == (0.5, 0.2, 7)
+    assert (config.data, config.distill) == (base.data, base.distill)
+    last.write_text("extends: fbi_130m\nmodel: {preset: 7b}\n")
+    assert load_config(last).model.d_model == 4096
+    for text, complaint in (
+        ("extends: last.yaml\n", "it extends last.yaml, which extends it"),
+        ("extends: nowhere\n", "nowhere: there is no such file"),
+        ("extends: middle.yaml\noptim: 3\n", "optim is a section"),
+    ):
+        last.write_text(text)
+        with pytest.raises(ConfigError, match=complaint):
+            load_config(last)
