@@ -41,15 +41,7 @@ void floats_to_halves(Four v, uint16_t* p) {
 
 }  // namespace
 
-const MathSet kMathPortable = {
-    .rms_norm = rms_norm,
-    .swiglu = swiglu,
-    .powers = powers,
-    .to_float = to_float,
-    .to_half = to_half,
-    .product = product,
-    .dot_rows = dot_rows,
-};
+const MathSet kMathPortable = kFunctions;
 
 const MathSet& math_set(int level) {
 #if defined(FBITRAIN_DENSE_MATH_AVX512)

@@ -241,3 +241,13 @@ void dot_rows(int format, const void* rows, int64_t apart, int64_t k, int64_t n_
     const auto run = apart ? dot_rows_from<kStreams> : dot_rows_from<1>;
     run(format, rows, apart, k, n_rows, x, y);
 }
+
+constexpr MathSet kFunctions = {
+    .rms_norm = rms_norm,
+    .swiglu = swiglu,
+    .powers = powers,
+    .to_float = to_float,
+    .to_half = to_half,
+    .product = product,
+    .dot_rows = dot_rows,
+};

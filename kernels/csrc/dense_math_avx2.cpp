@@ -20,14 +20,6 @@ void floats_to_halves(__m256 v, uint16_t* p) {
 
 }  // namespace
 
-const MathSet kMathAvx2 = {
-    .rms_norm = rms_norm,
-    .swiglu = swiglu,
-    .powers = powers,
-    .to_float = to_float,
-    .to_half = to_half,
-    .product = product,
-    .dot_rows = dot_rows,
-};
+const MathSet kMathAvx2 = kFunctions;
 
 }  // namespace fbitrain

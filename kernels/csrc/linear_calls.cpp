@@ -17,8 +17,20 @@ bool are_groups(int64_t k, int64_t group_size) {
     return group_size >= kWordBits && group_size % kWordBits == 0 && k % group_size == 0;
 }
 
-Weight weight_of(const void* words, int64_t n, int64_t k) {
-    return {static_cast<const uint32_t*>(words), n, (k + kWordBits - 1) / kWordBits};
+// A Linear as all calls describe one; shift, groups, mixture and salient weights are the caller's to add.
+Linear linear_of(const KernelSet& set, int threads, int mode, int bfloat16, int scale, const void* x, const void* words,
+                 const float* alpha, void* y, int64_t m, int64_t n, int64_t k) {
+    return {.set = set,
+            .threads = threads,
+            .mode = mode,
+            .bfloat16 = bfloat16,
+            .scale = scale,
+            .x = x,
+            .weight = {static_cast<const uint32_t*>(words), n, (k + kWordBits - 1) / kWordBits},
+            .alpha = alpha,
+            .y = y,
+            .m = m,
+            .k = k};
 }
 
 int64_t multiply_one(const Linear& linear) noexcept {
@@ -53,21 +65,11 @@ extern "C" FBITRAIN_EXPORT int64_t fbitrain_binary_linear(int level, int threads
     if (scale == kGroup && (beta || !are_groups(k, group_size))) return kBadArgument;
     if (m == 0 || n == 0) return kOk;
     if (!x || !words || !alpha || !y || reinterpret_cast<uintptr_t>(interleaved) % 64) return kBadArgument;
-    Weight weight = weight_of(words, n, k);
-    weight.interleaved = static_cast<const uint32_t*>(interleaved);
-    return multiply_one({.set = *set,
-                         .threads = threads,
-                         .mode = mode,
-                         .bfloat16 = bfloat16,
-                         .scale = scale,
-                         .x = x,
-                         .weight = weight,
-                         .alpha = alpha,
-                         .beta = beta,
-                         .y = y,
-                         .m = m,
-                         .k = k,
-                         .group_size = group_size});
+    Linear linear = linear_of(*set, threads, mode, bfloat16, scale, x, words, alpha, y, m, n, k);
+    linear.weight.interleaved = static_cast<const uint32_t*>(interleaved);
+    linear.beta = beta;
+    linear.group_size = group_size;
+    return multiply_one(linear);
 }
 
 // As above, with gates [m][experts], alpha_in [experts][k] and alpha_out [experts][n] in float32.
@@ -83,18 +85,9 @@ extern "C" FBITRAIN_EXPORT int64_t fbitrain_mixture_linear(int level, int thread
     if (!x || !words || !gates || !alpha_in || !alpha_out || !y) return kBadArgument;
     static constexpr float kOne = 1.0f;
     const Mixture mixture{gates, alpha_in, alpha_out, experts};
-    return multiply_one({.set = *set,
-                         .threads = threads,
-                         .mode = mode,
-                         .bfloat16 = bfloat16,
-                         .scale = kTensor,
-                         .x = x,
-                         .weight = weight_of(words, n, k),
-                         .alpha = &kOne,
-                         .y = y,
-                         .m = m,
-                         .k = k,
-                         .mixture = &mixture});
+    Linear linear = linear_of(*set, threads, mode, bfloat16, kTensor, x, words, &kOne, y, m, n, k);
+    linear.mixture = &mixture;
+    return multiply_one(linear);
 }
 
 // As binary_linear with scale kRow or kGroup, with salient entries: row_starts [n + 1]; columns [entries], uint16 if k
@@ -115,17 +108,8 @@ extern "C" FBITRAIN_EXPORT int64_t fbitrain_partial_linear(int level, int thread
     if (!x || !words || !alpha || !row_starts || !y || (entries > 0 && (!columns || !values))) return kBadArgument;
     if (!ascends(row_starts, n, entries)) return kBadEntries;
     const Salient salient{row_starts, columns, values, value_scale, k > int64_t{1} << 16};
-    return multiply_one({.set = *set,
-                         .threads = threads,
-                         .mode = mode,
-                         .bfloat16 = bfloat16,
-                         .scale = scale,
-                         .x = x,
-                         .weight = weight_of(words, n, k),
-                         .alpha = alpha,
-                         .y = y,
-                         .m = m,
-                         .k = k,
-                         .group_size = group_size,
-                         .salient = &salient});
+    Linear linear = linear_of(*set, threads, mode, bfloat16, scale, x, words, alpha, y, m, n, k);
+    linear.group_size = group_size;
+    linear.salient = &salient;
+    return multiply_one(linear);
 }

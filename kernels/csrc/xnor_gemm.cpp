@@ -81,6 +81,20 @@ int64_t multiply(const Product& p) {
 constexpr int kFormats = 4;
 constexpr int64_t kFormatBytes[kFormats] = {4, 2, 2, 8};
 
+// Calls body(set, row, words of a row) for all rows of packing, or of the way back. Returns a Status.
+template <typename Body>
+int64_t by_row(int level, int threads, int format, const void* from, const void* to, int64_t rows, int64_t k,
+               const Body& body) {
+    const KernelSet* set = kernel_set(level);
+    if (!set) return kNoLevel;
+    if (threads < 1 || format < 0 || format >= kFormats || rows < 0 || k < 0) return kBadArgument;
+    if (rows == 0 || k == 0) return kOk;
+    if (!from || !to) return kBadArgument;
+    const int64_t row_words = (k + kWordBits - 1) / kWordBits;
+    parallel_for(useful_threads(threads, rows * k), rows, [&](int64_t row, int) { body(*set, row, row_words); });
+    return kOk;
+}
+
 }  // namespace
 }  // namespace fbitrain
 
@@ -105,32 +119,19 @@ extern "C" FBITRAIN_EXPORT int64_t fbitrain_xnor_gemm(int level, int threads, co
 extern "C" FBITRAIN_EXPORT int64_t fbitrain_pack_signs(int level, int threads, int format, const void* w, void* words,
                                                        int64_t rows, int64_t k) noexcept {
     using namespace fbitrain;
-    const KernelSet* set = kernel_set(level);
-    if (!set) return kNoLevel;
-    if (threads < 1 || format < 0 || format >= kFormats || rows < 0 || k < 0) return kBadArgument;
-    if (rows == 0 || k == 0) return kOk;
-    if (!w || !words) return kBadArgument;
-    const int64_t row_words = (k + kWordBits - 1) / kWordBits;
-    parallel_for(useful_threads(threads, rows * k), rows, [&](int64_t row, int) {
-        set->pack_row(format, static_cast<const char*>(w) + row * k * kFormatBytes[format], k,
-                      static_cast<uint32_t*>(words) + row * row_words);
+    return by_row(level, threads, format, w, words, rows, k, [=](const KernelSet& set, int64_t row, int64_t row_words) {
+        set.pack_row(format, static_cast<const char*>(w) + row * k * kFormatBytes[format], k,
+                     static_cast<uint32_t*>(words) + row * row_words);
     });
-    return kOk;
 }
 
 // words [rows][ceil(k / 32)] -> out [rows][k] of a Format. Returns a Status.
 extern "C" FBITRAIN_EXPORT int64_t fbitrain_unpack_signs(int level, int threads, int format, const void* words,
                                                          void* out, int64_t rows, int64_t k) noexcept {
     using namespace fbitrain;
-    const KernelSet* set = kernel_set(level);
-    if (!set) return kNoLevel;
-    if (threads < 1 || format < 0 || format >= kFormats || rows < 0 || k < 0) return kBadArgument;
-    if (rows == 0 || k == 0) return kOk;
-    if (!words || !out) return kBadArgument;
-    const int64_t row_words = (k + kWordBits - 1) / kWordBits;
-    parallel_for(useful_threads(threads, rows * k), rows, [&](int64_t row, int) {
-        set->unpack_row(format, static_cast<const uint32_t*>(words) + row * row_words, k,
-                        static_cast<char*>(out) + row * k * kFormatBytes[format]);
-    });
-    return kOk;
+    return by_row(level, threads, format, words, out, rows, k,
+                  [=](const KernelSet& set, int64_t row, int64_t row_words) {
+                      set.unpack_row(format, static_cast<const uint32_t*>(words) + row * row_words, k,
+                                     static_cast<char*>(out) + row * k * kFormatBytes[format]);
+                  });
 }
