@@ -62,9 +62,8 @@ class DataConfig:
     cache_gb: float = 100.0  # the most that the cache may hold; the shards least recently used make room
     add_bos: bool = True  # BOS before each document
     add_eos: bool = True  # EOS after each document
-    max_bad_records: int = (
-        1000  # per run; corrupt lines and truncated shards up to this many are counted, reported and skipped
-    )
+    # Per run: corrupt lines and truncated shards up to this many are counted, reported and skipped.
+    max_bad_records: int = 1000
 
     @property
     def cache_bytes(self) -> int:

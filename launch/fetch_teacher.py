@@ -1,8 +1,5 @@
 """`python launch/fetch_teacher.py` is `fbitrain fetch-teacher` (fbitrain/commands/fetch_teacher.py)."""
 
-import sys
+from fbitrain.commands.verbs import leave_script
 
-from fbitrain.commands.verbs import leave
-
-if __name__ == "__main__":
-    leave(["fetch-teacher", *sys.argv[1:]])
+leave_script(__name__, __file__)

@@ -1,8 +1,5 @@
 """`python launch/generate.py` is `fbitrain generate` (fbitrain/commands/generate.py)."""
 
-import sys
+from fbitrain.commands.verbs import leave_script
 
-from fbitrain.commands.verbs import leave
-
-if __name__ == "__main__":
-    leave(["generate", *sys.argv[1:]])
+leave_script(__name__, __file__)

@@ -1,8 +1,5 @@
 """`python launch/summarize.py` is `fbitrain summarize` (fbitrain/commands/summarize.py)."""
 
-import sys
+from fbitrain.commands.verbs import leave_script
 
-from fbitrain.commands.verbs import leave
-
-if __name__ == "__main__":
-    leave(["summarize", *sys.argv[1:]])
+leave_script(__name__, __file__)

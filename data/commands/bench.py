@@ -17,15 +17,14 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 import zstandard
 
-from fbitrain.base.command import positive
-from fbitrain.data.commands.arguments import config_parser
+from fbitrain.base.command import config_parser, positive
 from fbitrain.data.commands.pretokenize import pretokenize
 from fbitrain.data.config import DataConfig, SourceConfig
 from fbitrain.data.config_file import require_tokenizer
@@ -33,7 +32,7 @@ from fbitrain.data.loader import TokenLoader
 from fbitrain.data.reading.documents import BadRecord
 from fbitrain.data.streaming.plan import find_sources, record_format
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
-from fbitrain.data.tools.bench_peers import PEERS_OF_TEXT, PEERS_OF_TOKENS, Round
+from fbitrain.data.tools.bench_peers import PEERS_OF_TEXT, PEERS_OF_TOKENS, Round, take, timed
 from fbitrain.data.tools.corpus import read_documents
 from fbitrain.data.tools.tables import table
 
@@ -71,7 +70,7 @@ def bench_text(data: DataConfig, tokenizer: Tokenizer, rounds: int) -> None:
     rate = sum(len(tokenizer.encode(text)) for text in texts[:300]) / (time.perf_counter() - started)
     n_tokens = int(rate * TEXT_SECONDS)
     competitors: dict[str, Iterator[Round]] = {
-        "tokenizer alone, 1 thread": tokenizer_rounds(tokenizer.encode, texts, n_tokens),
+        "tokenizer alone, 1 thread": timed(lambda: (len(tokenizer.encode(text)) for text in texts), n_tokens),
         "this stream, in the process": loader_rounds(data, tokenizer, n_tokens),
         "this stream, 1 worker": loader_rounds(dataclasses.replace(data, n_workers=1), tokenizer, n_tokens),
         "this stream, 2 workers": loader_rounds(dataclasses.replace(data, n_workers=2), tokenizer, n_tokens),
@@ -140,19 +139,6 @@ def documents(data: DataConfig) -> Iterator[str]:
                     yield item[1].text
 
 
-def tokenizer_rounds(encode: Callable[[str], list[int]], texts: Sequence[str], n_tokens: int) -> Iterator[Round]:
-    endless = itertools.cycle(texts)
-
-    def run() -> tuple[int, float]:
-        done, started = 0, time.perf_counter()
-        while done < n_tokens:
-            done += len(encode(next(endless)))
-        return done, time.perf_counter() - started
-
-    while True:
-        yield run
-
-
 def loader_batches(data: DataConfig, tokenizer: Tokenizer) -> TokenLoader:
     return TokenLoader(data, tokenizer, 0, 1, BATCH)
 
@@ -163,10 +149,7 @@ def loader_rounds(data: DataConfig, tokenizer: Tokenizer, n_tokens: int) -> Iter
     def run() -> tuple[int, float]:
         with loader_batches(data, tokenizer) as loader:
             next(loader)
-            done, started = 0, time.perf_counter()
-            while done < n_tokens:
-                done += next(loader).numel()
-            return done, time.perf_counter() - started
+            return take((batch.numel() for batch in loader), n_tokens)
 
     while True:
         yield run
@@ -255,7 +238,7 @@ def part_names(text: str) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = config_parser("bench", __doc__.splitlines()[0])
+    found = config_parser("fbitrain data bench", __doc__.splitlines()[0])
     found.add_argument(
         "--only", type=part_names, default="text,tokens,startup", help=f"parts to run, of {', '.join(PARTS)}"
     )

@@ -12,8 +12,6 @@ be wrong 0.03 times on average.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -25,16 +23,15 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from fbitrain.base.command import positive
+from fbitrain.base.command import config_parser, positive
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import require_writable, scratch_folder
-from fbitrain.data.commands.arguments import config_parser
+from fbitrain.base.files import naming_unwritable, require_writable, scratch_folder
 from fbitrain.data.config import DataConfig
 from fbitrain.data.config_file import read_data_config
 from fbitrain.data.duplicate_list import write_duplicates
-from fbitrain.data.reading.documents import BadRecord, Document
+from fbitrain.data.reading.documents import BadRecord
 from fbitrain.data.reading.records import RecordFormat
-from fbitrain.data.sources.cache import ShardCache
+from fbitrain.data.sources.cache import OpenShard, ShardCache
 from fbitrain.data.sources.shards import Shard
 from fbitrain.data.streaming.plan import record_format
 from fbitrain.data.tools.corpus import Tally, open_cache, read_documents, text_shards
@@ -43,6 +40,7 @@ from fbitrain.data.tools.parallel import in_processes, n_cpus
 from fbitrain.data.tools.progress import ProgressBar, Slot
 from fbitrain.data.tools.tables import human_bytes, table
 
+DIGEST_BYTES = 16
 LINE_BITS = 40  # of a place; the bits above are the shard's number: 2**24 shards of 2**40 lines
 PLACE_AND_SIZE = struct.Struct("=QQ")
 WRITE_BYTES = 1 << 20
@@ -95,20 +93,14 @@ def find_duplicates(data: DataConfig, out: Path, memory_mb: int, n_workers: int)
     """
     sources = text_shards(data)
     counts = {source.name: SourceCounts() for source in data.sources}
-    try:
-        with scratch_folder(out.absolute().with_name(f".{out.name}.tmp")) as scratch:
-            sizes = [max(shard.size, 0) for shards in sources.values() for shard in shards]
-            with (
-                Buckets(scratch / "hashes") as hashes,
-                ProgressBar(scratch / "progress", sizes, 0, "hashing") as bar,
-            ):
-                jobs = _jobs(data, sources, scratch, bar)
-                hashed = _hash_corpus(jobs, n_workers, hashes, counts)
-            with Buckets(scratch / "found") as found:
-                _find_copies(hashes.paths(), int(memory_mb * 1e6 / MEMORY_PER_ROW), jobs, found, counts)
-            write_duplicates(out, hashed, _lines_by_shard(found.paths(), jobs))
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror or error}); give --out another place") from None
+    with naming_unwritable(out), scratch_folder(out.absolute().with_name(f".{out.name}.tmp")) as scratch:
+        sizes = [max(shard.size, 0) for shards in sources.values() for shard in shards]
+        with Buckets(scratch / "hashes") as hashes, ProgressBar(scratch / "progress", sizes, 0, "hashing") as bar:
+            jobs = _jobs(data, sources, scratch, bar)
+            hashed = _hash_corpus(jobs, n_workers, hashes, counts)
+        with Buckets(scratch / "found") as found:
+            _find_copies(hashes.paths(), int(memory_mb * 1e6 / MEMORY_PER_ROW), jobs, found, counts)
+        write_duplicates(out, hashed, _lines_by_shard(found.paths(), jobs))
     return counts
 
 
@@ -134,23 +126,24 @@ def hash_shard(job: HashJob) -> HashedShard:
     """Writes a row for every document of a shard. Raises UserError where that fails."""
     try:
         with job.cache.open(job.shard) as opened, open(job.rows, "wb") as out:
-            hashed = _write_rows(job, opened.path, out)
+            hashed = _write_rows(job, opened, out)
     except OSError as error:
         raise UserError(f"{job.shard.path} cannot be hashed ({error}); restore it, or make room beside --out") from None
     job.progress.finish()
     return hashed
 
 
-def _write_rows(job: HashJob, path: str, out: BinaryIO) -> HashedShard:
+def _write_rows(job: HashJob, opened: OpenShard, out: BinaryIO) -> HashedShard:
     tally = Tally(job.source, job.max_bad_records)
     n_bytes = n_reported = 0
     rows = bytearray()
-    for item in read_documents(path, job.format, job.shard.path):
+    for item in read_documents(opened.path, job.format, job.shard.path):
         if isinstance(item, BadRecord):
             tally.add_bad(item)
             continue
         line, document = item
-        rows += content_digest(document) + PLACE_AND_SIZE.pack(job.number << LINE_BITS | line, document.n_bytes)
+        rows += document.content_digest(DIGEST_BYTES)
+        rows += PLACE_AND_SIZE.pack(job.number << LINE_BITS | line, document.n_bytes)
         tally.documents += 1
         n_bytes += document.n_bytes
         if len(rows) >= WRITE_BYTES:
@@ -159,13 +152,7 @@ def _write_rows(job: HashJob, path: str, out: BinaryIO) -> HashedShard:
             job.progress.add(n_bytes - n_reported)
             n_reported = n_bytes
     out.write(rows)
-    return HashedShard(tally, n_bytes, os.path.getsize(path))
-
-
-def content_digest(document: Document) -> bytes:
-    """128 bits of the content."""
-    content = document.text.encode() if document.token_ids is None else document.token_ids.astype("<u4").tobytes()
-    return hashlib.blake2b(content, digest_size=16).digest()
+    return HashedShard(tally, n_bytes, opened.n_bytes)
 
 
 def _hash_corpus(
@@ -239,7 +226,9 @@ def _cells(counts: SourceCounts) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = config_parser("duplicates", "Lists the documents whose text occurs before them in the corpus.")
+    found = config_parser(
+        "fbitrain data duplicates", "Lists the documents whose text occurs before them in the corpus."
+    )
     found.add_argument("--out", type=Path, required=True, help="the .npz file to write, for data.duplicates")
     found.add_argument("--memory-mb", type=positive, default=512, help="memory for sorting; 512 does for any corpus")
     found.add_argument("--workers", type=positive, default=n_cpus(), help="processes that read shards")

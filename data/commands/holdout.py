@@ -13,10 +13,9 @@ import orjson
 import zstandard
 from tqdm import tqdm
 
-from fbitrain.base.command import positive
+from fbitrain.base.command import config_parser, positive
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import replacing, require_writable
-from fbitrain.data.commands.arguments import config_parser
+from fbitrain.base.files import require_writable, write_anywhere
 from fbitrain.data.config import DataConfig
 from fbitrain.data.config_file import read_data_config
 from fbitrain.data.holdout_rule import is_heldout
@@ -148,13 +147,7 @@ def write_heldout(documents: Sequence[HeldoutDocument], out: Path) -> None:
         orjson.dumps({"text": found.text, "meta": {"source": found.source, "shard": found.shard, "line": found.line}})
         for found in documents
     ]
-    data = zstandard.ZstdCompressor(write_checksum=True).compress(b"\n".join([*lines, b""]))
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out.absolute()) as temporary:
-            temporary.write_bytes(data)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror or error}); give --out another place") from None
+    write_anywhere(out, zstandard.ZstdCompressor(write_checksum=True).compress(b"\n".join([*lines, b""])))
 
 
 def report(documents: Sequence[HeldoutDocument]) -> str:
@@ -169,7 +162,9 @@ def report(documents: Sequence[HeldoutDocument]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = config_parser("holdout", "Gathers documents that data.heldout_fraction keeps out of training.")
+    found = config_parser(
+        "fbitrain data holdout", "Gathers documents that data.heldout_fraction keeps out of training."
+    )
     found.add_argument("--out", type=Path, required=True, help=f"the {SUFFIX} file to write, for data.heldout")
     found.add_argument("--max-documents", type=positive, default=2000, help="stop at this many (default 2000)")
     found.add_argument("--max-mb", type=positive, default=16, help="or at this much text (default 16)")

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fbitrain.base.command import natural, positive
-from fbitrain.base.errors import UserError
-from fbitrain.data.commands.arguments import config_parser
+from fbitrain.base.command import config_parser, natural, positive
+from fbitrain.base.files import naming_unwritable
 from fbitrain.data.config import DataConfig
 from fbitrain.data.config_file import require_tokenizer
 from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -106,7 +105,7 @@ def print_sequences(data: DataConfig, tokenizer: Tokenizer, n: int) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = config_parser("inspect", "Shows what a configuration would train on.")
+    found = config_parser("fbitrain data inspect", "Shows what a configuration would train on.")
     found.add_argument("--out", type=Path, help=f"folder for {PLOT}, a histogram of the documents' lengths")
     found.add_argument("--documents", type=natural, default=2, help="first documents to show per source (default 2)")
     found.add_argument("--sequences", type=natural, default=2, help="packed sequences to show (default 2)")
@@ -122,7 +121,8 @@ def main(options: argparse.Namespace) -> None:
     data = dataclasses.replace(data, heldout=[])
     tokenizer = load_tokenizer(tokenizer_path)
     if options.out:
-        _make_folder(options.out)  # before the minutes that reading may take
+        with naming_unwritable(options.out):  # before the minutes that reading may take
+            options.out.mkdir(parents=True, exist_ok=True)
     surveys = survey(
         data,
         tokenizer_path,
@@ -133,27 +133,10 @@ def main(options: argparse.Namespace) -> None:
     )
     print(source_table(surveys), *notes(surveys, data), sep="\n")
     if options.out:
-        _write_plot(surveys, data.seq_len, options.out / PLOT)
+        with naming_unwritable(options.out / PLOT):
+            plot_lengths(surveys, data.seq_len, options.out / PLOT)
+        print(f"wrote {options.out / PLOT}")
     if options.documents:
         print_documents(surveys)
     if options.sequences:
         print_sequences(data, tokenizer, options.sequences)
-
-
-def _write_plot(surveys: Sequence[Survey], seq_len: int, path: Path) -> None:
-    try:
-        plot_lengths(surveys, seq_len, path)
-    except OSError as error:
-        raise _not_writable(path, error) from None
-    print(f"wrote {path}")
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _not_writable(path, error) from None
-
-
-def _not_writable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be written ({error.strerror or error}); give --out another place")

@@ -15,8 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fbitrain.base.command import positive
-from fbitrain.data.commands.arguments import config_parser
+from fbitrain.base.command import config_parser, positive
 from fbitrain.data.config import DataConfig
 from fbitrain.data.config_file import require_tokenizer
 from fbitrain.data.pretokenized.token_folder import Target, TokenFolder
@@ -203,7 +202,7 @@ def summary(reports: Mapping[str, Sequence[ShardReport]]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = config_parser("pretokenize", __doc__.splitlines()[0])
+    found = config_parser("fbitrain data pretokenize", __doc__.splitlines()[0])
     found.add_argument("--out", type=Path, required=True, help="folder for the shards; run again, it is completed")
     found.add_argument("--workers", type=positive, default=n_cpus(), help="processes (default: one per CPU)")
     found.add_argument("--verify", action="store_true", help="check the sha256 of what is finished, not only its size")

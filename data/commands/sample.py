@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ import zstandard
 from tqdm import tqdm
 
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import fsync_folder, scratch_folder, sha256_of
+from fbitrain.base.files import fsync_folder, fsync_tree, scratch_folder, sha256_of, write_json
 from fbitrain.data.streaming.plan import shuffle_key
 from fbitrain.data.tools.sample_sources import Document, code_documents, prose_documents
 
@@ -56,6 +55,7 @@ def write_sample(out: Path, megabytes: float, seed: int) -> bool:
         with scratch_folder(out.with_name(f".{out.name}.tmp")) as scratch:
             (scratch / "new").mkdir()
             _write_files(scratch / "new", settings)
+            fsync_tree(scratch / "new")
             if out.exists():
                 _require_ours(out)  # still: the writing may have taken minutes
                 out.rename(scratch / "old")
@@ -113,7 +113,7 @@ def _write_files(folder: Path, settings: dict[str, Any]) -> None:
     heldout.sort(key=lambda document: shuffle_key(seed, "heldout", document.content_hash))
     files[HELDOUT] = _write_shard(folder / HELDOUT, heldout)
     manifest = {"settings": settings, "files": files}
-    _write_durably(folder / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
+    write_json(folder / MANIFEST, manifest)
 
 
 def _new(documents: Iterable[Document], seen: set[str]) -> Iterator[Document]:
@@ -152,20 +152,13 @@ def _write_shard(path: Path, documents: Sequence[Document]) -> dict[str, Any]:
     lines = b"".join(orjson.dumps({"text": document.text, "meta": document.meta}) + b"\n" for document in documents)
     data = zstandard.ZstdCompressor(level=9, write_checksum=True).compress(lines)
     path.parent.mkdir(exist_ok=True)
-    _write_durably(path, data)
+    path.write_bytes(data)
     return {
         "sha256": hashlib.sha256(data).hexdigest(),
         "bytes": len(data),
         "documents": len(documents),
         "text_bytes": _n_bytes(documents),
     }
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def parser() -> argparse.ArgumentParser:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import io
 import logging
-import os
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from fbitrain.base.command import natural, positive
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import replacing, require_writable
+from fbitrain.base.files import require_writable, write_anywhere
 from fbitrain.data.config import DataConfig
 from fbitrain.data.reading.documents import START, BadRecord, Document
 from fbitrain.data.reading.records import RecordFormat, decode, read_entries
@@ -106,7 +105,7 @@ def _drawn(shard: Shard, share: int, sampling: Sampling, cache: ShardCache) -> I
     """Every n-th document of `shard`, so many that they have about `share` bytes together."""
     format = RecordFormat("text", sampling.text_key)
     with cache.open(shard) as opened:
-        text_bytes = os.path.getsize(opened.path) * EXPANSION.get(Path(opened.path).suffix, 1.0)
+        text_bytes = opened.n_bytes * EXPANSION.get(Path(opened.path).suffix, 1.0)
         n_parts = max(1, int(text_bytes / max(share, 1)))
         part = random.Random(f"{sampling.seed}/{shard.name}").randrange(n_parts)
         for entry in read_entries(opened.path, format, START, part, n_parts):
@@ -161,12 +160,7 @@ def main(options: argparse.Namespace) -> None:
     sampling = Sampling(options.text_key, options.max_mb * 1_000_000, options.seed)
     cache = ShardCache(options.cache_dir, int(DataConfig.cache_gb * 1e9))
     model = train(shards, options.vocab_size, sampling, cache)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as temporary:
-            temporary.write_bytes(model)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
+    write_anywhere(out, model)
     tokenizer = load_tokenizer(out)
     print(f"{out}: {tokenizer.vocab_size} tokens, bos {tokenizer.bos_id}, eos {tokenizer.eos_id}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
@@ -16,8 +15,7 @@ from typing import Any
 import orjson
 
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import replacing
-from fbitrain.base.locks import Beat, lock
+from fbitrain.base.files import claimed_folder, naming_unwritable, replacing
 from fbitrain.data.pretokenized.token_shards import (
     INDEX,
     VERSION,
@@ -73,23 +71,12 @@ class TokenFolder:
 
         Raises UserError where it cannot be written, is in use, holds something else, or another tokenizer's shards.
         """
-        try:
+        with naming_unwritable(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be used ({error.strerror or error}); give another --out") from None
-        beat = None
-        try:
-            beat = self._lock(handle)
-            self._require_ours()
-            self._remove(LEFTOVER)
-            yield
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written to ({error.strerror or error}); mend that") from None
-        finally:
-            os.close(handle)
-            if beat:
-                beat.release()
+            with claimed_folder(self.path):
+                self._require_ours()
+                self._remove(LEFTOVER)
+                yield
 
     def target(self, source: str, format: RecordFormat, shard: Shard) -> Target:
         """What becomes of `shard`. Raises UserError where its name leads out of this folder."""
@@ -143,12 +130,6 @@ class TokenFolder:
         except UserError:
             logger.warning("%s cannot be read; made anew of the shards of this configuration", self.path / INDEX)
             return {}
-
-    def _lock(self, handle: int) -> Beat | None:
-        try:
-            return lock(handle, self.path, fcntl.LOCK_EX | fcntl.LOCK_NB, patient=True)
-        except BlockingIOError:
-            raise UserError(f"{self.path} is in use by another run of this command; wait for it") from None
 
     def _require_ours(self) -> None:
         try:

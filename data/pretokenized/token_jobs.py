@@ -6,7 +6,6 @@ A large shard is tokenized in parts by several processes. Joined, its files are 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from fbitrain.data.reading.documents import BadRecord, Document, Entry
 from fbitrain.data.reading.records import RecordFormat, decode, read_entries
 from fbitrain.data.sources.cache import ShardCache
 from fbitrain.data.sources.shards import Shard
-from fbitrain.data.tokenizer import Tokenizer, UnencodableText, load_tokenizer
+from fbitrain.data.tokenizer import UnencodableText, load_tokenizer
 from fbitrain.data.tools.progress import Slot
 
 NO_IDS: Ids = np.empty(0, np.uint16)
@@ -80,7 +79,7 @@ def tokenize_part(job: Job) -> None:
                 _require_few(writer.bad, item, job.max_bad_records)
             writer.add(_row(entry, item, len(ids)), ids)
             job.progress.add(entry.size)
-        _require_unchanged(opened.path, job.shard)
+        _require_unchanged(opened.n_bytes, job.shard)
     job.progress.finish()
 
 
@@ -115,13 +114,8 @@ def _require_few(bad: Sized, last: BadRecord, limit: int) -> None:
         )
 
 
-def _require_unchanged(path: str, shard: Shard) -> None:
-    """A report with the size of the listing must not be written of a file that grew or went while it was read."""
-    try:
-        size = os.path.getsize(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{shard.path} cannot be read ({reason}); restore it and run the command again") from None
+def _require_unchanged(size: int, shard: Shard) -> None:
+    """A report with the size of the listing must not be written of a file that grew while it was read."""
     if 0 <= shard.size != size:
         raise UserError(
             f"{shard.path} has changed while it was tokenized: it had {shard.size} bytes and has {size}; run the "
@@ -157,13 +151,5 @@ def _decoded(entry: Entry, job: Job) -> tuple[Document | BadRecord, Ids]:
 
 
 # A process does many jobs, all with the same two.
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer(path: str) -> Tokenizer:
-    return load_tokenizer(path)
-
-
-@functools.lru_cache(maxsize=1)
-def _cache(folder: str, max_bytes: int) -> ShardCache:
-    return ShardCache(folder, max_bytes)
+_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
+_cache = functools.lru_cache(maxsize=1)(ShardCache)

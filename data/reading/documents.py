@@ -62,8 +62,12 @@ class Document:
         """64 bits of the content, the same whatever file it came from."""
         if self.stored_hash is not None:
             return self.stored_hash
+        return int.from_bytes(self.content_digest(HASH_BYTES), "little")
+
+    def content_digest(self, n_bytes: int) -> bytes:
+        """So many bytes of hash of the text or the ids, where they are here."""
         content = self.text.encode() if self.token_ids is None else self.token_ids.astype("<u4").tobytes()
-        return int.from_bytes(hashlib.blake2b(content, digest_size=HASH_BYTES).digest(), "little")
+        return hashlib.blake2b(content, digest_size=n_bytes).digest()
 
 
 @dataclass(frozen=True)

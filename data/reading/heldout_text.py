@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fbitrain.base.errors import UserError
@@ -63,7 +64,7 @@ def read_documents(paths: Sequence[str], what: str, text_key: str = "text") -> I
         if is_url(shard.path):
             raise UserError(f"{what}: {shard.path} is not here; download it, this text is read from files")
         if shard.path.endswith(TEXT_SUFFIXES):
-            yield _read_text(shard.path)
+            yield read_text(shard.path)
             continue
         for entry in read_entries(shard.path, format):
             item = entry if isinstance(entry, BadRecord) else decode(entry, format, shard.path)
@@ -73,7 +74,8 @@ def read_documents(paths: Sequence[str], what: str, text_key: str = "text") -> I
                 yield item.text
 
 
-def _read_text(path: str) -> str:
+def read_text(path: str | Path) -> str:
+    """A text file's content. Raises UserError for one that cannot be read as UTF-8."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:  # newlines stay as they are, their bytes are counted
             return file.read()

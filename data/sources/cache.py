@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
-import hashlib
+import functools
 import io
 import logging
+import os
 import queue
 import threading
 import time
 from collections import Counter
 from dataclasses import replace
-from types import TracebackType
+from pathlib import Path
 
 from fbitrain.base.errors import UserError
+from fbitrain.base.files import sha256_of
+from fbitrain.data.reading.line_files import unreadable
 from fbitrain.data.sources.cache_folder import PART, CacheFolder, Record, Room, key_of
 from fbitrain.data.sources.patterns import is_url
 from fbitrain.data.sources.remote import DEFAULT_POLICY, Fetched, FetchPolicy, fetch
@@ -24,7 +27,6 @@ logger = logging.getLogger(__name__)
 COUNTERS = ("fetched_files", "fetched_bytes", "retries", "evicted_files")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 POLL_S = 1.0
-HASH_CHUNK_BYTES = 1 << 20
 
 
 class OpenShard:
@@ -34,6 +36,14 @@ class OpenShard:
         self.path = path
         self._held = held
 
+    @property
+    def n_bytes(self) -> int:
+        """Of the file as it is. Raises UserError where that is gone."""
+        try:
+            return os.path.getsize(self.path)
+        except OSError as error:
+            raise unreadable(self.path, error) from None
+
     def close(self) -> None:
         if self._held is not None:
             self._held.close()
@@ -41,9 +51,7 @@ class OpenShard:
     def __enter__(self) -> OpenShard:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -67,7 +75,8 @@ class ShardCache:
         self._thread: threading.Thread | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _restore, self.settings
+        folder, max_bytes, policy, patience_s = self.settings
+        return functools.partial(ShardCache, policy=policy, patience_s=patience_s), (folder, max_bytes)
 
     def counters(self) -> dict[str, int]:
         """What this process has done: fetched_files, fetched_bytes, retries, evicted_files."""
@@ -137,7 +146,7 @@ class ShardCache:
         held = self._folder.hold(key, record)
         if held is None:
             return None
-        if _sha256(held) != shard.sha256:
+        if sha256_of(Path(self._folder.path(key))) != shard.sha256:
             logger.warning("%s: the cache holds it with another sha256 than wanted; it is fetched again", shard.path)
             held.close()
             return None
@@ -214,14 +223,3 @@ class ShardCache:
             f"the disk of the cache {self._folder.folder} is full: {needed} and {room.n_free:,} are free; "
             "make room, or set data.cache_dir to another disk"
         )
-
-
-def _sha256(file: io.FileIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(HASH_CHUNK_BYTES):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _restore(folder: str, max_bytes: int, policy: FetchPolicy, patience_s: float) -> ShardCache:
-    return ShardCache(folder, max_bytes, policy=policy, patience_s=patience_s)

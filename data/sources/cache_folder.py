@@ -19,10 +19,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from fbitrain.base import locks
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import why_not_ours
+from fbitrain.base.files import fsync_folder, why_not_ours
 from fbitrain.data.sources.patterns import file_part
 
 MAX_TAIL = 80
@@ -127,11 +128,7 @@ class CacheFolder:
         with self._alone():
             part.hold(self.path(key))
             os.replace(self.path(key) + PART, self.path(key))
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync_folder(Path(self.folder))
 
     def discard(self, name: str) -> None:
         """Takes away the name of a part that came to nothing, or of a shard that is not what it should be."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,23 +23,19 @@ Round = Callable[[], tuple[int, float]]  # does some work; returns tokens and se
 Sequences = npt.NDArray[np.int64]  # [n, T+1]
 
 
-def timed(batches: Callable[[], Iterator[torch.Tensor]], n_tokens: int) -> Iterator[Round]:
-    """Rounds over an endless succession of `batches()`, int64 [B, T+1]."""
-
-    def endless() -> Iterator[torch.Tensor]:
-        while True:
-            yield from batches()
-
-    running = endless()
-
-    def run() -> tuple[int, float]:
-        done, started = 0, time.perf_counter()
-        while done < n_tokens:
-            done += next(running).numel()
-        return done, time.perf_counter() - started
-
+def timed(counts: Callable[[], Iterator[int]], n_tokens: int) -> Iterator[Round]:
+    """Rounds of `n_tokens` over an endless succession of `counts()`, the tokens of one text or batch after another."""
+    endless = itertools.chain.from_iterable(iter(counts, None))
     while True:
-        yield run
+        yield lambda: take(endless, n_tokens)
+
+
+def take(counts: Iterator[int], n_tokens: int) -> tuple[int, float]:
+    """Goes on until `counts` add up to `n_tokens`; returns their sum, and the seconds that took."""
+    done, started = 0, time.perf_counter()
+    while done < n_tokens:
+        done += next(counts)
+    return done, time.perf_counter() - started
 
 
 def datasets_text(data: DataConfig, tokenizer: Tokenizer, batch_size: int, n_tokens: int) -> Iterator[Round]:
@@ -51,14 +48,14 @@ def datasets_text(data: DataConfig, tokenizer: Tokenizer, batch_size: int, n_tok
     files = [shard.path for shards in find_sources(data).values() for shard in shards]
     before, after = border_tokens(tokenizer, data.add_bos, data.add_eos)
 
-    def batches() -> Iterator[torch.Tensor]:
+    def batches() -> Iterator[int]:
         stream = datasets.load_dataset("json", data_files=files, split="train", streaming=True).select_columns(["text"])
         size = batch_size * (data.seq_len + 1)
         ids: list[int] = []
         for record in stream:
             ids += [*before, *tokenizer.encode(record["text"]), *after]
             while len(ids) >= size:
-                yield torch.tensor(ids[:size], dtype=torch.int64).view(batch_size, -1)
+                yield torch.tensor(ids[:size], dtype=torch.int64).view(batch_size, -1).numel()
                 ids = ids[size:]
 
     yield from timed(batches, n_tokens)
@@ -79,12 +76,12 @@ def litdata_tokens(scratch: Path, loader: TokenLoader, length: int, batch_size: 
     writer.done()
     writer.merge()
 
-    def batches() -> Iterator[torch.Tensor]:
+    def batches() -> Iterator[int]:
         items: list[torch.Tensor] = []
         for item in StreamingDataset(str(folder), item_loader=TokensLoader(block_size=length), shuffle=False):
             items.append(item)
             if len(items) == batch_size:
-                yield torch.stack(items).to(torch.int64)
+                yield torch.stack(items).to(torch.int64).numel()
                 items = []
 
     yield from timed(batches, n_tokens)

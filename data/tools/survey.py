@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import heapq
 import itertools
-import os
 from array import array
 from collections.abc import Sequence
 from contextlib import closing
@@ -16,7 +15,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import numpy.typing as npt
 
-from fbitrain.base.errors import UserError
 from fbitrain.data.config import DataConfig, SourceConfig
 from fbitrain.data.reading.documents import BadRecord, Document
 from fbitrain.data.reading.records import RecordFormat
@@ -205,7 +203,7 @@ def read_shard(job: ReadJob) -> ReadShard:
                 counts.sampled_documents += 1
                 counts.sampled_tokens += len(document.token_ids)
                 counts.foreign += bool((document.token_ids >= tokenizer.vocab_size).any())
-        counts.size = _size(opened.path)
+        counts.size = opened.n_bytes
     for document in sample.documents():
         try:
             n_tokens = len(tokenizer.encode_array(document.text))
@@ -247,13 +245,4 @@ def _excerpt(document: Document, tokenizer: Tokenizer) -> str:
     return excerpt(decoded(document.token_ids[:EXCERPT_IDS].tolist(), tokenizer))
 
 
-def _size(path: str) -> int:
-    try:
-        return os.path.getsize(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}); restore it") from None
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer(path: str) -> Tokenizer:
-    return load_tokenizer(path)
+_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)

@@ -84,6 +84,14 @@ def at_home(value: Any) -> Any:
     return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
+def config_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser of `PROG CONFIG.yaml [section.key=value …]`."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("config", help="a YAML file, or a shipped one's name (fbitrain config list)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    return parser
+
+
 def positive(text: str) -> int:
     """argparse type of a whole number that is at least 1."""
     value = int(text)

@@ -36,6 +36,23 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def naming_unwritable(path: Path) -> Iterator[None]:
+    """Turns an OSError of what is done inside into a UserError: `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error}); name another place") from None
+
+
+def write_anywhere(path: Path, content: bytes) -> None:
+    """Replaces `path` by a file holding `content`, and makes the folders on the way to it. Raises UserError."""
+    with naming_unwritable(path):
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
+
+
+@contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder beside `path`, which takes its name when all in it is on disk; on an error, removed."""
     building = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -123,23 +140,28 @@ def scratch_folder(path: Path) -> Iterator[Path]:
     Raises UserError if another process is using it.
     """
     path.mkdir(parents=True, exist_ok=True)
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        raise UserError(f"{path} is a link, and what it leads to would be cleared; remove it") from None
-    beat = None
-    try:
-        try:
-            beat = lock(handle, path, fcntl.LOCK_EX | fcntl.LOCK_NB, patient=True)
-        except BlockingIOError:
-            raise UserError(
-                f"{path} is in use by another run of this command; wait for it, or write elsewhere"
-            ) from None
+    if path.is_symlink():
+        raise UserError(f"{path} is a link, and what it leads to would be cleared; remove it")
+    with claimed_folder(path, os.O_NOFOLLOW):
         _clear(path)
         try:
             yield path
         finally:
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def claimed_folder(path: Path, flags: int = 0) -> Iterator[None]:
+    """Holds the folder `path`, opened with `flags`, for this process alone. UserError if another process holds it."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | flags)
+    beat = None
+    try:
+        try:
+            beat = lock(handle, path, fcntl.LOCK_EX | fcntl.LOCK_NB, patient=True)
+        except BlockingIOError:
+            what = f"{path} is in use by another run of this command"
+            raise UserError(f"{what}; wait for it, or write elsewhere") from None
+        yield
     finally:
         os.close(handle)
         if beat:

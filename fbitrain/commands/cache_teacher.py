@@ -10,7 +10,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from fbitrain.base.command import positive
+from fbitrain.base.command import config_parser, positive
 from fbitrain.config import ConfigError, load_config
 
 
@@ -48,9 +48,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    commands = argparse.ArgumentParser(prog="fbitrain cache-teacher", description=__doc__)
-    commands.add_argument("config", help="a YAML file, or a shipped one's name (fbitrain config list)")
-    commands.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    commands = config_parser("fbitrain cache-teacher", __doc__)
     commands.add_argument("--out", type=Path, required=True, help="folder for the targets; run again, it is completed")
     targets = commands.add_mutually_exclusive_group()
     targets.add_argument("--draws", type=positive, default=50, help="of the teacher's softmax per token (default 50)")

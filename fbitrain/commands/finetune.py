@@ -8,20 +8,12 @@ from __future__ import annotations
 import argparse
 
 from fbitrain.commands import pretrain
-from fbitrain.config import Config
 
 
 def main(arguments: argparse.Namespace) -> int:
     if arguments.no_feedback:
         arguments.overrides.append("calibration.feedback=false")
-    return pretrain.start(arguments, refusal)
-
-
-def refusal(config: Config) -> str:
-    """Why this command does not run `config`; empty if it does."""
-    if not config.model.pretrained:
-        return "model.pretrained is empty; name the model to start from, or train from scratch with fbitrain pretrain"
-    return ""
+    return pretrain.start(arguments, fine_tuning=True)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -5,35 +5,33 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
 
+from fbitrain.base.command import config_parser
 from fbitrain.base.errors import UserError
 from fbitrain.base.optional_writes import never_fail_to_print
-from fbitrain.config import Config, ConfigError, load_config
+from fbitrain.config import ConfigError, load_config
 from fbitrain.slurm import adopt_ranks
+
+NOT_TO_PRETRAIN = "model.pretrained is set, and pretraining starts from random weights; start it with fbitrain finetune"
+NOT_TO_FINE_TUNE = (
+    "model.pretrained is empty; name the model to start from, or train from scratch with fbitrain pretrain"
+)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    return start(arguments, refusal)
+    return start(arguments)
 
 
-def refusal(config: Config) -> str:
-    """Why this command does not run `config`; empty if it does."""
-    if config.model.pretrained:
-        return "model.pretrained is set, and pretraining starts from random weights; start it with fbitrain finetune"
-    return ""
-
-
-def start(arguments: argparse.Namespace, refusal: Callable[[Config], str]) -> int:
-    """Reads the configuration and trains, on this rank; ConfigError with what `refusal` says of it, if anything."""
+def start(arguments: argparse.Namespace, *, fine_tuning: bool = False) -> int:
+    """Reads the configuration and trains, on this rank; ConfigError if model.pretrained is not as the command asks."""
     adopt_ranks()
     rank = int(os.environ.get("RANK", "0"))
     never_fail_to_print()
     try:
         # Before torch is imported: a mistyped key is reported in well under a second.
         config = load_config(arguments.config, arguments.overrides, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-        if problem := refusal(config):
-            raise ConfigError(arguments.config, [problem])
+        if bool(config.model.pretrained) != fine_tuning:
+            raise ConfigError(arguments.config, [NOT_TO_PRETRAIN if config.model.pretrained else NOT_TO_FINE_TUNE])
         from fbitrain.train import train
 
         train(config)
@@ -47,8 +45,6 @@ def start(arguments: argparse.Namespace, refusal: Callable[[Config], str]) -> in
 
 
 def parser(prog: str = "fbitrain pretrain", description: str | None = __doc__) -> argparse.ArgumentParser:
-    commands = argparse.ArgumentParser(prog=prog, description=description)
-    commands.add_argument("config", help="a YAML file, or a shipped one's name (fbitrain config list)")
-    commands.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    commands = config_parser(prog, description)
     commands.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the DeepSpeed launcher
     return commands

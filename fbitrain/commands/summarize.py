@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import replacing
+from fbitrain.studies.plots import axes_of
 
 EVALUATED = ("dense", "packed", "teacher")  # in releases/NAME/eval_*.json, as quickstart.sh writes them
 Row = tuple[str, float, float]  # name, perplexity, bits per byte
@@ -73,26 +73,18 @@ def print_table(rows: list[Row]) -> None:
 
 def draw_loss(metrics: list[dict[str, Any]], path: Path) -> None:
     """Training loss and held-out cross-entropy over tokens, both in nats per token."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for key, label, style in (
-        ("train/loss", "training loss (against the teacher)", "-"),
-        ("train/label_ce", "training cross-entropy (text)", "-"),
-        ("heldout/nll", "held-out cross-entropy (text)", "o--"),
-    ):
-        points = [(line["tokens"], line[key]) for line in metrics if key in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set(xlabel="training tokens", ylabel="nats per token", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    pyplot.close(figure)
+    with axes_of(path, (7, 4)) as axes:
+        for key, label, style in (
+            ("train/loss", "training loss (against the teacher)", "-"),
+            ("train/label_ce", "training cross-entropy (text)", "-"),
+            ("heldout/nll", "held-out cross-entropy (text)", "o--"),
+        ):
+            points = [(line["tokens"], line[key]) for line in metrics if key in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=label)
+        axes.set(xlabel="training tokens", ylabel="nats per token", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
 def indented(text: str) -> str:

@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from fbitrain.base.command import run, until_nobody_reads
@@ -70,6 +71,12 @@ def refuse(verb: str) -> int:
     hint = f"did you mean {near[0]}?" if near else "`fbitrain` alone lists them"
     print(f"fbitrain: {verb!r} is no verb; {hint}", file=sys.stderr)
     return USAGE
+
+
+def leave_script(module: str, file: str) -> None:
+    """What a script of launch/ does: the verb that it is called after, unless a worker process imports the script."""
+    if module == "__main__":
+        leave([Path(file).stem.replace("_", "-"), *sys.argv[1:]])
 
 
 def leave(argv: Sequence[str]) -> NoReturn:

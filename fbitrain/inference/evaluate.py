@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from fbitrain.base.errors import UserError
-from fbitrain.data.reading.heldout_text import HeldoutText, load_heldout, tokenized
+from fbitrain.data.reading.heldout_text import HeldoutText, load_heldout, read_text, tokenized
 from fbitrain.model.compiled import PackedLlama
 
 if TYPE_CHECKING:
@@ -158,8 +158,5 @@ def load_text(path: Path, tokenizer: Tokenizer) -> HeldoutText:
     """
     if path.suffix not in WIKITEXT_SUFFIXES:
         return load_heldout([str(path)], tokenizer, "text")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    lines = read_text(path).splitlines(keepends=True)
     return tokenized([line if line.strip() else "" for line in lines], tokenizer, f"text: {path}")

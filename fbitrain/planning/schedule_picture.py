@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fbitrain.base.errors import UserError
-from fbitrain.base.files import replacing
+from fbitrain.base.files import naming_unwritable, replacing
 from fbitrain.config import Config
 from fbitrain.optim.schedules import batch_spans, decay_shape, lr_shape, tokens_after
 
@@ -51,11 +51,8 @@ def draw_schedules(config: Config, path: Path) -> None:
     figure.suptitle(title, fontsize=11, parse_math=False)
     if handles := dict(_legend(rate, decay, tokens)):
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
-    try:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=130)
-    except OSError as error:
-        raise UserError(f"{path} could not be written: {error.strerror or error}; name another file") from None
+    with naming_unwritable(path), replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
 
 
 def short(number: float) -> str:

@@ -81,7 +81,7 @@ def gaps_of(plot: Plot, curves: dict[str, list[Point]]) -> dict[str, list[Point]
 
 def _draw_curves(curves: dict[str, list[Point]], path: Path, title: str) -> None:
     """A line per group through the medians; bars from the least to the most of the seeds."""
-    with _axes(path, (7.5, 4.5)) as axes:
+    with axes_of(path, (7.5, 4.5)) as axes:
         for group, points in curves.items():
             below = [point.middle - point.low for point in points]
             above = [point.high - point.middle for point in points]
@@ -94,7 +94,7 @@ def _draw_curves(curves: dict[str, list[Point]], path: Path, title: str) -> None
 
 def _draw_overview(results: Sequence[Outcome], path: Path) -> None:
     """A row per variant, a point per seed."""
-    with _axes(path, (9, 0.32 * len(results) + 1.2)) as axes:
+    with axes_of(path, (9, 0.32 * len(results) + 1.2)) as axes:
         for y, outcome in enumerate(results):
             finite = [value for value in outcome.bits_per_byte if math.isfinite(value)]
             axes.plot(finite, [y] * len(finite), "o", color="tab:blue", alpha=0.7)
@@ -106,7 +106,7 @@ def _draw_overview(results: Sequence[Outcome], path: Path) -> None:
 
 
 @contextmanager
-def _axes(path: Path, size: tuple[float, float]) -> Iterator[Any]:
+def axes_of(path: Path, size: tuple[float, float]) -> Iterator[Any]:
     """Axes to draw on; what was drawn replaces `path` as a whole."""
     import matplotlib
 

@@ -15,12 +15,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fbitrain.base.command import BROKEN_PIPE, INTERRUPTED, natural, positive, run
+from fbitrain.base.command import BROKEN_PIPE, INTERRUPTED, config_parser, natural, positive, run
 from fbitrain.base.errors import UserError
 from fbitrain.base.files import require_writable
 from fbitrain.commands import verbs
 from fbitrain.commands.eval import named_files
-from fbitrain.data.commands.arguments import config_parser
 from fbitrain.data.tools.tables import human_bytes, table
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +38,7 @@ def test_an_error_is_one_sentence_and_an_exit_code(
     def main(options: argparse.Namespace) -> None:
         raise error
 
-    assert run(main, config_parser("inspect", ""), ["config.yaml"]) == code
+    assert run(main, config_parser("fbitrain data inspect", ""), ["config.yaml"]) == code
     assert capsys.readouterr().err == f"fbitrain data inspect: {message}\n"
 
 
@@ -47,13 +46,13 @@ TALK = """
 import sys
 from fbitrain.base.command import run
 from fbitrain.base.errors import UserError
-from fbitrain.data.commands.arguments import config_parser
+from fbitrain.base.command import config_parser
 def main(options):
     print("\\u6f22 \\udcff")
     print("said", file=sys.stderr)
     if "fail" in sys.argv:
         raise UserError("kaputt: \\xfc")
-sys.exit(run(main, config_parser("inspect", ""), ["config.yaml"]))
+sys.exit(run(main, config_parser("fbitrain data inspect", ""), ["config.yaml"]))
 """
 
 
@@ -81,10 +80,10 @@ def test_a_closed_stdout_or_stderr_is_no_fault(closed: str, how: str) -> None:
 PRINT = """
 import sys
 from fbitrain.base.command import run
-from fbitrain.data.commands.arguments import config_parser
+from fbitrain.base.command import config_parser
 def main(options):
     print("\\n".join(["line"] * int(sys.argv[1])))
-sys.exit(run(main, config_parser("inspect", ""), ["config.yaml"]))
+sys.exit(run(main, config_parser("fbitrain data inspect", ""), ["config.yaml"]))
 """
 
 
@@ -103,13 +102,13 @@ def test_an_output_that_nobody_reads_is_no_traceback(n_lines: int) -> None:
 BREAK = """
 import os, sys
 from fbitrain.base.command import run
-from fbitrain.data.commands.arguments import config_parser
+from fbitrain.base.command import config_parser
 def main(options):
     print("begun", flush=True)
     end, start = os.pipe()
     os.close(end)
     os.write(start, b"to a worker that has died")
-sys.exit(run(main, config_parser("inspect", ""), ["config.yaml"]))
+sys.exit(run(main, config_parser("fbitrain data inspect", ""), ["config.yaml"]))
 """
 
 
@@ -158,7 +157,7 @@ def test_what_a_wheel_has_not_is_not_advised() -> None:
 
 
 def test_options_and_overrides_may_be_mixed() -> None:
-    parser = config_parser("inspect", "")
+    parser = config_parser("fbitrain data inspect", "")
     parser.add_argument("--n", type=positive)
     seen: list[argparse.Namespace] = []
     assert run(seen.append, parser, ["c.yaml", "data.seed=1", "--n", "3", "data.n_lanes=2"]) == 0

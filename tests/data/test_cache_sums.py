@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import random
 from collections.abc import Iterator
@@ -37,13 +36,13 @@ def shard(server: http.FaultyServer) -> Shard:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The sums that were calculated of cached files."""
     sums: list[str] = []
-    original = cache._sha256
+    original = cache.sha256_of
 
-    def counting(file: io.FileIO) -> str:
+    def counting(file: Path) -> str:
         sums.append(original(file))
         return sums[-1]
 
-    monkeypatch.setattr(cache, "_sha256", counting)
+    monkeypatch.setattr(cache, "sha256_of", counting)
     return sums
 
 

@@ -280,7 +280,7 @@ def test_a_folder_of_something_else_is_left_alone(corpus: Path, capsys: pytest.C
     (corpus / "out" / "thesis.txt").write_text("mine")
     assert "holds something else" in refusal(corpus, capsys)
     assert files(corpus / "out") == {"thesis.txt": b"mine"}
-    assert "cannot be used" in refusal(corpus, capsys, out="config.yaml")
+    assert "cannot be written" in refusal(corpus, capsys, out="config.yaml")
 
 
 def test_two_runs_do_not_share_a_folder(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -351,7 +351,7 @@ def test_a_shard_that_goes_while_it_is_read_is_named(
 
     monkeypatch.setattr(token_jobs, "_require_few", remove)
     path = corpus / "few" / "0.jsonl"
-    assert f"{path} cannot be read (No such file or directory); restore it and run" in refusal(corpus, capsys)
+    assert f"{path} cannot be read (No such file or directory); restore it or mend its disk" in refusal(corpus, capsys)
 
 
 def test_large_documents_are_written_earlier(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,10 +146,10 @@ def test_a_link_to_a_corpus_stays_one(made: Path, tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sample, "_write_durably", full)
+    monkeypatch.setattr(sample, "fsync_tree", full)
     with pytest.raises(UserError, match="No space left on device"):
         sample.write_sample(tmp_path / "out", 0.1, 0)
     assert list(tmp_path.iterdir()) == []

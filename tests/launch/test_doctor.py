@@ -167,7 +167,7 @@ def test_the_schedules_are_drawn_on_request(
 
 def test_a_picture_that_cannot_be_drawn_is_one_sentence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert examine(folder, "--picture", str(folder / "nowhere" / "a.png"), "engine.precision=fp32") == 1
-    assert "nowhere/a.png could not be written: No such file or directory; name another file" in capsys.readouterr().err
+    assert "nowhere/a.png cannot be written (No such file or directory); name another place" in capsys.readouterr().err
     assert run(doctor.main, doctor.parser(), ["--picture", "a.png"]) == 1
     assert "name the run with --config" in capsys.readouterr().err
 
