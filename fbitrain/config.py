@@ -53,9 +53,8 @@ class DistillConfig:
     cache: str = field(default="", metadata=PATH)
     cache_gaps: str = "refuse"  # shards without targets: refuse, or teacher, which asks it for sequences that have them
     cache_rest: str = "renormalize"  # of likeliest words, the probability of the others: renormalize, or label
-    host: str = (
-        "replicated"  # replicated: every rank holds the teacher; zero3: ZeRO-3 shards it (for teachers that do not fit)
-    )
+    # replicated: every rank holds the teacher; zero3: ZeRO-3 shards it, for teachers that do not fit.
+    host: str = "replicated"
     int8: bool = False  # multiply the teacher's linear layers in int8; its error is printed at the start
     compile: bool = False  # torch.compile the teacher's blocks
     trust_remote_code: bool = False  # run Python code that comes with a teacher from the hub
@@ -121,9 +120,8 @@ class EngineConfig:
     """How the run is spread over devices (DeepSpeed)."""
 
     zero_stage: int = 1  # 0 only with precision=fp32
-    precision: str = (
-        "auto"  # compute dtype: bf16 where the device multiplies it natively, else fp32; latent weights are always fp32
-    )
+    # Compute dtype: auto is bf16 where the device multiplies it natively, else fp32. Latent weights are always fp32.
+    precision: str = "auto"
     offload_optimizer: bool = False  # keep optimizer state and fp32 weights in host memory (stages 1 to 3)
     comm_timeout_s: int = 1800  # a collective that waits longer ends the run
     threads_per_rank: int = 0  # CPU threads; 0: cores of this node / ranks on it
@@ -235,11 +233,8 @@ def _resolved(config: Config) -> Config:
         tokenizer = own_tokenizer if tokenizer == "teacher" else tokenizer
     if tokenizer == "teacher" and teacher:
         tokenizer = teacher
-    return with_home(
-        replace(
-            config, distill=replace(config.distill, teacher=teacher), data=replace(config.data, tokenizer=tokenizer)
-        )
-    )
+    distill, data = replace(config.distill, teacher=teacher), replace(config.data, tokenizer=tokenizer)
+    return with_home(replace(config, distill=distill, data=data))
 
 
 def to_yaml(config: Config) -> str:

@@ -17,9 +17,8 @@ def flops_per_token(config: Config, matrix_weights: int, teacher_weights: int) -
     Recomputation under activation checkpointing is not counted (the PaLM convention for MFU).
     """
     model = config.model
-    attention = (
-        6 * 2 * model.n_layers * model.d_model * config.data.seq_len / 2
-    )  # causal: half the square, forward and backward
+    # Causal: half the square, forward and backward.
+    attention = 6 * 2 * model.n_layers * model.d_model * config.data.seq_len / 2
     return 6 * matrix_weights + attention + 2 * teacher_weights
 
 

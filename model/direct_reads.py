@@ -6,6 +6,7 @@ It would go on with a binary layer's latent weights, and neither an error nor a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
@@ -23,16 +24,12 @@ def check_direct_reads(linears: Mapping[str, FullLinear], run: Callable[[], obje
     token was sent to for example, is no error.
     """
     watch = _Watch(linears)
-    hooks = []
-    for name, linear in linears.items():
-        hooks.append(linear.module.register_forward_pre_hook(watch.entered(name)))
-        hooks.append(linear.module.register_forward_hook(watch.left(name), always_call=True))
-    try:
-        with watch:
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as stack:
+        for name, linear in linears.items():
+            stack.enter_context(linear.module.register_forward_pre_hook(watch.entered(name)))
+            stack.enter_context(linear.module.register_forward_hook(watch.left(name), always_call=True))
+        stack.enter_context(watch)
+        run()
     for name in watch.read:
         raise UserError(
             f"the weight of {name} is read by the module around it, which would miss that it is binary; "

@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "releasing": {"data", "model", "loading", "optim", "calibration", "run"},
     "planning": {"data", "model", "loading", "optim", "calibration", "run"},
     "studies": {"model", "run"},
-    "benches": {"kernels", "data", "model", "targets", "run"},
+    "benches": {"kernels", "data", "model", "targets", "releasing", "run"},
     "commands": {"kernels", "data", "model", *INNER, "run"},
     "launch": {"commands"},
 }

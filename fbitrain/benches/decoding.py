@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
@@ -117,9 +117,9 @@ def bench(folder: Path | None, preset: str, *, peers: bool, threads: int, rounds
             memory = f"peak memory +{peak():.0f} MiB over the interpreter's (embedding: {embedding:.0f})"
             print(f"packed, {activations}: {memory}")
             contenders[f"packed, {activations}, all logits"] = Packed(packed, all_logits=True)
-        contenders["dense fp32 (transformers)"] = Dense(LlamaForCausalLM(_plain(config)).eval())
+        contenders["dense fp32 (transformers)"] = Dense(LlamaForCausalLM(config).eval())
         if peers:
-            contenders |= _llama_cpp(Path(scratch), _dimensions(config), threads)
+            contenders |= _llama_cpp(Path(scratch), config, threads)
         print_rates(in_turns(contenders, config.vocab_size, rounds))
 
 
@@ -181,14 +181,14 @@ def peak_memory() -> Iterator[Callable[[], float]]:
     rose = (field_of("VmHWM:") - before) / 1024
 
 
-def write_random_packed(folder: Path, model: ModelConfig, binarize: BinarizeConfig, seed: int = 0) -> None:
+def write_random_packed(folder: Path, model: ModelConfig, binarize: BinarizeConfig) -> None:
     """A packed folder of `model`'s shape with random bits and weights, without a tokenizer."""
     options = sign_options(binarize.scale, binarize.beta, binarize.group_size)
     config = packed_config(llama_config(model), binarize, "binary", options, {}, bits_per_weight=1.0)
     config.dtype = torch.float16
     with torch.device("meta"):
         expected = BinaryLlamaForCausalLM(config).state_dict()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     names = [name for name in expected if not (model.tie_embeddings and name == "lm_head.weight")]
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
@@ -204,30 +204,10 @@ def _random(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
     return drawn if name.endswith("beta") else ((1 + drawn) if "norm" in name else drawn).half()
 
 
-def _plain(config: LlamaConfig) -> LlamaConfig:
-    """The dense twin's config."""
-    return llama_config(_dimensions(config))
-
-
-def _dimensions(config: LlamaConfig) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=config.vocab_size,
-        n_layers=config.num_hidden_layers,
-        n_heads=config.num_attention_heads,
-        n_kv_heads=config.num_key_value_heads,
-        d_model=config.hidden_size,
-        d_ff=config.intermediate_size,
-        max_seq_len=config.max_position_embeddings,
-        norm_eps=config.rms_norm_eps,
-        tie_embeddings=config.tie_word_embeddings,
-    )
-
-
-def _llama_cpp(scratch: Path, model: ModelConfig, threads: int) -> dict[str, Contender]:
-    model = replace(model, tie_embeddings=False)
+def _llama_cpp(scratch: Path, config: LlamaConfig, threads: int) -> dict[str, Contender]:
     found: dict[str, Contender] = {}
     for name in decoding_peers.FORMATS:
         path = scratch / f"{name}.gguf"
-        decoding_peers.write_gguf(path, model, name)
+        decoding_peers.write_gguf(path, config, name)
         found[f"llama.cpp {name}"] = decoding_peers.LlamaCpp(path, threads, PROMPT + DECODED)
     return found

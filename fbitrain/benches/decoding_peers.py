@@ -13,9 +13,10 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
+from transformers import LlamaConfig
 
 from fbitrain.base.errors import UserError
-from fbitrain.model.config import ModelConfig
+from fbitrain.releasing.gguf import add_shape, write_all
 
 FORMATS = ("Q1_0", "TQ2_0", "F16")
 
@@ -47,44 +48,31 @@ class LlamaCpp:
         self.llama.eval(ids)
 
 
-def write_gguf(path: Path, model: ModelConfig, format_name: str) -> None:
-    """Writes a Llama of `model`'s dimensions to `path`, its Linears random in the GGUF type `format_name`."""
+def write_gguf(path: Path, config: LlamaConfig, format_name: str) -> None:
+    """Writes a Llama of `config`'s dimensions to `path`, its Linears random in the GGUF type `format_name`."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
-    head_size, kv_heads = model.d_model // model.n_heads, model.n_kv_heads or model.n_heads
-    writer.add_block_count(model.n_layers)
-    writer.add_context_length(model.max_seq_len)
-    writer.add_embedding_length(model.d_model)
-    writer.add_feed_forward_length(model.d_ff)
-    writer.add_head_count(model.n_heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(model.norm_eps)
-    writer.add_rope_dimension_count(head_size)
-    writer.add_rope_freq_base(model.rope_theta)
-    writer.add_vocab_size(model.vocab_size)
+    add_shape(writer, config)
     writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"<{number}>" for number in range(model.vocab_size)])
-    writer.add_token_scores([0.0] * model.vocab_size)
-    writer.add_token_types([gguf.TokenType.NORMAL] * model.vocab_size)
+    writer.add_token_list([f"<{number}>" for number in range(config.vocab_size)])
+    writer.add_token_scores([0.0] * config.vocab_size)
+    writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
+    width, inner = config.hidden_size, config.intermediate_size
     for name in ("token_embd", "output"):
-        _add(writer, f"{name}.weight", (model.vocab_size, model.d_model), Type.F16, rng)
-    writer.add_tensor("output_norm.weight", np.ones(model.d_model, np.float32))
-    kv_width = kv_heads * head_size
+        _add(writer, f"{name}.weight", (config.vocab_size, width), Type.F16, rng)
+    writer.add_tensor("output_norm.weight", np.ones(width, np.float32))
+    kv_width = config.num_key_value_heads * (width // config.num_attention_heads)
     linears = {
-        **{"attn_q": (model.d_model, model.d_model), "attn_k": (kv_width, model.d_model)},
-        **{"attn_v": (kv_width, model.d_model), "attn_output": (model.d_model, model.d_model)},
-        **{"ffn_gate": (model.d_ff, model.d_model), "ffn_up": (model.d_ff, model.d_model)},
-        "ffn_down": (model.d_model, model.d_ff),
+        **{"attn_q": (width, width), "attn_k": (kv_width, width), "attn_v": (kv_width, width)},
+        **{"attn_output": (width, width), "ffn_gate": (inner, width), "ffn_up": (inner, width)},
+        "ffn_down": (width, inner),
     }
-    for layer in range(model.n_layers):
+    for layer in range(config.num_hidden_layers):
         for name, shape in linears.items():
             _add(writer, f"blk.{layer}.{name}.weight", shape, Type[format_name], rng)
         for name in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(model.d_model, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+            writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(width, np.float32))
+    write_all(writer)
 
 
 def _add(writer: gguf.GGUFWriter, name: str, shape: tuple[int, int], kind: Type, rng: np.random.Generator) -> None:

@@ -6,6 +6,7 @@ Supports any causal LM of transformers whose blocks hand on hidden states and no
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -138,13 +139,11 @@ def _extra_arguments(lm: PreTrainedModel, name: str, blocks: nn.ModuleList, ids:
     def after(_: nn.Module, __: Any, output: Any) -> None:
         previous[:] = [_hidden_of(output)]
 
-    hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
-    hooks += [block.register_forward_hook(after) for block in blocks]
-    try:
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(block.register_forward_hook(after))
         lm.base_model(input_ids=ids.to(lm.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return extras
 
 
@@ -157,11 +156,7 @@ def _first_input(lm: PreTrainedModel, first: nn.Module, ids: Tensor) -> Tensor:
         found.append(_split_arguments(args, kwargs)[0].cpu())
         raise _Reached
 
-    hook = first.register_forward_pre_hook(before, with_kwargs=True)
-    try:
+    with first.register_forward_pre_hook(before, with_kwargs=True), suppress(_Reached):
         lm.base_model(input_ids=ids.to(lm.device), use_cache=False)
-    except _Reached:
-        return found[0]
-    finally:
-        hook.remove()
-    raise AssertionError("the first decoder block was not run")
+    assert found, "the first decoder block was not run"
+    return found[0]

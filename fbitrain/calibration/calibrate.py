@@ -7,7 +7,7 @@ text give the same result. Letters: N out_features, K in_features, T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -141,16 +141,12 @@ def _hessians(walk: BlockWalk, index: int, linears: Mapping[str, nn.Module], *, 
     """The Hessian [K, K] of each Linear of one block, in fp32; Linears that are given the same input share one."""
     leaders = _leaders(walk, index, linears)
     sums = {}
-    hooks = []
-    for leader in dict.fromkeys(leaders.values()):
-        weight = weight_NK(linears[leader])
-        sums[leader] = HessianSum(weight.shape[1], device=weight.device)
-        hooks.append(linears[leader].register_forward_pre_hook(partial(_take_in, sums[leader])))
-    try:
+    with ExitStack() as hooks:
+        for leader in dict.fromkeys(leaders.values()):
+            weight = weight_NK(linears[leader])
+            sums[leader] = HessianSum(weight.shape[1], device=weight.device)
+            hooks.enter_context(linears[leader].register_forward_pre_hook(partial(_take_in, sums[leader])))
         walk.run(index, advance=advance)
-    finally:
-        for hook in hooks:
-            hook.remove()
     means = {leader: total.mean() for leader, total in sums.items()}
     return {name: means[leaders[name]] for name in linears}
 
@@ -166,12 +162,10 @@ def _leaders(walk: BlockWalk, index: int, linears: Mapping[str, nn.Module]) -> d
     def before(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs.setdefault(name, args[0])
 
-    hooks = [linear.register_forward_pre_hook(partial(before, name)) for name, linear in linears.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, linear in linears.items():
+            hooks.enter_context(linear.register_forward_pre_hook(partial(before, name)))
         walk.run_first(index)
-    finally:
-        for hook in hooks:
-            hook.remove()
     for name in linears:
         if name not in inputs:
             raise _unused(name)

@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fbitrain.base.errors import UserError
-from fbitrain.data.tokenizing.gguf_tokenizer import read_metadata
-from fbitrain.loading.pretrained_shape import HUB_ID, POSITIONS
+from fbitrain.loading.pretrained_shape import HUB_ID, POSITIONS, gguf_settings
 from fbitrain.loading.sane_settings import require_sane
 
 TEACHER = "teacher"
@@ -51,7 +50,7 @@ def load_language_model(
         )
     except LOAD_ERRORS as error:
         raise _not_loadable(path, error, role) from error
-    _require_all_weights(path, info, role)
+    require_all_weights(f"{role} {path}", info)
     _require_finite(path, model, role)
     return model
 
@@ -67,7 +66,7 @@ def load_gguf(path: Path, dtype: torch.dtype, *, role: str = TEACHER) -> PreTrai
             output_loading_info=True,
             trust_remote_code=False,
         )
-        _require_all_weights(path, info, role)
+        require_all_weights(f"{role} {path}", info)
         del loaded.config.quantization_config
         model = AutoModelForCausalLM.from_config(
             without_dropout(loaded.config), dtype=torch.float32, trust_remote_code=False
@@ -110,7 +109,10 @@ def positions_of(path: str | Path, role: str = TEACHER) -> int | None:
     None for architectures without positions, such as Mamba. Raises UserError if there is no such model.
     """
     where = locate(path, role)
-    values = _gguf_sizes(where, role) if where is not None and where.is_file() else read_hf_config(path, role)
+    if where is not None and where.is_file():
+        values = gguf_settings(where, f"{role} {where}")
+    else:
+        values = read_hf_config(path, role)
     values = {**values, **(values.get("text_config") or {})}
     if known := [values[name] for name in POSITIONS if isinstance(values.get(name), int) and values[name] > 0]:
         return int(known[0])
@@ -181,11 +183,8 @@ def _logits_times(model: PreTrainedModel, token_ids: Tensor, factor: float) -> t
         called = True
         return output * factor
 
-    hook = model.get_output_embeddings().register_forward_hook(multiply)
-    try:
+    with model.get_output_embeddings().register_forward_hook(multiply):
         return model(input_ids=token_ids, use_cache=False).logits.float(), called
-    finally:
-        hook.remove()
 
 
 def soft_cap(values: Mapping[str, Any]) -> str:
@@ -228,9 +227,10 @@ def first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _require_all_weights(path: str | Path, info: dict[str, Any], role: str) -> None:
+def require_all_weights(what: str, info: dict[str, Any]) -> None:
+    """Raises UserError if the loading `info` of transformers says that the model `what` lacks some of its tensors."""
     if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
-        raise UserError(f"{role} {path} lacks {len(missing)} of its tensors, among them {missing[0]}; get it anew")
+        raise UserError(f"{what} lacks {len(missing)} of its tensors, among them {missing[0]}; get it anew")
 
 
 @torch.no_grad()
@@ -243,18 +243,8 @@ def _require_finite(path: str | Path, model: PreTrainedModel, role: str) -> None
 
 
 def _gguf_vocab_size(path: Path, role: str) -> int:
-    sizes = _gguf_sizes(path, role)
+    sizes = gguf_settings(path, f"{role} {path}")
     return int(sizes.get("vocab_size") or len(sizes.get("tokenizer.ggml.tokens", ())))
-
-
-def _gguf_sizes(path: Path, role: str) -> dict[str, Any]:
-    """What a GGUF file's header says, the architecture's own entries without its name in front."""
-    try:
-        metadata = read_metadata(str(path), "")
-    except UserError:
-        raise UserError(f"{role} {path} is damaged, or not a GGUF file; fetch it again") from None
-    prefix = f"{metadata.get('general.architecture')}."
-    return {key.removeprefix(prefix): value for key, value in metadata.items()}
 
 
 def _not_loadable(path: str | Path, error: Exception, role: str) -> UserError:

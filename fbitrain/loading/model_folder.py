@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from fbitrain.base.errors import UserError
 from fbitrain.data.tokenizer import Tokenizer, check_special, load_tokenizer
 from fbitrain.loading.gguf_export import export_gguf
-from fbitrain.loading.language_model import LOAD_ERRORS, first_line
+from fbitrain.loading.language_model import LOAD_ERRORS, first_line, require_all_weights
 from fbitrain.loading.sane_settings import require_sane
 from fbitrain.loading.tokenizer_folder import prompt_start
 from fbitrain.model.compiled import PackedLlama, level_for, why_not_compiled
@@ -121,8 +121,7 @@ def load_lm(folder: Path, dtype: torch.dtype, device: str | torch.device = "cpu"
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
         )
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{folder} lacks {len(missing)} of its model's tensors, among them {missing[0]}; get it anew")
+    require_all_weights(f"model {folder}", info)
     return model.to(device).eval()
 
 

@@ -116,15 +116,24 @@ def kept_tokenizer(run_dir: Path) -> str:
 def _gguf_shape(path: Path) -> dict[str, int]:
     if path.suffix != ".gguf":
         raise UserError(f"model.pretrained={path} is neither a folder nor a .gguf file; name the model's folder")
-    try:
-        values = read_metadata(str(path), "")
-    except UserError:
-        raise UserError(f"model.pretrained={path} is damaged, or not a GGUF file; fetch it again") from None
-    prefix = f"{values.get('general.architecture')}."
-    shape = shape_of({key.removeprefix(prefix): value for key, value in values.items()})
+    values = gguf_settings(path, f"model.pretrained={path}")
+    shape = shape_of(values)
     if tokens := values.get("tokenizer.ggml.tokens"):
         shape.setdefault("vocab_size", len(tokens))
     return shape
+
+
+def gguf_settings(path: Path, what: str) -> dict[str, Any]:
+    """What a GGUF file's header says, the architecture's own entries without its name in front.
+
+    `what` the file is called in the UserError for one that is damaged.
+    """
+    try:
+        metadata = read_metadata(str(path), "")
+    except UserError:
+        raise UserError(f"{what} is damaged, or not a GGUF file; fetch it again") from None
+    prefix = f"{metadata.get('general.architecture')}."
+    return {key.removeprefix(prefix): value for key, value in metadata.items()}
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -63,17 +63,14 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
     writer.add_name(config.run.name)
     writer.add_file_type(FILE_TYPES[kind])
-    _add_shape(writer, model.config)
+    add_shape(writer, model.config)
     add_tokenizer(writer, tokenizer, model.config.vocab_size, add_bos=config.data.add_bos)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     for name, tensor in tensors.items():
         values = _reordered(name, tensor.numpy(), model.config)
         is_binary = name.rpartition(".")[0] in model.linears and values.ndim == 2
         _add_tensor(writer, names.get_name(name, (".weight", ".bias")), values, kind if is_binary else None)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_all(writer)
     check_tokenizer(path, tokenizer)
     return path
 
@@ -97,7 +94,16 @@ def q1_0_blocks(weight: npt.NDArray[np.float16]) -> npt.NDArray[np.uint8]:
     )
 
 
-def _add_shape(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+def write_all(writer: gguf.GGUFWriter) -> None:
+    """Writes what was added to its file, and closes that."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_shape(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    """Adds the sizes of a Llama as llama.cpp names them."""
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)

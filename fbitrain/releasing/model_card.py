@@ -77,9 +77,6 @@ class Labels:
     base_model: str = ""  # the hub id of the model that fine-tuning began with
 
 
-UNLABELED = Labels()
-
-
 def heldout_metrics(run_dir: Path, step: int) -> dict[str, float]:
     """The last held-out figures up to `step` in a run's metrics.jsonl; empty if there are none."""
     path = run_dir / "metrics.jsonl"
@@ -99,7 +96,7 @@ def model_card(
     files: Mapping[str, str],
     dtype: str,
     model_type: str,
-    labels: Labels = UNLABELED,
+    labels: Labels,
 ) -> str:
     """README.md of a release, or of one of its formats, as Hugging Face reads it: a YAML header, then Markdown.
 
@@ -116,21 +113,19 @@ def model_card(
 
 
 def _header(config: Config, training: Training, labels: Labels, library: str) -> str:
-    kind = "Llama"
-    if config.model.pretrained:
-        origin, kind = f"fine-tuned from {config.model.pretrained}", "language model"
-    else:
-        origin = "trained from scratch"
-    how, share = config.binarize, binary_share(config.binarize, training.step)
-    tags = ["fbitrain", *(["full-precision"] if share == 0 else [_bits(how)] if share == 1 else [])]
-    if not how.enabled:
+    pretrained = config.model.pretrained
+    kind = "language model" if pretrained else "Llama"
+    origin = f"fine-tuned from {pretrained}" if pretrained else "trained from scratch"
+    binarize, share = config.binarize, binary_share(config.binarize, training.step)
+    tags = ["fbitrain", *(["full-precision"] if share == 0 else [_bits(binarize)] if share == 1 else [])]
+    if not binarize.enabled:
         kind = f"A full-precision {kind}, the twin of a 1-bit one"
     elif share == 0:
-        kind = f"A full-precision {kind}, from a run before its weights become {_bits(how)}"
+        kind = f"A full-precision {kind}, from a run before its weights become {_bits(binarize)}"
     elif share < 1:
-        kind = f"A {kind} between full precision and {_bits(how)} weights"
+        kind = f"A {kind} between full precision and {_bits(binarize)} weights"
     else:
-        kind = f"A {kind} with {_bits(how)} weights"
+        kind = f"A {kind} with {_bits(binarize)} weights"
     tags += ["distillation"] if config.distill.uses_teacher else []
     head = {
         "library_name": library,
@@ -139,7 +134,7 @@ def _header(config: Config, training: Training, labels: Labels, library: str) ->
         "language": list(labels.language),
         "tags": tags,
     }
-    if base := labels.base_model or _hub_id(config.model.pretrained):
+    if base := labels.base_model or _hub_id(pretrained):
         head |= {"base_model": base, "base_model_relation": "finetune" if training.tokens else "quantized"}
     return f"""---
 {yaml.safe_dump(head, sort_keys=False, allow_unicode=True, default_flow_style=None)}---
@@ -156,10 +151,10 @@ def _hub_id(pretrained: str) -> str:
     return pretrained if isinstance(try_to_load_from_cache(pretrained, "config.json"), str) else ""
 
 
-def _bits(how: BinarizeConfig) -> str:
-    if how.traits.salient:
+def _bits(binarize: BinarizeConfig) -> str:
+    if binarize.traits.salient:
         return "partially binary"
-    return "ternary" if how.traits.levels == 3 else "1-bit"
+    return "ternary" if binarize.traits.levels == 3 else "1-bit"
 
 
 def _teacher(distill: DistillConfig) -> str:
@@ -170,15 +165,15 @@ def _teacher(distill: DistillConfig) -> str:
 
 
 def _recipe(config: Config, training: Training) -> str:
-    model, how, distill = config.model, config.binarize, config.distill
+    model, binarize, distill = config.model, config.binarize, config.distill
     rows = {
-        "method": how.traits.paper if how.enabled else "",
+        "method": binarize.traits.paper if binarize.enabled else "",
         "started from": model.pretrained,
         "layers × width × feed-forward": f"{model.n_layers} × {model.d_model} × {model.d_ff}, {model.n_heads} heads",
         "vocabulary, positions": f"{model.vocab_size}, {model.max_seq_len}",
-        "phases": _phases(how, training.step),
-        "binary weights": _pattern(config) if binary_share(how, training.step) else "none",
-        "never binary": ", ".join(["embeddings", "norms", *how.skip]) if how.enabled else "",
+        "phases": _phases(binarize, training.step),
+        "binary weights": _pattern(config) if binary_share(binarize, training.step) else "none",
+        "never binary": ", ".join(["embeddings", "norms", *binarize.skip]) if binarize.enabled else "",
         "calibration": _calibration(config),
         "teacher": _teacher(distill),
         "loss": f"{distill.kd_weight:g} · CE(teacher) + {distill.ce_weight:g} · CE(labels)"
@@ -200,19 +195,19 @@ def _batch(config: Config) -> str:
     return ", ".join(f"{tokens:,}" + (f" from step {first:,} on" if first > 1 else "") for first, tokens in spans)
 
 
-def _phases(how: BinarizeConfig, step: int) -> str:
+def _phases(binarize: BinarizeConfig, step: int) -> str:
     """Of a run that is not binary from its first step on: how far this model is, or how it came to be binary."""
-    if unfinished := unfinished_phase(how, step):
+    if unfinished := unfinished_phase(binarize, step):
         return unfinished
-    steps = [("in full precision", how.from_step), ("mixed", how.anneal_steps)]
+    steps = [("in full precision", binarize.from_step), ("mixed", binarize.anneal_steps)]
     told = ", ".join(f"{kind}: {count}" for kind, count in steps if count)
-    return f"steps {told}, then binary" if has_phases(how) else ""
+    return f"steps {told}, then binary" if has_phases(binarize) else ""
 
 
 def _calibration(config: Config) -> str:
     """What this run did to find salient weights and solve its layers; "" where the weights alone said it."""
-    looked_at, how = config.calibration, config.binarize
-    if not how.enabled or not how.traits.salient:
+    looked_at, binarize = config.calibration, config.binarize
+    if not binarize.enabled or not binarize.traits.salient:
         return ""
     if is_binary_run(config.model.pretrained):
         return f"none by this run; it has the salient weights that {config.model.pretrained} was given"
@@ -225,17 +220,17 @@ def _calibration(config: Config) -> str:
 
 
 def _pattern(config: Config) -> str:
-    how = config.binarize
-    group = f" of {how.group_size}" if how.scale == "group" else ""
-    weight = how.traits.weight.format(**vars(how))
-    if how.traits.salient:
-        salient = how.salient
+    binarize = config.binarize
+    group = f" of {binarize.group_size}" if binarize.scale == "group" else ""
+    weight = binarize.traits.weight.format(**vars(binarize))
+    if binarize.traits.salient:
+        salient = binarize.salient
         share = f"{salient.fraction:g} of the weights, by {salient.criterion} per {salient.scope}, in {salient.dtype}"
-        rest = weight if how.bits == 1 else f"{2**how.bits} levels"
-        return f"{share}; the rest {rest}, one scale per {how.scale}{group}"
-    if how.traits.has_pattern:
-        shift = " + β" if how.beta else ""
-        return f"{weight}{shift}, learned per {how.scale}{group}; straight-through estimator {how.ste}"
+        rest = weight if binarize.bits == 1 else f"{2**binarize.bits} levels"
+        return f"{share}; the rest {rest}, one scale per {binarize.scale}{group}"
+    if binarize.traits.has_pattern:
+        shift = " + β" if binarize.beta else ""
+        return f"{weight}{shift}, learned per {binarize.scale}{group}; straight-through estimator {binarize.ste}"
     return weight
 
 

@@ -42,11 +42,12 @@ from fbitrain.model.config import BinarizeConfig
 from fbitrain.model.hf import REMOTE_CODE, ReleasedModel, copy_remote_code, empty_model, plain_weights
 from fbitrain.model.phases import binary_share, unfinished_phase
 from fbitrain.releasing.gguf import block_type, check_gguf, write_gguf
-from fbitrain.releasing.model_card import UNLABELED, Labels, Storage, Training, heldout_metrics, model_card
+from fbitrain.releasing.model_card import Labels, Storage, Training, heldout_metrics, model_card
 
 FORMATS = ("dense", "packed", "gguf")
 DEFAULT_FORMATS = ("dense", "packed")
 CARD = "README.md"
+UNLABELED = Labels()
 OWN_FILES = (CARD, *(file.name for file in REMOTE_CODE))  # what a release has beside its formats
 
 

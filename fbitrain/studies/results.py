@@ -134,29 +134,27 @@ def read_results(study: Study, path: Path) -> list[Outcome]:
 
 
 def _outcome(finished: Sequence[Run], config: Config) -> Outcome:
-    lines = [list(metrics_of(run)) for run in finished]
-    tokens = max(int(line[-1]["tokens"]) for line in lines)
-    per_token = next((line["model/flops_per_token"] for line in lines[0] if "model/flops_per_token" in line), math.nan)
+    tokens = max(int(last_of(run, "tokens")) for run in finished)
+    flops = (line["model/flops_per_token"] for line in metrics_of(finished[0]) if "model/flops_per_token" in line)
     weights = 0  # of a pretrained model, only the model itself can say which of its weights are binary
     if not config.model.pretrained:
         weights = count_parameters(config.model, replace(config.binarize, enabled=True)).binary
-    each = list(zip(finished, lines, strict=True))
     return Outcome(
         name=finished[0].variant.name,
         seeds=tuple(run.seed for run in finished),
-        bits_per_byte=tuple(last_of(run, line, BITS_PER_BYTE) for run, line in each),
-        perplexities=tuple(last_of(run, line, "heldout/perplexity") for run, line in each),
-        bits_per_weight=last_of(finished[0], lines[0], "model/bits_per_weight"),
+        bits_per_byte=tuple(last_of(run, BITS_PER_BYTE) for run in finished),
+        perplexities=tuple(last_of(run, "heldout/perplexity") for run in finished),
+        bits_per_weight=last_of(finished[0], "model/bits_per_weight"),
         tokens=tokens,
         weights=weights,
-        flops=per_token * tokens,
+        flops=next(flops, math.nan) * tokens,
         seconds=statistics.median(map(seconds_of, finished)),
     )
 
 
 def _trial(setting: Setting, of_variant: Sequence[Run]) -> Trial:
     mine = [run for run in of_variant if run.setting == setting]
-    figures = tuple(last_of(run, list(metrics_of(run)), BITS_PER_BYTE) for run in mine if is_finished(run))
+    figures = tuple(last_of(run, BITS_PER_BYTE) for run in mine if is_finished(run))
     return Trial(setting.name, figures, failed=not figures and any(map(has_failed, mine)))
 
 

@@ -43,16 +43,13 @@ class Run:
 def runs(study: Study, folder: Path) -> list[Run]:
     """Every run of a study, its first seeds first, so that a study cut short has something of everything."""
     each = [
-        Run(variant, seed, folder / "-".join([slug(variant.name), *_setting_slug(setting), f"seed{seed}"]), setting)
+        Run(variant, seed, folder / "-".join([*map(slug, names), f"seed{seed}"]), setting)
         for variant in study.variants
         for setting in variant.grid or (None,)
+        for names in [[variant.name, setting.name] if setting else [variant.name]]
         for seed in variant.seeds
     ]
     return sorted(each, key=lambda run: run.variant.seeds.index(run.seed))
-
-
-def _setting_slug(setting: Setting | None) -> list[str]:
-    return [slug(setting.name)] if setting else []
 
 
 def runs_of(study: Study, folder: Path, name: str) -> list[Run]:
@@ -93,9 +90,11 @@ def waits_for(study: Study, run: Run, pending: Collection[Run] = ()) -> list[Run
 
 def best_setting(finished: dict[Setting, list[Run]]) -> Setting:
     """The setting with the fewest held-out bits per byte, by the median of its finished runs."""
-    return min(
-        finished, key=lambda setting: statistics.median(or_infinite(bits_per_byte(r)) for r in finished[setting])
-    )
+
+    def median(setting: Setting) -> float:
+        return statistics.median(or_infinite(last_of(run, BITS_PER_BYTE)) for run in finished[setting])
+
+    return min(finished, key=median)
 
 
 def finished_of_grid(study: Study, folder: Path, name: str) -> dict[Setting, list[Run]]:
@@ -175,14 +174,9 @@ def metrics_of(run: Run) -> Iterator[dict[str, Any]]:
     return read_json_lines(run.folder / "metrics.jsonl")
 
 
-def bits_per_byte(run: Run) -> float:
-    """The last figure of a finished run. Raises UserError if it has none."""
-    return last_of(run, list(metrics_of(run)), BITS_PER_BYTE)
-
-
-def last_of(run: Run, lines: list[dict[str, Any]], key: str) -> float:
-    """The last value of `key` in `lines`, the metrics of `run`."""
-    found = [line[key] for line in lines if key in line]
+def last_of(run: Run, key: str) -> float:
+    """The last value of `key` in the metrics of `run`. Raises UserError if there is none."""
+    found = [line[key] for line in metrics_of(run) if key in line]
     if not found:
         raise UserError(
             f"{run.folder} has no {key} in its metrics; set data.heldout and eval.every in the study's base"
