@@ -144,20 +144,16 @@ class TensorBoardPage:
     """
 
     def __init__(self, config: Config, step: int) -> None:
-        folder, self._has_old_tags = event_folder(config.run_dir, step)
+        folder = event_folder(config.run_dir, step)
         threading.excepthook = _quiet
         self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
-        if not self._has_old_tags:
-            self._describe(config)
-
-    def _describe(self, config: Config) -> None:
-        """Writes the layout and the configuration. After a resume TensorBoard still shows the first configuration."""
         self._events.add_custom_scalars(layout())
+        # After a resume TensorBoard still shows the first configuration.
         writer: Any = self._events.file_writer
         writer.add_summary(hparams.hparams_pb(hyperparameters(config), trial_id=config.run.name))
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        for tag, value in (scalars if self._has_old_tags else charts_of(scalars)).items():
+        for tag, value in charts_of(scalars).items():
             self._events.add_scalar(tag, value, step)
 
     def texts(self, step: int, texts: Mapping[str, str]) -> None:
@@ -167,8 +163,7 @@ class TensorBoardPage:
     def histograms(self, step: int, scales: Mapping[str, Tensor]) -> None:
         """scales: fp32, flat, by the parameter's name."""
         finite = {name.removeprefix("model."): tensor for name, tensor in scales.items() if tensor.isfinite().all()}
-        old = {f"{name.rpartition('.')[-1]}/{name}": values for name, values in finite.items()}
-        for tag, values in (old if self._has_old_tags else histograms_of(finite)).items():
+        for tag, values in histograms_of(finite).items():
             self._events.add_histogram(tag, values.numpy(), step)
         self._events.flush()
 
@@ -182,19 +177,16 @@ def _quiet(failure: threading.ExceptHookArgs, show: Any = threading.excepthook) 
         show(failure)
 
 
-def event_folder(run_dir: Path, step: int) -> tuple[Path, bool]:
-    """Where events go from `step` on, and whether the tags there are bare keys: an old run, which goes on with them.
+def event_folder(run_dir: Path, step: int) -> Path:
+    """Where events go from `step` on.
 
     Events that lie elsewhere, because the run folder was renamed or copied, are moved: a run appears once.
     """
-    top = run_dir / "tensorboard"
-    folder = top / run_dir.name
-    for events in sorted(top.rglob(EVENTS)):
+    folder = run_dir / "tensorboard" / run_dir.name
+    for events in sorted(folder.parent.rglob(EVENTS)):
         if step == 0:
             events.unlink()
-        elif events.parent == top:
-            return top, True
         elif events.parent != folder:
             folder.mkdir(exist_ok=True)
             events.rename(folder / events.name)
-    return folder, False
+    return folder

@@ -17,7 +17,6 @@ from urllib.parse import urlencode
 
 import pytest
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from fbitrain.config import Config, RunConfig
 from fbitrain.tensorboard_page import TensorBoardPage, charts_of, histograms_of, layout
@@ -218,22 +217,3 @@ def test_a_renamed_run_goes_on_under_its_new_name(tmp_path: Path, board: Board) 
     ask = board(tmp_path / "copy")
     assert ask("runs") == ["tensorboard/copy"]
     assert steps_of(ask, "tensorboard/copy", LOSS) == [1, 2, 3, 4, 5]
-
-
-def test_an_old_run_goes_on_where_and_as_it_was(tmp_path: Path, board: Board) -> None:
-    """Runs used to write into tensorboard/ itself, with the keys of metrics.jsonl as tags."""
-    top = tmp_path / "good_name" / "tensorboard"
-    with SummaryWriter(str(top)) as old:
-        for step in (1, 2, 3):
-            old.add_scalar("train/loss", float(step), step)
-            old.add_histogram("alpha/layers.0.mlp.down_proj.alpha", torch.rand(8).numpy(), step)
-    train(config_of(tmp_path), range(3, 5))
-    ask = board(tmp_path)
-    assert ask("runs") == ["good_name/tensorboard"]
-    tags = ask("plugin/scalars/tags")["good_name/tensorboard"]
-    assert steps_of(ask, "good_name/tensorboard", "train/loss") == [1, 2, 3, 4]
-    assert not any(tag[0].isdigit() for tag in tags)
-    histograms = ask(
-        "plugin/histograms/histograms", run="good_name/tensorboard", tag="alpha/layers.0.mlp.down_proj.alpha"
-    )
-    assert [step for _, step, *_ in histograms] == [1, 2, 3, 4]
