@@ -139,3 +139,13 @@ void finish_int8(const int32_t* sums, int32_t total, float scale, const float* f
         y[r] = static_cast<float>(with_signs) * scale * factor[r] + shift * beta[r];
     }
 }
+
+constexpr Activations kActivations = {
+    .scale_columns = scale_columns,
+    .sum_columns = sum_columns,
+    .quantize = quantize,
+    .split_digits = split_digits,
+    .sum_quantized = sum_quantized,
+    .sum_magnitudes = sum_magnitudes,
+    .finish_int8 = finish_int8,
+};

@@ -313,13 +313,7 @@ const KernelSet kAvx512 = {
     .salient_sums = gather_sums,
     .pack_row = pack_row,
     .unpack_row = unpack_row,
-    .scale_columns = scale_columns,
-    .sum_columns = sum_columns,
-    .quantize = quantize,
-    .split_digits = split_digits,
-    .sum_quantized = sum_quantized,
-    .sum_magnitudes = sum_magnitudes,
-    .finish_int8 = finish_int8,
+    .activations = kActivations,
 };
 
 }  // namespace fbitrain

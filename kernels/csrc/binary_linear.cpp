@@ -210,7 +210,8 @@ private:
         const Token& token = ready_.tokens[first_ + t];
         const float shift = p_.beta ? token.shift : 0.0f;  // which weights that share x may have, and may be infinite
         if (p_.mode == kInt8Mode && p_.scale != kGroup && !salient_) {
-            p_.set.finish_int8(sums_.ints[t], ready_.totals[first_ + t], token.scale, factor_, shift, beta_, out);
+            p_.set.activations.finish_int8(sums_.ints[t], ready_.totals[first_ + t], token.scale, factor_, shift, beta_,
+                                           out);
             return;
         }
         float v[kRows];

@@ -41,15 +41,7 @@ struct Levels {
         if (!set.salient_sums) set.salient_sums = below.salient_sums;
         if (!set.pack_row) set.pack_row = below.pack_row;
         if (!set.unpack_row) set.unpack_row = below.unpack_row;
-        if (!set.quantize) {
-            set.scale_columns = below.scale_columns;
-            set.sum_columns = below.sum_columns;
-            set.quantize = below.quantize;
-            set.split_digits = below.split_digits;
-            set.sum_quantized = below.sum_quantized;
-            set.sum_magnitudes = below.sum_magnitudes;
-            set.finish_int8 = below.finish_int8;
-        }
+        if (!set.activations.quantize) set.activations = below.activations;
         if (!set.screen_dots) set.screen_dots = below.screen_dots;
         sets[level] = set;
         compiled[level] = true;

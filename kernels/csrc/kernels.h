@@ -37,6 +37,18 @@ struct SalientEntries {
     float value[kSalientEntries], sign[kSalientEntries];
 };
 
+// What becomes of x before and of the sums after the block functions: kActivations of activations.inl.
+struct Activations {
+    void (*scale_columns)(const void* x, bool bfloat16, const float* alpha, int64_t k, float* z);
+    float (*sum_columns)(const void* x, bool bfloat16, const float* beta, int64_t k);
+    float (*quantize)(const float* z, int64_t padded, int8_t* q);
+    float (*split_digits)(const float* z, int64_t padded, int8_t* q);
+    int32_t (*sum_quantized)(const int8_t* q, int64_t n);
+    int32_t (*sum_magnitudes)(const int8_t* q, int64_t n);
+    void (*finish_int8)(const int32_t* sums, int32_t total, float scale, const float* factor, float shift,
+                        const float* beta, float* y);
+};
+
 // Functions of one instruction set. A panel is uint32 [n_words][kRows], 64-byte aligned. `sums` is [tokens][kRows] and
 // is added to. Strides are in elements, from one token to the next.
 struct KernelSet {
@@ -83,15 +95,7 @@ struct KernelSet {
     void (*pack_row)(int format, const void* w, int64_t k, uint32_t* words);
     void (*unpack_row)(int format, const uint32_t* words, int64_t k, void* out);
 
-    // What becomes of x before and of the sums after the block functions (activations.inl).
-    void (*scale_columns)(const void* x, bool bfloat16, const float* alpha, int64_t k, float* z);
-    float (*sum_columns)(const void* x, bool bfloat16, const float* beta, int64_t k);
-    float (*quantize)(const float* z, int64_t padded, int8_t* q);
-    float (*split_digits)(const float* z, int64_t padded, int8_t* q);
-    int32_t (*sum_quantized)(const int8_t* q, int64_t n);
-    int32_t (*sum_magnitudes)(const int8_t* q, int64_t n);
-    void (*finish_int8)(const int32_t* sums, int32_t total, float scale, const float* factor, float shift,
-                        const float* beta, float* y);
+    Activations activations;
 
     // Of n_rows rows of a screened head (head_screen.h), sums[r] = sum over the columns of code * x, x [blocks][128];
     // and the same of the rows `apart`, 2 * apart and so on after each, kStreams in all, in sums[n_rows] onwards, if

@@ -37,16 +37,17 @@ int64_t equal_part(int64_t tokens, int64_t most, int64_t step) {
 float read_token(const Linear& p, int64_t token, float* z) {
     const char* x = static_cast<const char*>(p.x) + token * p.k * (p.bfloat16 ? 2 : 4);
     const bool by_column = p.scale == kColumn;
-    p.set.scale_columns(x, p.bfloat16, by_column ? p.alpha : nullptr, p.k, z);
+    p.set.activations.scale_columns(x, p.bfloat16, by_column ? p.alpha : nullptr, p.k, z);
     std::fill(z + p.k, z + p.padded(), 0.0f);
-    return p.beta ? p.set.sum_columns(x, p.bfloat16, by_column ? p.beta : nullptr, p.k) : 0.0f;
+    return p.beta ? p.set.activations.sum_columns(x, p.bfloat16, by_column ? p.beta : nullptr, p.k) : 0.0f;
 }
 
 // What row `row` of the operand leaves to be taken out of its sums. The order within a word does not matter: groups are
 // whole words.
 void total_groups(const Linear& p, const int8_t* q, int64_t row, Ready& ready) {
     const int64_t size = p.scale == kGroup ? p.group_size : p.padded();
-    const auto total = ready.plan.form == Form::kLookupPanels ? p.set.sum_magnitudes : p.set.sum_quantized;
+    const Activations& sums = p.set.activations;
+    const auto total = ready.plan.form == Form::kLookupPanels ? sums.sum_magnitudes : sums.sum_quantized;
     int32_t* totals = ready.totals.get() + row * p.groups();
     for (int64_t g = 0; g < p.groups(); ++g, q += size) totals[g] = total(q, size);
 }
@@ -153,7 +154,7 @@ bool prepare(const Linear& p, int64_t first, int64_t t, float* z, Ready& ready) 
     const int64_t start = t * ready.plan.stride;
     if (ready.plan.rows == kDigits) {
         auto* digits = reinterpret_cast<int8_t*>(z + p.padded());
-        token.scale = p.set.split_digits(z, p.padded(), digits);
+        token.scale = p.set.activations.split_digits(z, p.padded(), digits);
         if (!std::isfinite(token.scale)) return false;
         for (int64_t row = t * kDigits; row < (t + 1) * kDigits; ++row, digits += p.padded()) {
             total_groups(p, digits, row, ready);
@@ -163,7 +164,7 @@ bool prepare(const Linear& p, int64_t first, int64_t t, float* z, Ready& ready) 
         const bool lookup = ready.plan.form == Form::kLookupPanels;
         // In place, if for tables only.
         int8_t* q = lookup ? reinterpret_cast<int8_t*>(z) : ready.quantized.get() + start;
-        token.scale = p.set.quantize(z, p.padded(), q);
+        token.scale = p.set.activations.quantize(z, p.padded(), q);
         if (!std::isfinite(token.scale)) return false;
         total_groups(p, q, t, ready);
         if (p.salient) lay_plain(p, t, nullptr, q, ready);
