@@ -32,8 +32,10 @@ from fbitrain.model.build import BinarizeReport, build_student
 from fbitrain.model.config import has_signs_of_weights
 from fbitrain.optim.schedules import batch_spans
 from fbitrain.process import device, resolve_precision
-from fbitrain.ranks import agreed, from_rank_0, say
+from fbitrain.profiling import StepProfile
+from fbitrain.ranks import agreed, from_rank_0, hosts, say
 from fbitrain.run_folder import prepare_run_dir, record_start, writable
+from fbitrain.step_clock import StepClock
 from fbitrain.step_targets import StepTargets, cache_problems, open_targets
 from fbitrain.student import Student
 from fbitrain.targets.cache_reader import TargetCache
@@ -64,7 +66,9 @@ class Parts:
     heldout: HeldoutWindows | None
     loader: TokenLoader
     writer: MetricsWriter
+    clock: StepClock
     interval: IntervalMeans
+    profile: StepProfile
     signs: SignTracker
     scales: ScaleTracker
     flops_per_token: float
@@ -73,9 +77,11 @@ class Parts:
     document_log: DocumentLog | None
     blank_batch: Tensor  # int64 [micro_batch_size, seq_len + 1], what a rank whose stream failed goes on with
     rank: int
+    hosts: list[str]  # of all ranks
 
     def close(self) -> None:
         """Ends the tokenizer processes and writes out what the writer still holds, however the run ended."""
+        self.profile.close()
         self.loader.close()
         self.writer.close()
 
@@ -111,6 +117,9 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
     agreed(lambda: record_start(config, world_size, state, tokenizer, resume_from) if rank == 0 else None)
     writer, batch_log, document_log = agreed(lambda: open_logs(config, rank, state.step))
     at = engine.device
+    clock = StepClock(at, config.train.collective_timeout_s, config.engine.comm_timeout_s)
+    engine.time_collectives(clock.waiting)
+    interval = IntervalMeans(at, clock)
     weights = engine.matrix_weights()
     watched = report.binarized if has_signs_of_weights(config.binarize) else ()
     parts = Parts(
@@ -121,7 +130,9 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
         heldout=heldout,
         loader=loader,
         writer=writer,
-        interval=IntervalMeans(at),
+        clock=clock,
+        interval=interval,
+        profile=StepProfile(config, rank, at, interval),
         signs=SignTracker(engine, watched, config.metrics.near_zero, at),
         scales=ScaleTracker(engine, at),
         flops_per_token=flops_per_token(config, weights, teacher.n_parameters if teacher else 0),
@@ -130,6 +141,7 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
         batch_log=batch_log,
         document_log=document_log,
         rank=rank,
+        hosts=hosts(),
     )
     return parts, state
 

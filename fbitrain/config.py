@@ -113,6 +113,8 @@ class TrainConfig:
     seed: int = 0  # initial weights and sampling
     activation_checkpointing: bool = False  # recompute each block in backward instead of keeping its activations
     compile: bool = False  # torch.compile the student
+    # Once steps run: a rank that is at one place for longer, and for longer than three steps, hangs and ends the run.
+    collective_timeout_s: float = 300.0
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ class EngineConfig:
     # Compute dtype: auto is bf16 where the device multiplies it natively, else fp32. Latent weights are always fp32.
     precision: str = "auto"
     offload_optimizer: bool = False  # keep optimizer state and fp32 weights in host memory (stages 1 to 3)
-    comm_timeout_s: int = 1800  # a collective that waits longer ends the run
+    # While a run starts, saves or evaluates, a collective that waits longer ends it; see train.collective_timeout_s.
+    comm_timeout_s: int = 1800
     threads_per_rank: int = 0  # CPU threads; 0: cores of this node / ranks on it
 
 
@@ -164,6 +167,8 @@ class DebugConfig:
     deterministic: bool = False  # torch.use_deterministic_algorithms
     log_batches: bool = False  # write a hash of every micro-batch to batches_rankNNNNN.jsonl in the run folder
     log_documents: bool = False  # write the ids of the documents that begin in each step to documents_rankNNNNN.jsonl
+    # [first, last] step of a profile in the run folder's profile/: a trace per rank, on GPUs a snapshot of memory, too.
+    profile_steps: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ def _train_problems(config: Config, world_size: int) -> Iterator[str]:
         ("train", "spike_loss", 0),
         ("train", "spike_grad_norm", 0),
         ("train", "spike_window", 1),
+        ("train", "collective_timeout_s", 1),
         ("checkpoint", "every", 1),
         ("checkpoint", "every_minutes", 0),
         ("checkpoint", "stop_within_s", 0),
@@ -72,6 +73,7 @@ def _train_problems(config: Config, world_size: int) -> Iterator[str]:
     if config.eval.every and data.heldout and data.seq_len == 1:
         yield "data.seq_len=1 leaves no token of a held-out window to predict; set it to 2 or more, or eval.every=0"
     yield from _batch_problems(config, world_size)
+    yield from _profile_problems(config)
     if world_size > data.n_lanes:
         yield f"data.n_lanes={data.n_lanes} is less than the {world_size} ranks of this run; every rank needs a lane"
     if 0 < config.model.max_seq_len < data.seq_len:
@@ -103,6 +105,15 @@ def _batch_problems(config: Config, world_size: int) -> Iterator[str]:
                 f"{name}={tokens} is not a multiple of "
                 f"micro_batch_size*seq_len*world_size={train.micro_batch_size}*{seq_len}*{world_size}={portion}"
             )
+
+
+def _profile_problems(config: Config) -> Iterator[str]:
+    steps, total = config.debug.profile_steps, config.train.total_steps
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1] <= total):
+        yield (
+            f"debug.profile_steps={steps} must be the first and the last step to profile, such as [10, 12], "
+            f"from 1 to train.total_steps={total}"
+        )
 
 
 def _two_stage_problems(config: Config) -> Iterator[str]:

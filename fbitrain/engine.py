@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fbitrain.base.errors import UserError
+from fbitrain.collectives import COLLECTIVES, Waiting, timed_collective
 from fbitrain.config import COMMUNICATION_BUCKET, Config
+from fbitrain.hangs import record_collectives
 from fbitrain.optim.muon import MatrixForm
 from fbitrain.optim.optimizer import MuonAdamW, build_optimizer, matrix_forms, set_rates
 from fbitrain.parameters import parameter_kinds, whole_shape
@@ -48,6 +50,7 @@ def init_distributed(config: Config) -> tuple[int, int]:
     timeout = timedelta(seconds=config.engine.comm_timeout_s)
     if on_gpu():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        record_collectives(config.run_dir)
     deepspeed.init_distributed(verbose=False, timeout=timeout)
     set_threads(config)
     if not on_gpu():
@@ -190,6 +193,12 @@ class Engine:
     def grad_norm(self) -> Tensor:
         """2-norm of the last step's whole gradient before clipping, over all ranks; a device scalar."""
         return torch.as_tensor(self._grad_norm, dtype=torch.float32, device=self.device)
+
+    def time_collectives(self, waiting: Waiting) -> None:
+        """Puts `waiting(name)` around each collective that DeepSpeed asks for, and around the wait for one."""
+        backend = deepspeed.comm.comm.cdb
+        for name in COLLECTIVES:
+            setattr(backend, name, timed_collective(name, getattr(backend, name), waiting))
 
     def train(self, mode: bool = True) -> None:
         self._deepspeed.train(mode)

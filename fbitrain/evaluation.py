@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def evaluate(parts: Parts, state: TrainerState) -> None:
     """Held-out perplexity, sample texts, histograms of the scales. Every rank takes part."""
     config, engine = parts.config, parts.engine
-    parts.interval.pause()
+    parts.interval.pause("evaluating")
     set_share(engine, config.binarize, state.step)
     engine.train(False)
     if parts.heldout is not None:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from fbitrain.checkpoint_files import TrainerState
 from fbitrain.model.phases import binary_share, has_phases
 from fbitrain.optim.schedules import lr_at
+from fbitrain.stragglers import straggler
 from fbitrain.tracking import router_scalars
 from fbitrain.utilization import memory_scalars, peak_tflops
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 def log(parts: Parts, state: TrainerState, bar: tqdm[Any]) -> None:
     """One line of scalars to metrics.jsonl, TensorBoard and the console."""
     scalars = parts.interval.close(parts.config.distill)
-    parts.interval.pause()
+    parts.interval.pause("logging")
     scalars["optim/lr"] = lr_at(parts.config, state.step)
     scalars |= {f"lr/{kind}": rate for kind, rate in parts.engine.rates().items()}
     scalars |= {f"update_ratio/{kind}": ratio for kind, ratio in parts.engine.shards.update_ratios().items()}
@@ -46,6 +47,8 @@ def log(parts: Parts, state: TrainerState, bar: tqdm[Any]) -> None:
     )
     if parts.rank == 0:
         bar.write(line, file=sys.stdout)
+        if slow := straggler(scalars, parts.hosts):
+            bar.write(slow, file=sys.stdout)
         sys.stdout.flush()
     parts.interval.run()
 

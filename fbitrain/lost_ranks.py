@@ -43,13 +43,16 @@ class Process:
     host: str
     machine: str  # the same for processes that see each other's numbers
 
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
 
 def _own_process() -> Process:
     return Process(dist.get_rank(), os.getpid(), started(os.getpid()), socket.gethostname(), machine())
 
 
 class Peers:
-    """The processes of all ranks. Collective to make."""
+    """The processes of all ranks, `processes`, by rank. Collective to make."""
 
     def __init__(self, run_dir: Path) -> None:
         self._note = run_dir / NOTE
@@ -60,7 +63,8 @@ class Peers:
         found: list[Process] = [self._mine] * dist.get_world_size()
         dist.all_gather_object(found, self._mine)
         # A rank of an earlier launch may be late with its note.
-        self._launch = f"{found[0].host} {found[0].pid} {found[0].started}"
+        self.processes, self.rank = found, self._mine.rank
+        self.launch = f"{found[0].host} {found[0].pid} {found[0].started}"
         self._here = [p for p in found if p.machine == self._mine.machine and p.started]
         self._elsewhere = [p for p in found if p.machine != self._mine.machine]
 
@@ -70,9 +74,9 @@ class Peers:
 
     def claim(self, missing: Sequence[Process]) -> bool:
         """Whether this rank is the one to say that these are missing: the first on any node."""
-        content = {"ranks": [p.rank for p in missing], "seen_by": self._mine.rank, "launch": self._launch}
+        content = {"ranks": [p.rank for p in missing], "seen_by": self._mine.rank, "launch": self.launch}
         try:
-            if (before := self._noted()) and self._launch not in before:
+            if (before := self._noted()) and self.launch not in before:
                 self._note.unlink(missing_ok=True)
             with self._note.open("x", encoding="utf-8") as note:
                 note.write(json.dumps(content) + "\n")
@@ -84,7 +88,7 @@ class Peers:
 
     def said(self) -> bool:
         """Whether a rank of this launch has said which rank was lost."""
-        return self._launch in self._noted()
+        return self.launch in self._noted()
 
     def _noted(self) -> str:
         """What LOST.json holds; empty where there is none, and while it is written."""
@@ -121,7 +125,7 @@ class Peers:
 
 def sentence(missing: Sequence[Process]) -> str:
     """What to say of ranks that are gone."""
-    names = " and ".join(f"rank {p.rank} (process {p.pid} on {p.host})" for p in missing)
+    names = " and ".join(map(str, missing))
     return (
         f"{names} ended in the middle of the run; its own last lines, or dmesg where it was killed for want of memory, "
         "say why; start the same command again to go on from the last checkpoint"
@@ -129,7 +133,7 @@ def sentence(missing: Sequence[Process]) -> str:
 
 
 @contextmanager
-def lost_ranks_named(run_dir: Path) -> Iterator[None]:
+def lost_ranks_named(run_dir: Path) -> Iterator[Peers]:
     """While the ranks work together inside: says which of them was lost, if one is. Collective.
 
     Raises UserError where the connection to another rank broke. A rank that waits inside NCCL raises nothing, so a
@@ -138,7 +142,7 @@ def lost_ranks_named(run_dir: Path) -> Iterator[None]:
     peers, over = Peers(run_dir), threading.Event()
     threading.Thread(target=_watch, args=(peers, over), daemon=True).start()
     try:
-        yield
+        yield peers
     except RuntimeError as error:
         over.set()
         if isinstance(error, dist.DistError) or _BROKEN.search(str(error)):

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fbitrain.config import DistillConfig
 from fbitrain.distill import DistillMetrics
+from fbitrain.step_clock import ACTIVITIES, StepClock
+from fbitrain.stragglers import rank_scalars
 
 _SUMS = ("kd", "teacher_entropy", "label_ce", "teacher_label_ce", "top1_agreement", "hidden_mse", "tokens")
 
@@ -17,8 +19,9 @@ _SUMS = ("kd", "teacher_entropy", "label_ce", "teacher_label_ce", "top1_agreemen
 class IntervalMeans:
     """Means over the micro-batches and steps since the last log line. Nothing waits for the device before `close`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clock: StepClock) -> None:
         self._device = device
+        self._clock = clock
         self.restart()
 
     def restart(self) -> None:
@@ -27,13 +30,16 @@ class IntervalMeans:
         self._micro_batches = self._steps = 0
         self._before = self._sums.clone(), 0
         self._seconds = 0.0
+        self._clock.take()
         self._started: float | None = None
 
     def run(self) -> None:
         """(Re)starts the clock, which evaluation and saving stop."""
         self._started = time.perf_counter()
 
-    def pause(self) -> None:
+    def pause(self, activity: str) -> None:
+        """Stops the clock for what is no part of a step."""
+        self._clock.enter(activity)
         if self._started is not None:
             self._seconds += time.perf_counter() - self._started
             self._started = None
@@ -63,11 +69,15 @@ class IntervalMeans:
 
     def close(self, distill: DistillConfig) -> dict[str, float]:
         """Means over the interval and all ranks, then starts a new one. Collective."""
-        self.pause()
-        sums = self._sums.clone()
-        dist.all_reduce(sums)
+        self.pause("logging")
+        world = dist.get_world_size()
+        times = torch.zeros(world, len(ACTIVITIES), dtype=torch.float64)
+        times[dist.get_rank()] = self._clock.take()
+        shared = torch.cat([self._sums, times.flatten().to(self._device)])
+        dist.all_reduce(shared)
+        sums, times = shared[: len(self._sums)], shared[len(self._sums) :].view_as(times)
         values = dict(zip((*_SUMS, "loss", "grad_norm"), sums.tolist(), strict=True))
-        world, tokens = dist.get_world_size(), max(values["tokens"], 1.0)
+        tokens = max(values["tokens"], 1.0)
         scalars = {
             "train/loss": values["loss"] / (world * max(self._micro_batches, 1)),
             "train/label_ce": values["label_ce"] / tokens,
@@ -87,4 +97,4 @@ class IntervalMeans:
             }
         self.restart()
         self.run()
-        return scalars
+        return scalars | rank_scalars(times)

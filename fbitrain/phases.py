@@ -21,17 +21,20 @@ if TYPE_CHECKING:
 IDLE = ("scales", "routers")  # kinds of parameters that full precision does not train
 
 
-def enter_step(engine: Engine, binarize: BinarizeConfig, done: int) -> None:
-    """Before the forward pass of step `done` + 1: its share, and the scales' start where it is due. Collective."""
+def enter_step(engine: Engine, binarize: BinarizeConfig, done: int) -> bool:
+    """Before the forward pass of step `done` + 1: its share, and the scales' start where it is due. Collective.
+
+    Returns whether the layers compute something else from here on, which is compiled anew.
+    """
     if scales_begin(binarize, done):
         start_scales(engine, done)
-    set_share(engine, binarize, done + 1)
+    return set_share(engine, binarize, done + 1)
 
 
-def set_share(engine: Engine, binarize: BinarizeConfig, step: int) -> None:
-    """Gives all layers the share of `step`; nothing happens in a run without phases."""
+def set_share(engine: Engine, binarize: BinarizeConfig, step: int) -> bool:
+    """Gives all layers the share of `step`; returns whether their phase changed. A run without phases has one."""
     if not has_phases(binarize):
-        return
+        return False
     share = binary_share(binarize, step)
     phases = set()
     for _, layer in latent_layers(engine):
@@ -41,6 +44,7 @@ def set_share(engine: Engine, binarize: BinarizeConfig, step: int) -> None:
     if engine.config.train.compile and len(phases) > 1:
         # What was compiled for a phase that is over would count towards torch's limit of variants.
         torch.compiler.reset()
+    return len(phases) > 1
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def set_timeouts(seconds: int) -> None:
+def set_timeouts(seconds: float) -> None:
     """DeepSpeed's cloned process groups keep a timeout of 30 minutes whatever init_distributed was told."""
     groups = dist.distributed_c10d._world.pg_map
     for group in list(groups):

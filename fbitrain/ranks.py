@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -87,6 +88,13 @@ def progress_bar(total: int, description: str, unit: str) -> tqdm[Any]:
     """A bar on a terminal, drawn by rank 0 alone where every rank does the same work; also without a process group."""
     quiet = dist.is_initialized() and dist.get_rank() != 0
     return tqdm(total=total, desc=description, unit=unit, disable=True if quiet else None)
+
+
+def hosts() -> list[str]:
+    """The host of every rank. Collective."""
+    found: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(found, socket.gethostname())
+    return found
 
 
 def say(text: str) -> None:

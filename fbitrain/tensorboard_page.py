@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from fbitrain.config import Config, flatten
+from fbitrain.step_clock import ACTIVITIES
 
 OVERVIEW = {  # the first group's charts, which are sorted by name as well
     "train/loss": "1 loss",
@@ -34,6 +35,7 @@ GROUPS = {
     "3 optimizer": ("optim", "lr", "update_ratio"),
     "4 signs and scales": ("signs", "scales", "router", "phase"),
     "5 speed and memory": ("speed", "memory", "model"),
+    "5 step of the slowest and fastest rank": ("slowest_rank", "fastest_rank"),
     "6 data": ("data",),
 }
 GROUP_OF = {prefix: group for group, prefixes in GROUPS.items() for prefix in prefixes}
@@ -123,6 +125,13 @@ def layout() -> dict[str, dict[str, list[Any]]]:
             "gradient norm": curves("optim/grad_norm"),
             "size of updates": all_of("update_ratio/"),
             "scales that are negative or changed their sign": curves("scales/negative", "scales/sign_changes"),
+        },
+        "Speed": {
+            "seconds of work in a step, slowest and fastest rank": curves(
+                "slowest_rank/working_s", "fastest_rank/working_s"
+            ),
+            "where the slowest rank's step goes": curves(*(f"slowest_rank/{name}_s" for name in ACTIVITIES)),
+            "where the fastest rank's step goes": curves(*(f"fastest_rank/{name}_s" for name in ACTIVITIES)),
         },
         "Data": {
             "tokens by source": all_of("data/tokens/"),

@@ -27,6 +27,7 @@ from fbitrain.config import Config
 from fbitrain.engine import init_distributed
 from fbitrain.evaluation import evaluate
 from fbitrain.fine_tune import needs_calibration, with_known_sizes
+from fbitrain.hangs import hangs_named
 from fbitrain.log_line import log
 from fbitrain.lost_ranks import lost_ranks_named
 from fbitrain.optim.schedules import batch_tokens_at
@@ -45,7 +46,7 @@ def train(config: Config) -> None:
     Raises UserError for what the user can mend; one that is raised on all ranks has `on_all_ranks` set.
     """
     rank, world_size = init_distributed(config)
-    with ExitStack() as closed_last, lost_ranks_named(config.run_dir):
+    with ExitStack() as closed_last, lost_ranks_named(config.run_dir) as peers:
         config = agreed(lambda: with_known_sizes(config, world_size))
         if done := finished(config):
             say(done)
@@ -53,7 +54,8 @@ def train(config: Config) -> None:
             stop = Stop(config.checkpoint, device())
             parts, state = build(config, rank, world_size)
             closed_last.callback(parts.close)  # takes rank 0 a while, in which others may leave
-            run_steps(parts, state, stop)
+            with hangs_named(parts.clock, peers, config.run_dir):
+                run_steps(parts, state, stop)
             dist.barrier()
     dist.destroy_process_group()
 
@@ -71,6 +73,7 @@ def run_steps(parts: Parts, state: TrainerState, stop: Stop) -> None:
     parts.interval.run()
     while state.step < config.train.total_steps and not stop.agreed:
         try:
+            parts.profile.before(state.step + 1)
             end = train_step(parts, state, stop)
             if end and end.rewind:
                 end = replace(end, state=rewind(parts, end.state, rewinds))
@@ -83,6 +86,7 @@ def run_steps(parts: Parts, state: TrainerState, stop: Stop) -> None:
                 save(parts, state, data_state)
             break
         state, data_state = end.state, end.data_state
+        parts.profile.after(state.step)
         bar.update()
         last = state.step == config.train.total_steps
         if (state.step % config.metrics.every == 0 or last) and not parts.interval.empty:
@@ -112,31 +116,41 @@ def train_step(parts: Parts, state: TrainerState, stop: Stop) -> StepEnd | None:
     Raises StreamError on all ranks, before the update, if the stream of any of them fails, and SpikeError if the loss
     or the gradient is at fault and train.on_spike says to stop.
     """
-    config, engine = parts.config, parts.engine
+    config, engine, clock = parts.config, parts.engine, parts.clock
     step = state.step + 1
-    enter_step(engine, config.binarize, state.step)
+    changed = enter_step(engine, config.binarize, state.step)
     n_micro_batches = config.grad_accum_steps(engine.world_size, step)
     engine.set_grad_accum_steps(n_micro_batches)
     stop.begin_step(n_micro_batches)
+    clock.begin_step(step, n_micro_batches, compiles=changed)
     parts.interval.begin_step()
     named = step in config.data.skip_steps
     failure = ""
     losses = torch.zeros((), dtype=torch.float64, device=engine.device)
     for i in range(n_micro_batches):
+        clock.enter("data", i + 1)
         batch, cached, failure = (parts.blank_batch, None, failure) if failure else draw(parts, with_targets=not named)
         if not named:
             batch = batch.to(engine.device, non_blocking=True)
-            loss, metrics = engine(batch, **parts.targets.ask(batch, cached))
+            clock.enter("teacher")
+            targets = parts.targets.ask(batch, cached)
+            clock.enter("forward")
+            loss, metrics = engine(batch, **targets)
+            clock.enter("backward")
             engine.backward(loss)
             parts.interval.add_micro_batch(loss, metrics)
             losses += loss.detach()
         if i < n_micro_batches - 1:
-            if stop.drops_step(left=n_micro_batches - 1 - i):
+            with clock.waiting("whether to stop"):
+                dropped = stop.drops_step(left=n_micro_batches - 1 - i)
+            if dropped:
                 return None
             if not named:
                 engine.end_micro_batch()
     # The one host wait of a step, where DeepSpeed is about to wait for the gradient norm anyway.
-    mean_loss = agree_to_go_on(parts, stop, losses / n_micro_batches, failure)
+    with clock.waiting("whether to go on"):
+        mean_loss = agree_to_go_on(parts, stop, losses / n_micro_batches, failure)
+    clock.enter("optimizer")
     if named:
         engine.shards.count_steps(step)
         fault = "it is one of data.skip_steps"
@@ -210,6 +224,7 @@ def end_step(parts: Parts, state: TrainerState, loss: float, fault: str, named: 
         parts.document_log.add(step, parts.loader.take_documents(), fault)
     tokens = state.tokens + (0 if fault else batch_tokens_at(train, step))
     rewinds = bool(fault) and not named and train.on_spike == "rewind"
+    parts.clock.end_step()
     return StepEnd(TrainerState(step, tokens, means), parts.loader.state(), rewinds)
 
 
@@ -218,7 +233,7 @@ def end_step(parts: Parts, state: TrainerState, loss: float, fault: str, named: 
 
 def save(parts: Parts, state: TrainerState, data_state: Mapping[str, Any]) -> int:
     """Writes the checkpoint of this step; returns the step."""
-    parts.interval.pause()
+    parts.interval.pause("saving")
     started = time.perf_counter()
     try:
         folder = checkpoint.save(parts.engine, parts.config, state, data_state, parts.loader.shard_list())
@@ -247,6 +262,7 @@ def rewind(parts: Parts, state: TrainerState, before: Counter[Path]) -> TrainerS
     kept = trainer_state(folder)
     if kept.step < config.binarize.from_step <= state.step:
         raise SpikeError(f"{folder} is of full precision, and step {state.step} is not: it cannot be rewound to")
+    parts.interval.pause("rewinding")
     agreed(lambda: resume.restore(engine, folder, config.optim.on_change))
     engine.shards.changed(state.step)
     parts.interval.restart()

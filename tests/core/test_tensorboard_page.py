@@ -37,6 +37,7 @@ def scalars_at(step: int, n_blocks: int = 2) -> dict[str, float]:
     keys = (
         *("train/loss", "train/label_ce", "train/kd", "teacher/entropy", "optim/lr", "optim/grad_norm"),
         *("lr/matrices", "lr/scales", "update_ratio/matrices", "signs/flipped", "signs/near_zero", "scales/negative"),
+        *("slowest_rank/working_s", "slowest_rank/waiting_s", "fastest_rank/working_s", "slowest_rank/number"),
         *("speed/tokens_per_s", "speed/mfu", "memory/resident_gib", "data/tokens/web", "data/bad_records"),
         *("phase/binary_share", "router/entropy", "model/bits_per_weight", "unheard/of"),
     )
@@ -108,7 +109,8 @@ def test_the_page_opens_on_what_matters(tmp_path: Path, board: Board) -> None:
     tags = ask("plugin/scalars/tags")["good_name"]
     histograms = ask("plugin/histograms/tags")["good_name"]
     groups = groups_of([*tags, *histograms])
-    assert [group[0] for group in groups] == [*"1234567899"]
+    assert [group[0] for group in groups] == [*"12345567899"]
+    assert groups[4:6] == ["5 speed and memory", "5 step of the slowest and fastest rank"]
     assert sorted(tag for tag in tags if tag.startswith(groups[0])) == [
         *(LOSS, "1 overview/2 bits per byte", "1 overview/3 tokens per s"),
         *("1 overview/4 learning rate", "1 overview/5 signs flipped", "1 overview/6 gradient norm"),
@@ -116,6 +118,7 @@ def test_the_page_opens_on_what_matters(tmp_path: Path, board: Board) -> None:
     assert "2 losses/heldout/perplexity" in tags
     assert "3 optimizer/lr/scales" in tags
     assert "7 other/unheard/of" in tags
+    assert "5 step of the slowest and fastest rank/slowest_rank/waiting_s" in tags
     assert groups[-3:] == ["8 signs flipped by layer", "9 alpha by layer", "9 beta by layer"]
     assert "9 alpha by layer/layers.0.self_attn.q_proj" in histograms
     assert "4 signs and scales/alpha of all layers" in histograms

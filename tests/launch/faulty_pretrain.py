@@ -49,6 +49,40 @@ def hang_while_rank_1_dies() -> None:
     before_step_4(lambda: die() if RANK == 1 else time.sleep(600))
 
 
+def hang_in_data_on_rank_1() -> None:
+    """In step 4, as on a file system that does not answer: nobody ever writes into the pipe that is opened."""
+    draw = train.draw
+    step = 0
+
+    def hanging(parts: Any, **options: Any) -> Any:
+        if RANK == 1 and step == 3:
+            pipe = parts.config.run_dir / "pipe"
+            os.mkfifo(pipe)
+            open(pipe).close()
+        return draw(parts, **options)
+
+    def note() -> None:
+        nonlocal step
+        step = 3
+
+    before_step_4(note)
+    train.draw = hanging
+
+
+def stop_rank_1_at_step_4() -> None:
+    before_step_4(lambda: os.kill(os.getpid(), signal.SIGSTOP) if RANK == 1 else None)
+
+
+def slow_forward_on_rank_1() -> None:
+    forward = Engine.__call__
+
+    def slow(engine: Any, *arguments: Any, **options: Any) -> Any:
+        time.sleep(0.3 if RANK == 1 else 0)
+        return forward(engine, *arguments, **options)
+
+    Engine.__call__ = slow  # type: ignore[method-assign]
+
+
 def slow_micro_batches_in_step_4() -> None:
     """Step 4 takes half a minute, and says when it has begun."""
 
