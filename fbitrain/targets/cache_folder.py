@@ -22,7 +22,7 @@ import orjson
 from fbitrain.base.errors import UserError
 from fbitrain.data.pretokenized.token_shards import FileReport, source_folder, with_ending
 
-VERSION = 1
+VERSION = 2  # of the settings and of frames
 SETTINGS = "settings.json"
 FRAMES, PLACES, REPORT = ".frames", ".places", ".json"
 KINDS = ("sampled", "top")

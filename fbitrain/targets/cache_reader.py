@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fbitrain.base.errors import UserError
@@ -23,15 +22,15 @@ from fbitrain.targets.cache_folder import (
     read_settings,
     shard_path,
 )
-from fbitrain.targets.frames import FRAME_TOKENS, SMALL_VOCAB, DamagedFrame, Targets, decode
+from fbitrain.targets.frames import FRAME_TOKENS, DamagedFrame, FrameFormat, Targets
 from fbitrain.targets.sparse import SparseTargets
 
-FRAMES_KEPT = 128  # the last ones read, some 300 KB each: a long document is read in many pieces
+FRAMES_KEPT = 128  # the last ones read, some 200 KB each: a long document is read in many pieces
 
 
 class _Frame(NamedTuple):
     targets: Targets
-    ends: npt.NDArray[np.int64]  # [M + 1] where the words of each token end, behind a 0
+    ends: memoryview  # int32 [M + 1], read number by number: where the words of each token end, behind a 0
 
 
 class TargetCache:
@@ -45,11 +44,10 @@ class TargetCache:
         self.folder = Path(folder)
         self.settings: CacheSettings = read_settings(self.folder)
         self._rest = rest
-        ids = np.uint16 if self.settings.vocab_size <= SMALL_VOCAB else np.uint32
-        self._no_words = Targets(np.zeros(1, np.uint8), np.empty(0, ids), np.empty(0, self.settings.weight_dtype))
+        self._format = FrameFormat(self.settings.vocab_size, self.settings.weight_dtype)
         self._covered: set[tuple[str, str]] = set()
         self._shards: dict[tuple[str, str], _Shard] = {}
-        self._frames: OrderedDict[tuple[str, str, int], _Frame] = OrderedDict()
+        self._frames: OrderedDict[tuple[str, str, int, int], _Frame] = OrderedDict()
 
     def cover(self, index: TokenIndex, sources: Sequence[str]) -> list[str]:
         """Looks which shards of `sources` have targets, of the very tokens in `index`; returns the names of the others.
@@ -95,25 +93,23 @@ class TargetCache:
                 skip = 0
                 if first == 0 and first < span.stop:
                     labelled.append(n_tokens)
-                    parts.append(self._no_words)
+                    parts.append(self._format.no_words)
                     n_tokens, first = n_tokens + 1, 1
                 if first < span.stop:
-                    parts += self._pieces(span, first, span.stop)
+                    self._add(parts, span, first)
                     n_tokens += span.stop - first
         return self._joined(parts, labelled) if parts else SparseTargets.none(0)
 
-    def _pieces(self, span: Span, first: int, stop: int) -> Iterator[Targets]:
-        """The targets of tokens `first` to `stop` of the span's document, frame by frame."""
-        shard = self._shard(span)
-        frame = shard.first_frame(span)
-        while first < stop:
-            number = frame + (first - 1) // FRAME_TOKENS
-            (n, ids, weights), ends = self._frame(shard, number)
-            at = (first - 1) % FRAME_TOKENS
-            to = min(at + stop - first, len(n))
+    def _add(self, parts: list[Targets], span: Span, first: int) -> None:
+        """The targets of the span's tokens from `first` on, frame by frame."""
+        while first < span.stop:
+            number, at = divmod(first - 1, FRAME_TOKENS)
+            (n, ids, weights), ends = self._frame(span, number)
+            to = min(at + span.stop - first, len(n))
             if to <= at:
-                raise shard.damaged(span.line, "it holds fewer tokens than its document has")
-            yield Targets(n[at:to], ids[ends[at] : ends[to]], weights[ends[at] : ends[to]])
+                raise self._shard(span).damaged(span.line, "it holds fewer tokens than its document has")
+            words = slice(ends[at], ends[to])
+            parts.append(Targets(n[at:to], ids[words], weights[words]))
             first += to - at
 
     def _joined(self, parts: Sequence[Targets], labelled: Sequence[int]) -> SparseTargets:
@@ -126,20 +122,23 @@ class TargetCache:
                 label_weights = np.maximum(1 - sums, 0)
             else:
                 weights = weights / sums[place]
-        label_weights[labelled] = 1
-        ends = torch.from_numpy(np.cumsum(n, dtype=np.int64))
+        if labelled:
+            label_weights[labelled] = 1
+        ends = torch.from_numpy(n.cumsum(dtype=np.int64))
         words, shares = torch.from_numpy(ids), torch.from_numpy(weights)
         return SparseTargets(ends, words, shares, torch.from_numpy(label_weights), divisor)
 
-    def _frame(self, shard: _Shard, number: int) -> _Frame:
-        key = (*shard.key, number)
-        if key in self._frames:
+    def _frame(self, span: Span, number: int) -> _Frame:
+        """Frame `number` of the span's document."""
+        key = span.source, span.shard, span.line, number
+        found = self._frames.get(key)
+        if found is not None:
             self._frames.move_to_end(key)
-            return self._frames[key]
-        targets = shard.decode(number)
-        ends = np.zeros(len(targets.n) + 1, np.int64)
-        np.cumsum(targets.n, out=ends[1:])
-        found = self._frames[key] = _Frame(targets, ends)
+            return found
+        targets = self._shard(span).decode(span, number)
+        ends = np.zeros(len(targets.n) + 1, np.int32)
+        np.cumsum(targets.n, dtype=np.int32, out=ends[1:])
+        found = self._frames[key] = _Frame(targets, ends.data)
         if len(self._frames) > FRAMES_KEPT:
             self._frames.popitem(last=False)
         return found
@@ -147,16 +146,15 @@ class TargetCache:
     def _shard(self, span: Span) -> _Shard:
         key = span.source, span.shard
         if key not in self._shards:
-            self._shards[key] = _Shard(shard_path(self.folder, *key), key, self.settings)
+            self._shards[key] = _Shard(shard_path(self.folder, *key), self._format)
         return self._shards[key]
 
 
 class _Shard:
     """The two files of one covered shard."""
 
-    def __init__(self, path: Path, key: tuple[str, str], settings: CacheSettings) -> None:
-        self.key = key
-        self._path, self._settings = path, settings
+    def __init__(self, path: Path, form: FrameFormat) -> None:
+        self._path, self._format = path, form
         try:
             self._places = map_places(with_ending(path, PLACES))
             frames = with_ending(path, FRAMES)
@@ -165,22 +163,17 @@ class _Shard:
             raise UserError(f"{path} cannot be read ({error.strerror or error}); restore it") from None
         self._lines = np.ascontiguousarray(self._places["line"])
 
-    def first_frame(self, span: Span) -> int:
-        """The number of the first frame of the span's document."""
-        number = int(np.searchsorted(self._lines, span.line))
-        last = number + (span.length - 2) // FRAME_TOKENS
-        if last >= len(self._lines) or self._lines[number] != span.line or self._lines[last] != span.line:
+    def decode(self, span: Span, number: int) -> Targets:
+        """Frame `number` of the span's document. Raises UserError where it is not what was written."""
+        first = int(np.searchsorted(self._lines, span.line))
+        last = first + (span.length - 2) // FRAME_TOKENS
+        if last >= len(self._lines) or self._lines[first] != span.line or self._lines[last] != span.line:
             raise self.damaged(span.line, "it holds fewer documents than its shard has")
-        return number
-
-    def decode(self, number: int) -> Targets:
-        """Raises UserError for a frame that is not what was written."""
-        _, _, offset, size, n_tokens = self._places[number].item()
-        settings = self._settings
+        _, _, offset, size, n_tokens = self._places[first + number].item()
         try:
-            return decode(self._bytes[offset : offset + size], n_tokens, settings.vocab_size, settings.weight_dtype)
+            return self._format.decode(self._bytes[offset : offset + size], n_tokens)
         except DamagedFrame as error:
-            raise self.damaged(int(self._lines[number]), str(error)) from None
+            raise self.damaged(span.line, str(error)) from None
 
     def damaged(self, line: int, how: str) -> UserError:
         """The error about the targets of the document at `line`."""

@@ -23,7 +23,7 @@ from fbitrain.data.pretokenized.token_shards import (
 from fbitrain.targets.cache_files import CacheFiles, writing_cache
 from fbitrain.targets.cache_folder import PLACE, CacheSettings
 from fbitrain.targets.draws import Drawing
-from fbitrain.targets.frames import FRAME_TOKENS, Targets, encode
+from fbitrain.targets.frames import FRAME_TOKENS, FrameFormat, Targets
 from fbitrain.targets.pieces import Piece
 from fbitrain.targets.windows import Window, batches, padded, windows
 
@@ -63,13 +63,14 @@ class PieceWriter:
         self._folder, self._index, self._settings, self._border = folder, index, settings, border
         self._teacher, self._batch_tokens = teacher, batch_tokens
         self._drawing = Drawing(settings)
+        self._format = FrameFormat(settings.vocab_size, settings.weight_dtype)
         self.n_tokens = self.n_words = self.n_bytes = 0
 
     def measure(self, piece: Piece) -> tuple[int, int]:
         """Targets and bytes of one batch of the piece, of which nothing is written."""
         texts = self._texts(piece)
         asked = [targets for _, targets in self._ask(next(self._batches(texts)), texts)]
-        n_bytes = sum(len(encode(targets, self._settings.vocab_size)) + PLACE.itemsize for targets in asked)
+        n_bytes = sum(len(self._format.encode(targets)) + PLACE.itemsize for targets in asked)
         return sum(len(targets.n) for targets in asked), n_bytes
 
     def write(self, piece: Piece) -> Iterator[int]:
@@ -135,7 +136,7 @@ class PieceWriter:
             to = min(at + FRAME_TOKENS, len(targets.n))
             words = slice(ends[at], ends[to])
             part = Targets(targets.n[at:to], targets.ids[words], targets.weights[words])
-            files.add(line, at + 1, part, encode(part, self._settings.vocab_size))
+            files.add(line, at + 1, part, self._format.encode(part))
 
 
 def _documents(records: Records, tokens: TokenIds, border: Border) -> tuple[list[int], list[npt.NDArray[np.int32]]]:

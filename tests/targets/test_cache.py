@@ -253,7 +253,13 @@ def test_a_cache_of_other_tokens_is_refused(copy: Path, tokenized: DataConfig) -
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "is no cache"), ("{", "cannot be read"), ("[]", "cannot be read")]
+    ("content", "message"),
+    [
+        (None, "is no cache"),
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        ('{"version": 1}', "is of version 1, not 2; write the cache anew$"),
+    ],
 )
 def test_a_folder_that_is_no_cache(content: str | None, message: str, tmp_path: Path) -> None:
     if content is not None:
