@@ -113,7 +113,7 @@ class Student(nn.Module):
             return total, metrics
         distance = hidden_distance(output.hidden_states[1:], teacher_states)
         metrics = replace(metrics, hidden_mse=distance.detach() * metrics.tokens)
-        return total + self.distill.hidden_weight * distance, metrics
+        return total + self.distill.hidden_factor(inputs.shape[1]) * distance, metrics
 
     def _loss(
         self,

@@ -118,6 +118,25 @@ def test_the_hidden_states_distance_is_the_sum_over_layers_of_mean_squares(kd_we
     assert not torch.allclose(gradient, mine.model.layers[0].mlp.up_proj.weight.grad)
 
 
+@pytest.mark.parametrize("kd_weight", [1.0, 0.7])
+def test_per_sequence_the_balance_is_the_published_one(kd_weight: float) -> None:
+    """BinaryMoS (arXiv 2406.12311): KL(teacher ‖ student) summed over a sequence, a mean over the batch's sequences
+    ("batchmean"), + 10 · Σ over layers of the mean square. The gradients are ours times T.
+    """
+    torch.manual_seed(3)
+    mine, theirs = llama().double(), llama().double().eval().requires_grad_(False)
+    ids, weights = batch(3), [p for p in mine.parameters() if p.requires_grad]
+    outputs = [m(ids[:, :-1], output_hidden_states=True) for m in (mine, theirs)]
+    logs, teachers = (output.logits.log_softmax(-1) for output in outputs)
+    kd = (teachers.exp() * (teachers - logs)).sum() / 3
+    pairs = zip(*(output.hidden_states[1:] for output in outputs), strict=True)
+    published = torch.autograd.grad(kd_weight * kd + 10 * sum((a - b).square().mean() for a, b in pairs), weights)
+    distill = DistillConfig(kd_weight=kd_weight, hidden_weight=10.0, hidden_per="sequence", chunk_tokens=7)
+    loss, _ = Student(mine, distill)(ids, *teacher_of(theirs).targets(ids[:, :-1], with_states=True))
+    for found, wanted in zip(torch.autograd.grad(loss, weights), published, strict=True):
+        torch.testing.assert_close(found * T, wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_the_loss_does_not_depend_on_how_sequences_are_batched() -> None:
     torch.manual_seed(2)
     student, teacher = Student(llama(), DistillConfig(ce_weight=0.5, hidden_weight=10.0)), teacher_of(llama().eval())
