@@ -193,7 +193,7 @@ def test_good_configs_have_no_problem(method: str) -> None:
         (BinarizeConfig(method="partial", beta=False), "has its scales per row or group; set binarize.scale=row"),
         (BinarizeConfig(method="partial", scale="row"), "has no shift; set binarize.beta=false"),
         (BinarizeConfig(method="mixture_of_scales", n_experts=0), "binarize.n_experts=0 must be from 1 to 64"),
-        (BinarizeConfig(bits=2), "binarize.bits=2 is for binarize.method=cherry; binary has a width of its own"),
+        (BinarizeConfig(bits=2), "binarize.bits=2 is for binarize.method=cherry, not binary; leave it out"),
     ],
 )
 def test_contradictions(binarize: BinarizeConfig, problem: str) -> None:

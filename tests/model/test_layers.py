@@ -29,6 +29,9 @@ LAYERS: dict[str, BinarizeConfig] = {
     "partial int8": salient("partial", "int8", scale="row"),
     "partial fp16 by group": salient("partial", "float16", scale="group", group_size=G),
     "cherry": salient("cherry", "float16", scale="row", bits=3),
+    "cherry minmax": salient("cherry", "float16", scale="group", group_size=G, bits=3, grid="minmax"),
+    "onebit with norm": BinarizeConfig(method="onebit", output_norm=True),
+    "xnor of the benchmark": BinarizeConfig(method="xnor", variant="benchmark"),
 }
 each_layer = pytest.mark.parametrize("kind", LAYERS)
 
@@ -62,7 +65,7 @@ def sqnr(found: Tensor, wanted: Tensor) -> float:
 @each_layer
 def test_forward_is_the_product_with_the_effective_weight(kind: str) -> None:
     layer, x = make(kind), make_input(2, 3)
-    if LAYERS[kind].traits.routed:
+    if not LAYERS[kind].has_fixed_weights:
         with pytest.raises(ValueError, match="depends on the token"):
             layer.effective_weight()
         return
