@@ -220,7 +220,7 @@ def _salient_problems(binarize: BinarizeConfig, model: ModelConfig) -> Iterator[
         value = getattr(salient, name)
         if value not in choices:
             yield f"binarize.salient.{name}={value!r} is unknown; choose one of {', '.join(choices)}"
-    if salient.scope == "row" and not round(salient.fraction * max(1, model.d_model)):
+    if salient.scope == "row" and model.d_model and not round(salient.fraction * model.d_model):
         yield (
             f"binarize.salient.scope=row keeps none of a row's model.d_model={model.d_model} weights at "
             f"binarize.salient.fraction={salient.fraction}; raise it, or set binarize.salient.scope=layer"

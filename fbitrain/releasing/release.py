@@ -108,10 +108,16 @@ def _require_possible(run: Path, formats: Sequence[str], binarize: BinarizeConfi
         return
     if not binarize.enabled and "packed" in formats:
         raise UserError(f"{run} has no binary weights (binarize.enabled=false) to pack; release it as dense only")
-    if binarize.enabled and not binarize.has_fixed_weights and set(formats) != {"packed"}:
-        does = "norms every product" if binarize.output_norm else "mixes its scales anew for every token"
+    if not binarize.enabled or set(formats) == {"packed"}:
+        return
+    if binarize.traits.routed:
         raise UserError(
-            f"{run} {does} (binarize.method={binarize.method}), so there are no fixed weights to write out; "
+            f"{run} mixes its scales anew for every token (binarize.method={binarize.method}), so there are no "
+            "fixed weights to write out; release it as packed only"
+        )
+    if not binarize.has_fixed_weights:
+        raise UserError(
+            f"{run} norms every product (binarize.output_norm=true), so there are no fixed weights to write out; "
             "release it as packed only"
         )
 

@@ -19,7 +19,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from fbitrain.base.errors import UserError
 from fbitrain.config import DistillConfig
+from fbitrain.model.build import binarize_
+from fbitrain.model.config import BinarizeConfig
 from fbitrain.parameters import parameter_kinds
 from fbitrain.student import Student
 from fbitrain.teacher import Teacher
@@ -80,6 +83,14 @@ def test_any_causal_model_is_a_student(make: Any) -> None:
     if lm.config.tie_word_embeddings:
         assert student.head.weight is lm.get_input_embeddings().weight
     torch.testing.assert_close(student(ids[:, :-1], last_logits=True), logits[:, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_binary_head_is_refused() -> None:
+    """Its latent matrix would be trained as it is, and its scales be lost."""
+    lm = llama(tied=False)
+    binarize_(lm, BinarizeConfig(skip=[]))
+    with pytest.raises(UserError, match=r"^lm_head is the output head, .*; add 'lm_head' to binarize.skip$"):
+        Student(lm, DistillConfig())
 
 
 def test_kinds_go_by_the_module_that_owns_a_parameter() -> None:
