@@ -68,7 +68,7 @@ def inspect_run(config: Config, *, world_size: int, ranks_here: int) -> Report:
     _check_inputs(report, config, world_size, ranks_here)
     if not n_parameters or not config.model.n_heads:  # a model that says too little of itself to be added up
         return report
-    n_frozen = _count_frozen(config)
+    n_frozen = min(_count_frozen(config), n_parameters)
     if n_frozen:
         report.add("", f"{n_frozen:,} of them frozen ({', '.join(config.train.frozen)}), counted as a Llama's")
     _check_disk(report, config, CHECKPOINT_BYTES * (n_parameters - n_frozen) + 4 * n_frozen - 4 * n_muon)
