@@ -31,6 +31,7 @@ from fbitrain.metrics_writer import MetricsWriter
 from fbitrain.model.build import BinarizeReport, build_student
 from fbitrain.model.config import has_signs_of_weights
 from fbitrain.optim.schedules import batch_spans
+from fbitrain.parameters import freeze_
 from fbitrain.process import device, resolve_precision
 from fbitrain.profiling import StepProfile
 from fbitrain.ranks import agreed, from_rank_0, hosts, say
@@ -105,7 +106,10 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
         compile_blocks(teacher.body)
     lm, report = agreed(lambda: build_model(config, resume_from, token_ids))
     say(str(report))
-    engine = Engine(config, Student(lm, config.distill))
+    student = Student(lm, config.distill)
+    if config.train.frozen:
+        say(freeze_(student, config.train.frozen))
+    engine = Engine(config, student)
     state = TrainerState()
     if resume_from:
         if remark := agreed(lambda: resume.restore(engine, resume_from, config.optim.on_change)):

@@ -38,7 +38,7 @@ class RunConfig:
 @dataclass(frozen=True)
 class DistillConfig:
     """The loss, a mean over tokens: kd_weight · CE(teacher softmax, student) + ce_weight · CE(labels, student)
-    + hidden_weight · Σ over layers of the mean squared difference of both models' hidden states.
+    + hidden_weight · Σ over layers of the mean squared difference of both models' hidden states (see hidden_per).
     """
 
     # A Hugging Face folder or hub id, or a .gguf file; needed unless kd_weight and hidden_weight are 0. Where it is
@@ -46,7 +46,10 @@ class DistillConfig:
     teacher: str = field(default="", metadata=PATH)
     kd_weight: float = 1.0
     ce_weight: float = 0.0
-    hidden_weight: float = 0.0  # needs a teacher of the student's depth and width; BinaryMoS has 10
+    hidden_weight: float = 0.0  # needs a teacher of the student's depth and width
+    # What hidden_weight stands beside: token, the mean of the other terms over tokens; or sequence, their sum over a
+    # sequence of T tokens, so that it counts hidden_weight / T beside the mean (BinaryMoS's code, with 10).
+    hidden_per: str = "token"
     temperature: float = 1.0  # divides both models' logits in the distillation term, which is scaled by temperature²
     chunk_tokens: int = 512  # tokens whose [chunk, vocab] logits exist at one time
     # A folder of `fbitrain cache-teacher`: its targets in place of the teacher's answers, for data.pretokenized.
@@ -58,6 +61,10 @@ class DistillConfig:
     int8: bool = False  # multiply the teacher's linear layers in int8; its error is printed at the start
     compile: bool = False  # torch.compile the teacher's blocks
     trust_remote_code: bool = False  # run Python code that comes with a teacher from the hub
+
+    def hidden_factor(self, seq_len: int) -> float:
+        """What the hidden states' distance counts beside the mean over tokens, for sequences of `seq_len` tokens."""
+        return self.hidden_weight / (seq_len if self.hidden_per == "sequence" else 1)
 
     @property
     def uses_teacher(self) -> bool:
@@ -110,6 +117,9 @@ class TrainConfig:
     spike_loss: float = 0.0  # nats above its running mean that make a loss a spike; 0: none does
     spike_grad_norm: float = 0.0  # times its running mean that make a gradient norm a spike; 0: none does
     spike_window: int = 100  # steps of the running means; as many are trained on before one can be a spike
+    # Kinds of parameters that stay as the pretrained model has them: any of embeddings (a tied head with them), head,
+    # norms, biases, others. They have no gradient and no optimizer state; checkpoints and releases hold them in fp32.
+    frozen: list[str] = field(default_factory=list)
     seed: int = 0  # initial weights and sampling
     activation_checkpointing: bool = False  # recompute each block in backward instead of keeping its activations
     compile: bool = False  # torch.compile the student

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fbitrain.config_optim import optim_problems
+from fbitrain.config_optim import FREEZABLE, optim_problems
 from fbitrain.data.config import data_problems
 from fbitrain.loading.pretrained_shape import is_binary_run
 from fbitrain.model.config import binarize_problems, model_problems
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fbitrain.config import Config
 
 PRECISIONS = ("auto", "bf16", "fp32")
+HIDDEN_PER = ("token", "sequence")
 ON_SPIKE = ("stop", "skip", "rewind")
 
 
@@ -64,6 +65,11 @@ def _train_problems(config: Config, world_size: int) -> Iterator[str]:
         value = getattr(getattr(config, section), name)
         if not value >= least:
             yield f"{section}.{name}={value} must be at least {least}"
+    for kind in config.train.frozen:
+        if kind not in FREEZABLE:
+            yield f"train.frozen has {kind!r}, which cannot be frozen; choose from {', '.join(FREEZABLE)}"
+    if config.train.frozen and not config.model.pretrained:
+        yield "train.frozen keeps what a trained model has; name one in model.pretrained, or leave train.frozen out"
     if config.train.on_spike not in ON_SPIKE:
         yield f"train.on_spike={config.train.on_spike!r} is unknown; choose one of {', '.join(ON_SPIKE)}"
     if "" in config.eval.prompts:
@@ -135,6 +141,8 @@ def _distill_problems(config: Config) -> Iterator[str]:
         yield "distill.kd_weight and distill.ce_weight must not be negative, and one of them must be positive"
     if distill.hidden_weight < 0:
         yield f"distill.hidden_weight={distill.hidden_weight} must not be negative"
+    if distill.hidden_per not in HIDDEN_PER:
+        yield f"distill.hidden_per={distill.hidden_per!r} is unknown; choose {' or '.join(HIDDEN_PER)}"
     if not distill.temperature > 0:
         yield f"distill.temperature={distill.temperature} must be positive"
     yield from _cache_problems(config)

@@ -28,6 +28,7 @@ class KindFactors:
 
 UNDECAYED = ("scales", "routers", "embeddings", "norms", "biases")
 KINDS = tuple(f.name for f in fields(KindFactors))
+FREEZABLE = ("embeddings", "head", "norms", "biases", "others")  # kinds that are no part of a binary layer's weight
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,9 @@ class Engine:
         self._kinds = parameter_kinds(student)
         forms = matrix_forms(config, student) if config.optim.optimizer == "muon" else {}
         optimizer = build_optimizer(config, student, resolve_precision(config.engine.precision), self.device)
+        # As they came: DeepSpeed rounds the module's own, in bf16. Rank 0 saves them.
+        fixed = {n.removeprefix(PREFIX): p for n, p in student.named_parameters() if not p.requires_grad}
+        self._frozen = {n: p.detach().to("cpu", copy=True) for n, p in fixed.items() if dist.get_rank() == 0}
         self._deepspeed, *_ = deepspeed.initialize(
             model=student, optimizer=optimizer, config=deepspeed_config(config, self.world_size)
         )
@@ -217,15 +220,12 @@ class Engine:
     def fixed_tensors(self) -> dict[str, Tensor]:
         """What training never changes and a checkpoint must hold: persistent buffers and frozen parameters, whole.
 
-        On rank 0; empty on the others. Collective.
+        On rank 0; empty on the others.
         """
-        frozen = [p for p in self.student.parameters() if not p.requires_grad]
+        if dist.get_rank() != 0:
+            return {}
         found = [(name.removeprefix(PREFIX), buffer) for name, buffer in self._buffers()]
-        with deepspeed.zero.GatheredParameters(frozen, enabled=self.config.engine.zero_stage == 3):
-            if dist.get_rank() != 0:
-                return {}
-            found += [(self.shards.name(p), p.detach()) for p in frozen]
-            return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in found}
+        return {name: buffer.to("cpu", copy=True).contiguous() for name, buffer in found} | self._frozen
 
     def _buffers(self) -> list[tuple[str, Tensor]]:
         """The student's persistent buffers; every rank holds them whole under any stage."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -39,6 +41,22 @@ def _kind(owner: nn.Module, leaf: str) -> str:
     if leaf == "weight" and isinstance(owner, (LatentLinear, nn.Linear, Conv1D)):
         return "matrices"
     return "biases" if leaf == "bias" else "others"
+
+
+def freeze_(model: nn.Module, frozen: Collection[str]) -> str:
+    """Takes the parameters of the kinds `frozen` out of training; a line that says how many are left and which not.
+
+    It comes before ZeRO takes parameters apart.
+    """
+    parameters = dict(model.named_parameters())
+    counts = dict.fromkeys(frozen, 0)
+    for name, kind in parameter_kinds(model).items():
+        if kind in frozen:
+            parameters[name].requires_grad_(False)
+            counts[kind] += parameters[name].numel()
+    total = sum(parameter.numel() for parameter in parameters.values())
+    told = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+    return f"training {total - sum(counts.values()):,} of {total:,} parameters; frozen: {told}"
 
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:

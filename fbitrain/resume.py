@@ -32,6 +32,8 @@ _FREE_KEYS = (
     "model.preset",
 )
 
+_FIXED_KEYS = ("train.frozen",)  # of the free sections: a checkpoint has no optimizer state of what it did not train
+
 # May differ, too, while a run is in full precision under the old values and the new.
 PHASE_KEYS = ("binarize.from_step", "binarize.anneal_steps")
 
@@ -44,7 +46,8 @@ def require_same_config(folder: Path, new: Config) -> str:
     trainer = json.loads((folder / "trainer.json").read_text())
     step, old = trainer["step"], load_config(folder / "config.yaml", world_size=trainer["world_size"])
     changed = differences(old, new)
-    forbidden = {k: v for k, v in changed.items() if not k.startswith((*_FREE_SECTIONS, *_FREE_KEYS))}
+    free = (*_FREE_SECTIONS, *_FREE_KEYS)
+    forbidden = {k: v for k, v in changed.items() if k in _FIXED_KEYS or not k.startswith(free)}
     if binary_share(old.binarize, step) == 0 == binary_share(new.binarize, step):
         forbidden = {k: v for k, v in forbidden.items() if k not in PHASE_KEYS}
     if forbidden:

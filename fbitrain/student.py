@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from fbitrain.base.errors import UserError
 from fbitrain.config import DistillConfig
 from fbitrain.distill import DistillMetrics, distill_loss
+from fbitrain.model.latent import LatentLinear
+from fbitrain.ranks import on_all_ranks
 from fbitrain.targets.sparse import SparseTargets
 
 
@@ -58,10 +61,15 @@ class Student(nn.Module):
     """A causal language model together with its training objective; `lm` is the model that is released.
 
     Its logits must be the product of its last hidden state and its head (`language_model.checked_head`).
+    Raises UserError if the head has become binary: the loss multiplies with its matrix as it is.
     """
 
     def __init__(self, lm: PreTrainedModel, distill: DistillConfig) -> None:
         super().__init__()
+        if isinstance(head := lm.get_output_embeddings(), LatentLinear):
+            name = next(name for name, module in lm.named_modules() if module is head)
+            reason = f"{name} is the output head, whose matrix the loss reads in full precision"
+            raise on_all_ranks(UserError(f"{reason}; add {name.rpartition('.')[2]!r} to binarize.skip"))
         self.lm = lm
         self.lm.set_output_embeddings(LossHead(lm.get_output_embeddings()))
         self.distill = distill
@@ -113,7 +121,7 @@ class Student(nn.Module):
             return total, metrics
         distance = hidden_distance(output.hidden_states[1:], teacher_states)
         metrics = replace(metrics, hidden_mse=distance.detach() * metrics.tokens)
-        return total + self.distill.hidden_weight * distance, metrics
+        return total + self.distill.hidden_factor(inputs.shape[1]) * distance, metrics
 
     def _loss(
         self,

@@ -21,14 +21,17 @@ MEASURED = ("avx2", "avx512", "amx")
 MIN_WORK = 2**24  # weights times tokens; below it the overhead of the calls decides
 
 
-def sign_matmul(z: Tensor, weight: Tensor) -> Tensor:
-    """z [M, K] times sign(weight [N, K])ᵀ: [M, N] in z's dtype. No gradient is recorded where the bits are used.
+def sign_matmul(z: Tensor, weight: Tensor, add: Tensor | None = None) -> Tensor:
+    """z [M, K] times sign(weight [N, K])ᵀ plus add [M, 1]: [M, N] in z's dtype. No gradient is recorded where the bits
+    are used.
 
-    Under autocast torch multiplies, in autocast's dtype.
+    `add` joins the sum before it is rounded to z's dtype. Under autocast torch multiplies, in autocast's dtype.
     """
     if not _from_bits(z, weight):
-        return z @ sign(weight).to(z.dtype).T
-    return _product(z, ops.pack_signs(weight.detach()))
+        signs_KN = sign(weight).to(z.dtype).T
+        return z @ signs_KN if add is None else torch.addmm(add, z, signs_KN)
+    product = _product(z, ops.pack_signs(weight.detach()))
+    return product if add is None else product.add_(add)
 
 
 def sign_matmul_of_gradient(dy: Tensor, weight: Tensor) -> Tensor:

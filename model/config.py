@@ -14,7 +14,9 @@ STES = ("identity", "clip")
 HESSIAN_SCORES = ("hessian_diagonal", "hessian_cholesky")  # model/salience.py has the formulas
 CRITERIA = ("magnitude", "hessian", *HESSIAN_SCORES, "fisher")
 CHOLESKY_UP_TO = 0.1  # share of salient weights (docs/finetuning.md, The two Hessian scores)
-SCOPES = ("layer", "group")
+SCOPES = ("layer", "row", "group")
+GRIDS = ("normal", "minmax")
+VARIANTS = ("paper", "benchmark")
 SALIENT_DTYPES = ("int8", "float16")
 MAX_EXPERTS = 64
 MAX_BITS = 4
@@ -49,7 +51,7 @@ class SalientConfig:
     # magnitude |w|; hessian (error that binarizing would cause, PB-LLM): the one of hessian_diagonal and
     # hessian_cholesky that `hessian_score` takes; or fisher (squared gradient, CherryQ)
     criterion: str = "magnitude"
-    scope: str = "layer"  # the share holds for the layer as a whole, or in each group of binarize.group_size columns
+    scope: str = "layer"  # the share is the layer's, each row's, or that of each group of binarize.group_size columns
     dtype: str = "int8"  # int8: per row, symmetric, frozen; float16: frozen for partial, trained for cherry
 
     def hessian_score(self, *, feedback: bool) -> str:
@@ -83,11 +85,23 @@ class BinarizeConfig:
     salient: SalientConfig = field(default_factory=SalientConfig)
     n_experts: int = 4  # scale experts per layer; only for method=mixture_of_scales
     bits: int = 1  # of the weights that are not salient; only for method=cherry, 1 to 4
+    # Step of 2 to 4 bits: normal, the one with the least error for normal weights; or minmax, max |w| / 2^(bits-1), as
+    # CherryQ has it. Only for method=cherry.
+    grid: str = "normal"
+    # Formulas of BiBench's methods: paper, each as its own paper has it; or benchmark, as BiBench's code has it
+    # (model/bibench.py).
+    variant: str = "paper"
+    output_norm: bool = False  # OneBit's LayerNorm, without weights, behind each product; only for method=onebit
 
     @property
     def traits(self) -> Method:
         """What the table says of the method; for an unknown name, which `binarize_problems` reports, an empty entry."""
         return METHODS.get(self.method, UNKNOWN)
+
+    @property
+    def has_fixed_weights(self) -> bool:
+        """Whether a layer is a Linear with some weight ŵ, the same for all tokens."""
+        return not (self.traits.routed or self.output_norm)
 
 
 # From arXiv 2407.07093 and the configurations released with it; `tiny` is ours, for the quickstart.
@@ -119,7 +133,13 @@ def model_problems(model: ModelConfig) -> Iterator[str]:
 
 def binarize_problems(binarize: BinarizeConfig, model: ModelConfig) -> Iterator[str]:
     """Yields one sentence per contradiction in `binarize`, given the widths of `model`."""
-    for name, choices in (("method", METHODS), ("scale", SCALES), ("ste", STES)):
+    for name, choices in (
+        ("method", METHODS),
+        ("scale", SCALES),
+        ("ste", STES),
+        ("grid", GRIDS),
+        ("variant", VARIANTS),
+    ):
         value = getattr(binarize, name)
         if value not in choices:
             yield f"binarize.{name}={value!r} is unknown; choose one of {', '.join(choices)}"
@@ -127,18 +147,25 @@ def binarize_problems(binarize: BinarizeConfig, model: ModelConfig) -> Iterator[
     if traits.has_pattern:
         yield from _scale_problems(binarize)
     if traits.salient:
-        yield from _salient_problems(binarize)
+        yield from _salient_problems(binarize, model)
     if "n_experts" in traits.settings and not 1 <= binarize.n_experts <= MAX_EXPERTS:
         yield f"binarize.n_experts={binarize.n_experts} must be from 1 to {MAX_EXPERTS}"
     if "bits" in traits.settings and not 1 <= binarize.bits <= MAX_BITS:
         yield f"binarize.bits={binarize.bits} must be from 1 to {MAX_BITS}"
-    elif "bits" not in traits.settings and binarize.bits != 1:
-        readers = " or ".join(name for name, method in METHODS.items() if "bits" in method.settings)
-        yield (
-            f"binarize.bits={binarize.bits} is for binarize.method={readers}; {binarize.method} has a width of its own"
-        )
+    if binarize.grid == "minmax" and binarize.bits == 1:
+        yield "binarize.grid=minmax is of 2 to 4 bits; set binarize.bits, or binarize.grid=normal"
+    yield from _unread_settings(binarize)
     if uses_groups(binarize):
         yield from _group_problems(binarize, model)
+
+
+def _unread_settings(binarize: BinarizeConfig) -> Iterator[str]:
+    """One sentence per setting of some method that is given for another one."""
+    for name in ("bits", "grid", "variant", "output_norm"):
+        value, usual = getattr(binarize, name), getattr(BinarizeConfig, name)
+        if value != usual and name not in binarize.traits.settings:
+            readers = " or ".join(method for method, traits in METHODS.items() if name in traits.settings)
+            yield f"binarize.{name}={value} is for binarize.method={readers}, not {binarize.method}; leave it out"
 
 
 def uses_groups(binarize: BinarizeConfig) -> bool:
@@ -151,7 +178,9 @@ def uses_groups(binarize: BinarizeConfig) -> bool:
 
 def has_signs_of_weights(binarize: BinarizeConfig) -> bool:
     """Whether the bits of an ordinary weight are sign(W): not sign(W - mean), three values or more than one bit."""
-    return binarize.traits.own_signs and binarize.bits == 1
+    traits = binarize.traits
+    own = traits.own_signs and (binarize.variant == "paper" or traits.own_signs_in_benchmark)
+    return own and binarize.bits == 1
 
 
 def method_settings(binarize: BinarizeConfig) -> dict[str, Any]:
@@ -183,7 +212,7 @@ def _scale_problems(binarize: BinarizeConfig) -> Iterator[str]:
         yield "binarize.scale=group has no shift (it is the layout of GGUF's Q1_0); set binarize.beta=false"
 
 
-def _salient_problems(binarize: BinarizeConfig) -> Iterator[str]:
+def _salient_problems(binarize: BinarizeConfig, model: ModelConfig) -> Iterator[str]:
     salient = binarize.salient
     if not 0 < salient.fraction < 1:
         yield f"binarize.salient.fraction={salient.fraction} must lie between 0 and 1, both excluded"
@@ -191,6 +220,11 @@ def _salient_problems(binarize: BinarizeConfig) -> Iterator[str]:
         value = getattr(salient, name)
         if value not in choices:
             yield f"binarize.salient.{name}={value!r} is unknown; choose one of {', '.join(choices)}"
+    if salient.scope == "row" and model.d_model and not round(salient.fraction * model.d_model):
+        yield (
+            f"binarize.salient.scope=row keeps none of a row's model.d_model={model.d_model} weights at "
+            f"binarize.salient.fraction={salient.fraction}; raise it, or set binarize.salient.scope=layer"
+        )
     if binarize.traits.salient == "trained" and salient.dtype == "int8":
         yield (
             f"binarize.method={binarize.method} trains its salient weights, which int8 cannot; "

@@ -90,7 +90,19 @@ class LatentLinear(nn.Module, ABC):
             self._share.fill_(share)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype."""
+        """x [..., K] -> [..., N] in x's dtype, under autocast in autocast's, as torch.nn.Linear.
+
+        Autocast ends here: x is cast, and the products in it, whose backward passes are written out, are computed as
+        for an x of that dtype.
+        """
+        kind = x.device.type
+        if not torch.is_autocast_enabled(kind):
+            return self._forward(x)
+        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))  # torch leaves doubles alone, too
+        with torch.autocast(kind, enabled=False):
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.phase == FULL:
             return F.linear(x, self.weight.to(x.dtype), bias)

@@ -36,6 +36,7 @@ class Method:
     buffers: tuple[str, ...] = ()  # persistent buffers of the layer
     levels: int = 2  # values of an ordinary weight, up to its scale, where binarize.bits is 1
     own_signs: bool = True  # the stored bit is the sign of the latent weight, not of a shifted or rounded one
+    own_signs_in_benchmark: bool = True  # the same for binarize.variant=benchmark
     salient: Literal["", "frozen", "trained"] = ""  # needs a mask of salient weights, which training leaves or moves
     routed: bool = False  # the parameter `router` [E, K] mixes the scales for each token: there is no fixed ŵ
     int8_activations: bool = False  # each token is rounded to 255 levels before the product
@@ -61,7 +62,7 @@ _BIBENCH = partial(
     layer="bibench.BiBenchLinear",
     weight="α·sign(W), α the mean of |W| per row",
     n_scales=lambda binarize, n, k: n,
-    settings=("method",),
+    settings=("method", "variant"),
 )
 _BITNET = partial(
     Method,
@@ -94,7 +95,7 @@ METHODS: dict[str, Method] = {
         paper="CherryQ (arXiv 2404.02837)",
         weight="α·sign(W)",
         n_scales=_pattern,
-        settings=("scale", "ste", "bits"),
+        settings=("scale", "ste", "bits", "grid"),
         buffers=("salient_bits",),
         salient="trained",
     ),
@@ -112,12 +113,12 @@ METHODS: dict[str, Method] = {
         paper="OneBit (arXiv 2402.11295)",
         weight="sign(W) between one learned scale per input and one per output",
         n_scales=lambda binarize, n, k: n + k,
-        settings=("ste",),
+        settings=("ste", "output_norm"),
         scales=("scale_in", "scale_out"),
     ),
     # bnn has no scale; a release stores one, 1.0.
     "bnn": _BIBENCH(paper="BNN (arXiv 1602.02830)", weight="sign(W)", n_scales=lambda binarize, n, k: 1),
-    "xnor": _BIBENCH(paper="XNOR-Net (arXiv 1603.05279)"),
+    "xnor": _BIBENCH(paper="XNOR-Net (arXiv 1603.05279)", own_signs_in_benchmark=False),
     "bireal": _BIBENCH(paper="Bi-Real Net (arXiv 1808.00278)"),
     "recu": _BIBENCH(paper="ReCU (arXiv 2103.12369)", own_signs=False),
     "fda": _BIBENCH(paper="FDA-BNN (arXiv 2103.00841)"),

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fbitrain.kernels.ops import pack_signs
 from fbitrain.model.binarize import sign, sign_ste, wide
@@ -31,14 +32,17 @@ POWER_ITERATIONS = 32
 class OneBitLinear(LatentLinear):
     """y = ((x·scale_in) Sᵀ)·scale_out + bias, S = sign(weight); trains scale_in [1, K] and scale_out [1, N].
 
-    The LayerNorm that OneBit puts behind each product is a module of its own and not part of a Linear: it is left out.
-
-    Args, beyond those of LatentLinear: `ste`, the straight-through estimator of the weight, "identity" or "clip".
+    Args, beyond those of LatentLinear:
+        ste: straight-through estimator of the weight, "identity" or "clip".
+        output_norm: OneBit's LayerNorm: each token's y, before the bias, is brought to mean 0 and variance 1. It has no
+            weights. The layer is then no Linear: no ŵ serves every token.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, ste: str = "identity", **latent: Any) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, ste: str = "identity", output_norm: bool = False, **latent: Any
+    ) -> None:
         super().__init__(in_features, out_features, **latent)
-        self.ste = _checked_ste(ste)
+        self.ste, self.output_norm = _checked_ste(ste), output_norm
         scales = self.start_scales(self.weight)
         self.scale_in = nn.Parameter(scales["scale_in"].to(self.weight.dtype))
         self.scale_out = nn.Parameter(scales["scale_out"].to(self.weight.dtype))
@@ -47,25 +51,33 @@ class OneBitLinear(LatentLinear):
     def pack(binarize: BinarizeConfig, trained: Mapping[str, Tensor], dtype: torch.dtype) -> StoredLayer:
         """See LatentLinear."""
         signs = {"weight_bits": pack_signs(trained["weight"])}
-        return StoredLayer("onebit", {}, signs | rounded(trained, dtype, "scale_in", "scale_out"))
+        options = {"output_norm": True} if binarize.output_norm else {}
+        return StoredLayer("onebit", options, signs | rounded(trained, dtype, "scale_in", "scale_out"))
 
     def start_scales(self, weight: Tensor) -> dict[str, Tensor]:
         """The two vectors of scales for a weight."""
         return dict(zip(("scale_in", "scale_out"), rank_one(weight), strict=True))
 
     def product(self, x: Tensor) -> Tensor:
-        """x [..., K] -> x ŵᵀ [..., N] in x's dtype."""
+        """x [..., K] -> x ŵᵀ [..., N], normed if asked for, in x's dtype."""
         x_MK = x.reshape(-1, self.in_features)
         y_MN = scaled_product(x_MK, self.weight, self.scale_in, None, "column", 0, self.ste)
-        return (y_MN * self.scale_out.to(x.dtype)).reshape(*x.shape[:-1], self.out_features)
+        y_MN = y_MN * self.scale_out.to(x.dtype)
+        y_MN = F.layer_norm(y_MN, (self.out_features,)) if self.output_norm else y_MN
+        return y_MN.reshape(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def binary_weight(self) -> Tensor:
-        """ŵ [N, K] in the weight's dtype, without a graph. The parameters must be whole."""
+        """ŵ [N, K] in the weight's dtype, without a graph. The parameters must be whole.
+
+        Raises ValueError for a layer with output_norm.
+        """
+        if self.output_norm:
+            raise ValueError("behind a norm the effective weight depends on the token; use forward")
         return sign(self.weight) * self.scale_in * self.scale_out.T
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, ste={self.ste}"
+        return f"{super().extra_repr()}, ste={self.ste}, output_norm={self.output_norm}"
 
 
 class MixtureOfScalesLinear(LatentLinear):

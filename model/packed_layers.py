@@ -101,7 +101,7 @@ class PackedOneBitLinear(remote_layers.PackedOneBitLinear):
     def product(self, x: Tensor) -> Tensor:
         """x ŵᵀ."""
         y = ops.binary_linear(x, BinaryWeight(self.weight_bits, self.scale_in, None, "column", self.in_features))
-        return y * self.scale_out[0].to(x.dtype)
+        return self.normed(y * self.scale_out[0].to(x.dtype))
 
 
 class PackedMixtureLinear(remote_layers.PackedMixtureLinear):

@@ -39,8 +39,8 @@ class StoredLayer:
 
     def weight(self, in_features: int, out_features: int) -> Tensor:
         """ŵ [N, K] in fp32, as the tensors give it back. Raises ValueError where it depends on the token."""
-        if self.kind == "mixture":
-            raise ValueError("the effective weight of a mixture of scales depends on the token")
+        if self.kind == "mixture" or self.options.get("output_norm"):
+            raise ValueError("the effective weight of a mixture of scales, or behind a norm, depends on the token")
         layer: PackedWeight = BinaryModel.layers[self.kind](
             in_features, out_features, **self.options, **self.own_options
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 from fbitrain.kernels import ops
 from fbitrain.kernels.layout import NARROW_COLUMNS, scale_shape
 from fbitrain.model.binarize import sign_ste, ste_gradient, wide, with_slope
-from fbitrain.model.config import SALIENT_DTYPES, BinarizeConfig, method_settings
+from fbitrain.model.config import GRIDS, SALIENT_DTYPES, BinarizeConfig, method_settings
 from fbitrain.model.packing import StoredLayer
 from fbitrain.model.recomputed import Recipe, RecomputedLinear
 from fbitrain.model.storage import salient_storage
@@ -41,8 +41,10 @@ class PartialBinaryLinear(RecomputedLinear):
         salient_dtype: "int8" (symmetric, one scale per row) or "float16".
         trained: False freezes the salient weights at the values that `weight` has now; True trains them in `weight`,
             rounded to fp16 in forward with the gradient passed through, so that a release holds what was trained.
-        bits: of the ordinary weights. 2 to 4 bits are uniform levels (i + 1/2)·step, where step is mean |weight| over
-            the row's (group's) ordinary weights times STEP; their gradient is passed through, not multiplied by α.
+        bits: of the ordinary weights. 2 to 4 bits are uniform levels (i + 1/2)·step; their gradient is passed through,
+            not multiplied by α.
+        grid: what step is: "normal", mean |weight| over the row's (group's) ordinary weights times STEP, or "minmax",
+            their max |weight| / 2^(bits-1).
         scale: "row" or "group" (of `group_size` columns).
         ste: straight-through estimator of the ordinary weights, "identity" or "clip".
 
@@ -66,17 +68,18 @@ class PartialBinaryLinear(RecomputedLinear):
         salient_dtype: str = "int8",
         trained: bool = False,
         bits: int = 1,
+        grid: str = "normal",
         scale: str = "row",
         group_size: int = 128,
         ste: str = "identity",
         **latent: Any,
     ) -> None:
-        _check(scale, salient_dtype, trained, bits)
+        _check(scale, salient_dtype, trained, bits, grid)
         if mask.dtype != torch.bool or mask.shape != (out_features, in_features):
             raise ValueError(f"mask must be bool [{out_features}, {in_features}], not {mask.dtype} {list(mask.shape)}")
         scale_shape(scale, out_features, in_features, group_size)  # refuses groups that do not divide K
         super().__init__(in_features, out_features, **latent)
-        self.salient_dtype, self.trained, self.bits, self.ste = salient_dtype, trained, bits, ste
+        self.salient_dtype, self.trained, self.bits, self.grid, self.ste = salient_dtype, trained, bits, grid, ste
         self.scale, self.group_size = scale, group_size if scale == "group" else 0
         self.n_salient = int(mask.sum())
         mask = mask.to(self.weight.device)
@@ -104,7 +107,7 @@ class PartialBinaryLinear(RecomputedLinear):
         mask = unpack_mask(trained["salient_bits"], k)
         group_size = binarize.group_size if binarize.scale == "group" else k
         # The levels of b bits, ±1/2, ±3/2, … steps, are the sums of b signs weighted 1/2, 1, 2, … steps.
-        step = ordinary_alpha(weight, mask, group_size) * STEP[bits]
+        step = level_step(weight, mask, group_size, bits, binarize.grid)
         spread = step.where(step > 0, 1).repeat_interleave(group_size, dim=1)
         codes = (weight / spread).floor().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).int() + 2 ** (bits - 1)
         planes = torch.stack([((codes >> plane) & 1) - 0.5 for plane in range(bits)])
@@ -140,7 +143,7 @@ class PartialBinaryLinear(RecomputedLinear):
 
     def recipe(self) -> tuple[Recipe, tuple[Tensor | None, ...]]:
         """ŵ as a function of weight, mask, frozen values and their scale."""
-        recipe = partial(partial_weight, bits=self.bits, group_size=self.group_size, ste=self.ste)
+        recipe = partial(partial_weight, bits=self.bits, grid=self.grid, group_size=self.group_size, ste=self.ste)
         return recipe, (self.weight, self.salient_bits, self.salient_values, self.salient_scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartialBinaryLinear:
@@ -166,6 +169,7 @@ def partial_weight(
     bits: int,
     group_size: int,
     ste: str,
+    grid: str = "normal",
 ) -> Tensor:
     """ŵ [N, K] in the weight's dtype; see PartialBinaryLinear. `values` None trains the salient weights."""
     mask = unpack_mask(salient_bits, weight.shape[1])
@@ -174,7 +178,7 @@ def partial_weight(
     else:
         salient = weight.new_zeros(weight.shape).masked_scatter_(mask, values.to(weight.dtype))
         salient = salient if value_scale is None else (salient * value_scale).to(weight.dtype)
-    return torch.where(mask, salient, _ordinary_weight(weight, mask, bits, group_size, ste))
+    return torch.where(mask, salient, _ordinary_weight(weight, mask, bits, group_size, ste, grid))
 
 
 @torch.no_grad()
@@ -188,6 +192,16 @@ def ordinary_alpha(weight: Tensor, mask: Tensor, group_size: int = 0) -> Tensor:
     magnitudes = weight.to(wide(weight.dtype)).abs().masked_fill(mask, 0)
     counts = torch.unflatten(~mask, 1, shape).sum(2)
     return torch.unflatten(magnitudes, 1, shape).sum(2) / counts.clamp(min=1)
+
+
+@torch.no_grad()
+def level_step(weight: Tensor, mask: Tensor, group_size: int, bits: int, grid: str) -> Tensor:
+    """Distance between the levels of ordinary weights, in the shape of `ordinary_alpha`; see PartialBinaryLinear."""
+    if grid == "normal":
+        return ordinary_alpha(weight, mask, group_size) * STEP[bits]
+    magnitudes = weight.to(wide(weight.dtype)).abs().masked_fill(mask, 0)
+    largest: Tensor = torch.unflatten(magnitudes, 1, (-1, group_size or weight.shape[1])).amax(2)
+    return largest / float(2 ** (bits - 1))
 
 
 @torch.no_grad()
@@ -213,12 +227,12 @@ def unpack_mask(salient_bits: Tensor, k: int) -> Tensor:
     return ops.unpack_signs(salient_bits, k, torch.bfloat16) > 0
 
 
-def _ordinary_weight(weight: Tensor, mask: Tensor, bits: int, group_size: int, ste: str) -> Tensor:
-    alpha = ordinary_alpha(weight, mask, group_size)
-    alpha = alpha.repeat_interleave(group_size, dim=1) if group_size else alpha
+def _ordinary_weight(weight: Tensor, mask: Tensor, bits: int, group_size: int, ste: str, grid: str) -> Tensor:
+    step = level_step(weight, mask, group_size, bits, grid)
+    step = step.repeat_interleave(group_size, dim=1) if group_size else step
     if bits == 1:
-        return (alpha * sign_ste(weight, ste)).to(weight.dtype)
-    values, step, half = weight.detach(), alpha * STEP[bits], 2 ** (bits - 1)
+        return (step / 2 * sign_ste(weight, ste)).to(weight.dtype)
+    values, half = weight.detach(), 2 ** (bits - 1)
     level = (values / step.where(step > 0, 1)).floor().clamp(-half, half - 1)
     return with_slope((level + 0.5) * step, weight, lambda: ste_gradient(torch.ones_like(values), values, ste))
 
@@ -230,7 +244,7 @@ def _csr(mask: Tensor) -> dict[str, Tensor]:
     return {"salient_columns": columns.to(narrow), "salient_rows": torch.cat([starts.new_zeros(1), starts]).int()}
 
 
-def _check(scale: str, salient_dtype: str, trained: bool, bits: int) -> None:
+def _check(scale: str, salient_dtype: str, trained: bool, bits: int, grid: str) -> None:
     if scale not in ("row", "group"):
         raise ValueError(f"scale={scale!r} is no pattern of a partially binary layer; choose row or group")
     if salient_dtype not in SALIENT_DTYPES:
@@ -239,3 +253,5 @@ def _check(scale: str, salient_dtype: str, trained: bool, bits: int) -> None:
         raise ValueError("int8 salient weights cannot be trained; choose float16")
     if bits not in STEP:
         raise ValueError(f"bits={bits} must be from 1 to {max(STEP)}")
+    if grid not in GRIDS:
+        raise ValueError(f"grid={grid!r} is unknown; choose {' or '.join(GRIDS)}")

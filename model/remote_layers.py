@@ -233,7 +233,7 @@ class PackedPartialLinear(PackedWeight):
 
 
 class PackedOneBitLinear(PackedWeight):
-    """ŵ = scale_outᵀ·sign·scale_in.
+    """ŵ = scale_outᵀ·sign·scale_in; under `output_norm` a LayerNorm without weights stands behind the product.
 
     Buffers: weight_bits int32 [N, Kw]; scale_in fp32 [1, K]; scale_out fp32 [1, N].
     """
@@ -242,11 +242,18 @@ class PackedOneBitLinear(PackedWeight):
     scale_in: Tensor
     scale_out: Tensor
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
+    def __init__(self, in_features: int, out_features: int, *, output_norm: bool = False, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
+        self.output_norm = output_norm
         self.hold_bits("weight_bits")
         self.hold("scale_in", (1, in_features))
         self.hold("scale_out", (1, out_features))
+
+    def product(self, x: Tensor) -> Tensor:
+        return self.normed(super().product(x))
+
+    def normed(self, y: Tensor) -> Tensor:
+        return F.layer_norm(y, (self.out_features,)) if self.output_norm else y
 
     def blocks(self) -> Iterator[Tensor]:
         for rows in self.row_blocks():

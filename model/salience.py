@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fbitrain.model.config import SCOPES
 from fbitrain.model.hessian import inverse_diagonal, inverse_factor
 
 
@@ -35,18 +36,22 @@ def hessian_scores(w_NK: Tensor, hessian_KK: Tensor, damping: float, score: str)
 def select_mask(scores_NK: Tensor, fraction: float, scope: str = "layer", group_size: int = 128) -> Tensor:
     """bool [N, K], True at the highest scores; among equal ones those with the lower index in row-major order win.
 
-    Exactly round(fraction · count) are chosen, of the whole layer (scope "layer") or of each block of `group_size`
-    columns ("group"; the last block has what is left). Raises ValueError for a fraction outside (0, 1), an unknown
-    scope, a group_size below 1, and scores that are NaN.
+    Exactly round(fraction · count) are chosen: of the whole layer (scope "layer"), each row ("row"), or of each block
+    of `group_size` columns ("group"; the last block has what is left). Raises ValueError for a fraction outside (0, 1),
+    an unknown scope, a group_size below 1, and scores that are NaN.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction={fraction} must lie between 0 and 1, both excluded")
-    if scope not in ("layer", "group"):
-        raise ValueError(f"scope={scope!r} is unknown; choose layer or group")
+    if scope not in SCOPES:
+        raise ValueError(f"scope={scope!r} is unknown; choose {', '.join(SCOPES)}")
     if scope == "group" and group_size < 1:
         raise ValueError(f"group_size={group_size} must be at least 1")
     if bool(scores_NK.isnan().any()):
         raise ValueError("the scores hold NaN")
+    if scope == "row":
+        ranked = scores_NK.argsort(dim=1, descending=True, stable=True)
+        chosen = ranked[:, : round(fraction * scores_NK.shape[1])]
+        return torch.zeros_like(scores_NK, dtype=torch.bool).scatter_(1, chosen, True)
     width = scores_NK.shape[1] if scope == "layer" else group_size
     blocks = [_highest(block, round(fraction * block.numel())) for block in torch.split(scores_NK, width, dim=1)]
     return torch.cat(blocks, dim=1)

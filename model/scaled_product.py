@@ -48,9 +48,8 @@ class _ColumnScaled(torch.autograd.Function):
         ctx.save_for_backward(x, weight, alpha, beta)
         ctx.ste = ste
         x_MK = x.reshape(-1, x.shape[-1])
-        y_MN = sign_matmul(x_MK * alpha.to(x.dtype), weight)
-        if beta is not None:
-            y_MN += x_MK @ beta.to(x.dtype).T
+        shift_M1 = None if beta is None else x_MK @ beta.to(x.dtype).T
+        y_MN = sign_matmul(_times(x_MK, alpha), weight, add=shift_M1)
         return y_MN.reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -59,21 +58,21 @@ class _ColumnScaled(torch.autograd.Function):
         x, weight, alpha, beta = ctx.saved_tensors
         needs_x, needs_weight, needs_alpha, needs_beta, _ = ctx.needs_input_grad
         dx = dweight = dalpha = dbeta = None
-        x_MK, dy_MN, alpha_x = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), alpha.to(x.dtype)
+        x_MK, dy_MN = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         dy_sum = None if beta is None else dy_MN.sum(1, keepdim=True)
         if needs_x or needs_alpha:
             dscaled = sign_matmul_of_gradient(dy_MN, weight)  # the gradient of x·α
             if needs_alpha:
                 dalpha = _token_sum(x_MK * dscaled).to(alpha.dtype)
             if needs_x:
-                dx = dscaled.mul_(alpha_x)
+                dx = dscaled.mul_(alpha)
                 if dy_sum is not None:
                     dx.addcmul_(dy_sum, beta.to(x.dtype))
                 dx = dx.reshape(x.shape)
         if needs_beta:
             dbeta = _token_sum(x_MK * dy_sum).to(beta.dtype)
         if needs_weight:
-            dweight = ste_gradient((dy_MN.T @ (x_MK * alpha_x)).to(weight.dtype), weight, ctx.ste)
+            dweight = ste_gradient((dy_MN.T @ _times(x_MK, alpha)).to(weight.dtype), weight, ctx.ste)
         return dx, dweight, dalpha, dbeta, None
 
 
@@ -85,7 +84,7 @@ class _RowScaled(torch.autograd.Function):
         ctx.save_for_backward(x, weight, alpha, beta)
         ctx.ste = ste
         x_MK = x.reshape(-1, x.shape[-1])
-        y_MN = sign_matmul(x_MK, weight).mul_(alpha.to(x.dtype).T)
+        y_MN = sign_matmul(x_MK, weight).mul_(alpha.T)
         if beta is not None:
             y_MN.addcmul_(x_MK.sum(1, keepdim=True), beta.to(x.dtype).T)
         return y_MN.reshape(*x.shape[:-1], weight.shape[0])
@@ -96,9 +95,9 @@ class _RowScaled(torch.autograd.Function):
         x, weight, alpha, beta = ctx.saved_tensors
         needs_x, needs_weight, needs_alpha, needs_beta, _ = ctx.needs_input_grad
         dx = dweight = dalpha = dbeta = None
-        x_MK, dy_MN, alpha_x = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), alpha.to(x.dtype)
+        x_MK, dy_MN = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         if needs_x:
-            dx = sign_matmul_of_gradient(dy_MN * alpha_x.T, weight)
+            dx = sign_matmul_of_gradient(_times(dy_MN, alpha.T), weight)
             if beta is not None:
                 dx += dy_MN @ beta.to(x.dtype).expand(weight.shape[0], 1)
             dx = dx.reshape(x.shape)
@@ -108,7 +107,7 @@ class _RowScaled(torch.autograd.Function):
                 dalpha = (dscaled * sign(weight).to(x.dtype)).sum(1, keepdim=True, dtype=wide(x.dtype))
                 dalpha = dalpha.sum_to_size(alpha.shape).to(alpha.dtype)
             if needs_weight:
-                dweight = ste_gradient(dscaled.mul_(alpha_x).to(weight.dtype), weight, ctx.ste)
+                dweight = ste_gradient(dscaled.to(weight.dtype).mul_(alpha), weight, ctx.ste)
         if needs_beta:
             dbeta = _token_sum(dy_MN * x_MK.sum(1, keepdim=True)).T.sum_to_size(beta.shape).to(beta.dtype)
         return dx, dweight, dalpha, dbeta, None
@@ -151,8 +150,8 @@ class _GroupScaled(torch.autograd.Function):
                 signs = sign(weight).to(x.dtype).view_as(dscaled)
                 dalpha = signs.mul_(dscaled).sum(2, dtype=wide(x.dtype)).to(alpha.dtype)
             if needs_weight:
-                dscaled = dscaled.mul_(alpha.to(x.dtype).unsqueeze(2)).flatten(1)
-                dweight = ste_gradient(dscaled.to(weight.dtype), weight, ctx.ste)
+                dscaled = dscaled.to(weight.dtype).mul_(alpha.unsqueeze(2)).flatten(1)
+                dweight = ste_gradient(dscaled, weight, ctx.ste)
         return dx, dweight, dalpha, None, None
 
 
@@ -167,6 +166,11 @@ def _blocks(count: int, weights_each: int) -> Iterator[slice]:
     step = max(1, BLOCK_WEIGHTS // weights_each)
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
+
+
+def _times(x: Tensor, scale: Tensor) -> Tensor:
+    """x·scale in x's dtype, computed in the wider of the two and rounded once."""
+    return torch.mul(x, scale, out=torch.empty_like(x))
 
 
 def _token_sum(terms: Tensor) -> Tensor:

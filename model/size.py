@@ -5,7 +5,7 @@ Letters: N out_features, K in_features, V vocabulary, D student width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from fbitrain.model.config import BinarizeConfig, ModelConfig
@@ -50,6 +50,17 @@ def count_parameters(model: ModelConfig, binarize: BinarizeConfig) -> ParameterC
             dense += n * k
     norms = (2 * model.n_layers + 1) * model.d_model
     return ParameterCount(binary, scales, embeddings, dense, norms, routers, stored_bits)
+
+
+def frozen_parameters(model: ModelConfig, kinds: Collection[str]) -> int:
+    """How many of a Llama's parameters train.frozen keeps; other kinds than these a Llama has none of."""
+    table = model.vocab_size * model.d_model
+    counts = {
+        "embeddings": table,
+        "head": 0 if model.tie_embeddings else table,
+        "norms": (2 * model.n_layers + 1) * model.d_model,
+    }
+    return sum(counts.get(kind, 0) for kind in kinds)
 
 
 def linear_shapes(model: ModelConfig) -> Iterator[tuple[str, int, int]]:

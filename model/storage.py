@@ -34,6 +34,8 @@ def salient_count(binarize: BinarizeConfig, n: int, k: int) -> int:
     salient = binarize.salient
     if salient.scope == "group":
         return k // binarize.group_size * round(salient.fraction * n * binarize.group_size)
+    if salient.scope == "row":
+        return n * round(salient.fraction * k)
     return round(salient.fraction * n * k)
 
 

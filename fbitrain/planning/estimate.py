@@ -71,20 +71,21 @@ def rank_memory(
     n_parameters: int,
     *,
     n_muon: int = 0,
+    n_frozen: int = 0,
     world_size: int,
     precision: str,
     teacher: TeacherSize | None,
 ) -> RankMemory:
     """The peak of one rank of `world_size` for a student of `n_parameters`; `precision` is bf16 or fp32.
 
-    `n_muon` of the parameters have Muon, which keeps one number for each, not two.
+    `n_muon` of the parameters have Muon, which keeps one number for each, not two; `n_frozen` are not trained.
     """
     stage, c = config.engine.zero_stage, COMPUTE_BYTES[precision]
     tokens = config.train.micro_batch_size * config.data.seq_len
 
-    def part(first_stage: int) -> int:
-        """Elements a rank keeps of something that ZeRO partitions from `first_stage` on."""
-        return math.ceil(n_parameters / world_size) if stage >= first_stage else n_parameters
+    def part(first_stage: int, count: int = n_parameters - n_frozen) -> int:
+        """Elements a rank keeps of `count`, by default all that are trained; ZeRO partitions from `first_stage` on."""
+        return math.ceil(count / world_size) if stage >= first_stage else count
 
     of_muon = math.ceil(n_muon / world_size) if stage >= 1 else n_muon
     optimizer = 8 * part(1) - 4 * of_muon
@@ -92,7 +93,7 @@ def rank_memory(
         optimizer += 4 * part(1)  # DeepSpeed's own fp32 copy, also when it computes in fp32
         optimizer += 4 * part(1) if precision == "bf16" else 0
     return RankMemory(
-        weights=c * part(3),
+        weights=c * part(3, n_parameters),
         gradients=c * part(2),
         optimizer=optimizer,
         buckets=(4 if stage == 1 else c) * COMMUNICATION_BUCKET if stage >= 1 else 0,  # stage 1 adds gradients in fp32

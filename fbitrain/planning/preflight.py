@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ from fbitrain.checkpoint_files import trained_parameters
 from fbitrain.config import Config
 from fbitrain.config_optim import describe_optimizer
 from fbitrain.fine_tune import own_checkpoint, with_known_sizes
-from fbitrain.model.size import ParameterCount, count_parameters
+from fbitrain.model.size import ParameterCount, count_parameters, frozen_parameters
 from fbitrain.optim.schedules import batch_spans
 from fbitrain.planning.estimate import (
     CHECKPOINT_BYTES,
@@ -67,12 +68,14 @@ def inspect_run(config: Config, *, world_size: int, ranks_here: int) -> Report:
     _check_inputs(report, config, world_size, ranks_here)
     if not n_parameters or not config.model.n_heads:  # a model that says too little of itself to be added up
         return report
-    _check_disk(report, config, CHECKPOINT_BYTES * n_parameters - 4 * n_muon)
+    n_frozen = min(_count_frozen(config), n_parameters)
+    if n_frozen:
+        report.add("", f"{n_frozen:,} of them frozen ({', '.join(config.train.frozen)}), counted as a Llama's")
+    _check_disk(report, config, CHECKPOINT_BYTES * (n_parameters - n_frozen) + 4 * n_frozen - 4 * n_muon)
     precision = "bf16" if resolve_precision(config.engine.precision) is torch.bfloat16 else "fp32"
     teacher, remark = _teacher_size(config)
-    memory = rank_memory(
-        config, n_parameters, n_muon=n_muon, world_size=world_size, precision=precision, teacher=teacher
-    )
+    counts: dict[str, int] = {"n_parameters": n_parameters, "n_muon": n_muon, "n_frozen": n_frozen}
+    memory = rank_memory(config, **counts, world_size=world_size, precision=precision, teacher=teacher)
     _describe_memory(report, config, memory, f"over {world_size} ranks, {precision}", remark)
     _check_memory(report, memory, ranks_here)
     return report
@@ -100,6 +103,13 @@ def _count_pretrained(pretrained: str) -> int:
     """
     checkpoint = own_checkpoint(pretrained)
     return trained_parameters(checkpoint) if checkpoint else read_teacher_size(Path(pretrained)).n_parameters
+
+
+def _count_frozen(config: Config) -> int:
+    """The parameters of train.frozen, as many as a Llama of the model's sizes has."""
+    about = Path(config.model.pretrained).expanduser() / "config.json"
+    tied = about.is_file() and bool(json.loads(about.read_text(encoding="utf-8")).get("tie_word_embeddings"))
+    return frozen_parameters(replace(config.model, tie_embeddings=tied), config.train.frozen)
 
 
 def _describe_model(report: Report, count: ParameterCount) -> int:

@@ -164,6 +164,12 @@ def _teacher(distill: DistillConfig) -> str:
     return ", ".join(filter(None, (distill.teacher, cached)))
 
 
+def _loss(config: Config) -> str:
+    distill, hidden = config.distill, config.distill.hidden_factor(config.data.seq_len)
+    teacher_and_labels = f"{distill.kd_weight:g} · CE(teacher) + {distill.ce_weight:g} · CE(labels)"
+    return teacher_and_labels + (f" + {hidden:.3g} · MSE(hidden states)" if hidden else "")
+
+
 def _recipe(config: Config, training: Training) -> str:
     model, binarize, distill = config.model, config.binarize, config.distill
     rows = {
@@ -174,10 +180,10 @@ def _recipe(config: Config, training: Training) -> str:
         "phases": _phases(binarize, training.step),
         "binary weights": _pattern(config) if binary_share(binarize, training.step) else "none",
         "never binary": ", ".join(["embeddings", "norms", *binarize.skip]) if binarize.enabled else "",
+        "frozen": ", ".join(config.train.frozen),
         "calibration": _calibration(config),
         "teacher": _teacher(distill),
-        "loss": f"{distill.kd_weight:g} · CE(teacher) + {distill.ce_weight:g} · CE(labels)"
-        + (f" + {distill.hidden_weight:g} · MSE(hidden states)" if distill.hidden_weight else ""),
+        "loss": _loss(config),
         "temperature": f"{distill.temperature:g}",
         "steps, tokens": f"{training.step} of {config.train.total_steps}, {training.tokens:,}",
         "batch, sequence": f"{_batch(config)} tokens per step, {config.data.seq_len} tokens",

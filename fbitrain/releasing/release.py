@@ -108,10 +108,17 @@ def _require_possible(run: Path, formats: Sequence[str], binarize: BinarizeConfi
         return
     if not binarize.enabled and "packed" in formats:
         raise UserError(f"{run} has no binary weights (binarize.enabled=false) to pack; release it as dense only")
-    if binarize.enabled and binarize.traits.routed and set(formats) != {"packed"}:
+    if not binarize.enabled or set(formats) == {"packed"}:
+        return
+    if binarize.traits.routed:
         raise UserError(
             f"{run} mixes its scales anew for every token (binarize.method={binarize.method}), so there are no "
             "fixed weights to write out; release it as packed only"
+        )
+    if not binarize.has_fixed_weights:
+        raise UserError(
+            f"{run} norms every product (binarize.output_norm=true), so there are no fixed weights to write out; "
+            "release it as packed only"
         )
 
 
@@ -126,7 +133,7 @@ def _require_plain(run: Path, formats: Sequence[str], binarize: BinarizeConfig, 
             f"{run} is {phase}, so there are no bits to write as {' or '.join(one_bit)}; "
             "release it as dense only, or release a later checkpoint"
         )
-    if binarize.traits.routed and binary_share(binarize, step) > 0:
+    if not binarize.has_fixed_weights and binary_share(binarize, step) > 0:
         raise UserError(
             f"{run} is {phase}, and binarize.method={binarize.method} has no fixed weights to mix; "
             "release another checkpoint"

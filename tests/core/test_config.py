@@ -59,15 +59,19 @@ def test_every_shipped_config_is_valid_and_reads_back(path: Path, world_size: in
     assert load_config(saved, world_size=world_size) == config
 
 
-@pytest.mark.parametrize(("name", "world_size"), [("fbi_130m", 32), ("fbi_1.3b", 128), ("fbi_7b", 512)])
+@pytest.mark.parametrize(("name", "world_size"), [("fbi_130m", 64), ("fbi_1.3b", 128), ("fbi_7b", 384)])
 def test_the_recipes_spread_over_the_ranks_they_promise(name: str, world_size: int) -> None:
     path = ROOT / "launch" / "configs" / f"{name}.yaml"
     assert load_config(path, world_size=world_size).grad_accum_steps(world_size) == 1
     assert any("global_batch_tokens" in problem for problem in problems_of(path, world_size=2 * world_size))
 
 
-@pytest.mark.parametrize("size", ["130m", "1.3b", "7b"])
-def test_the_recipes_are_the_papers(size: str) -> None:
+@pytest.mark.parametrize(
+    ("size", "steps", "tokens"),
+    [("130m", 600_075, 2_097_152), ("1.3b", 533_430, 2_359_296), ("7b", 320_040, 3_932_160)],
+)
+def test_the_recipes_are_the_papers(size: str, steps: int, tokens: int) -> None:
+    """Sizes and rates are the paper's (arXiv 2407.07093), updates and decay those of the scripts published with it."""
     config = load_config(ROOT / "launch" / "configs" / f"fbi_{size}.yaml")
     for name, value in PRESETS[size].items():
         assert getattr(config.model, name) == value
@@ -75,9 +79,10 @@ def test_the_recipes_are_the_papers(size: str) -> None:
     assert (config.optim.lr, config.optim.min_lr, config.optim.betas) == (3e-4, 3e-5, [0.9, 0.95])
     assert (config.optim.weight_decay, config.optim.max_grad_norm) == (0.1, 1.0)
     assert sum(source.weight for source in config.data.sources) == pytest.approx(1259.11)
-    # All tokens of the corpus, less at most a part of one step.
-    left = 1_259_110_000_000 - config.train.total_steps * config.train.global_batch_tokens
-    assert 0 <= left < config.train.global_batch_tokens
+    assert (config.train.total_steps, config.train.global_batch_tokens) == (steps, tokens)
+    assert 0 <= 1_259_110_000_000 - steps * tokens < 1e9  # of the corpus
+    factors = config.optim.decay_factor
+    assert factors.matrices == factors.scales == factors.embeddings == factors.norms == factors.head == 1
 
 
 # Reading

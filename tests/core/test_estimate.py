@@ -116,6 +116,13 @@ def test_the_host_holds_a_start_and_a_save() -> None:
     assert muon.save == 12 * P // 4 - 4 * P // 8
 
 
+def test_frozen_parameters_have_weights_and_nothing_else() -> None:
+    frozen = rank_memory(CONFIG, P, n_frozen=P // 4, world_size=4, precision="bf16", teacher=TEACHER)
+    trained = rank_memory(CONFIG, P - P // 4, world_size=4, precision="bf16", teacher=TEACHER)
+    assert (frozen.gradients, frozen.optimizer, frozen.save) == (trained.gradients, trained.optimizer, trained.save)
+    assert frozen.weights == rank_memory(CONFIG, P, world_size=4, precision="bf16", teacher=TEACHER).weights
+
+
 def test_the_hosts_peak_is_the_largest_of_start_step_and_save() -> None:
     found = memory(with_engine(zero_stage=3), world_size=8)
     assert found.on_host(on_gpu=True) == found.runtime + found.start

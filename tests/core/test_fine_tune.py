@@ -312,12 +312,21 @@ def test_a_fine_tuned_run_is_released_in_its_own_architecture(make: Any, tmp_pat
     assert "PB-LLM" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_mixture_of_scales_is_released_packed_only(workspace: Any, tmp_path: Path) -> None:
-    config = config_for(workspace.teacher, BinarizeConfig(method="mixture_of_scales"))
+@pytest.mark.parametrize(
+    ("binarize", "reason"),
+    [
+        (BinarizeConfig(method="mixture_of_scales"), "mixes its scales anew for every token"),
+        (BinarizeConfig(method="onebit", output_norm=True), "norms every product"),
+    ],
+)
+def test_what_has_no_fixed_weights_is_released_packed_only(
+    workspace: Any, tmp_path: Path, binarize: BinarizeConfig, reason: str
+) -> None:
+    config = config_for(workspace.teacher, binarize)
     config = replace(config, distill=DistillConfig(teacher=str(workspace.teacher)))
     lm = start(config)
     write_checkpoint(tmp_path / "run", lm, config)
-    with pytest.raises(UserError, match=r"mixes its scales anew for every token .* release it as packed only"):
+    with pytest.raises(UserError, match=rf"{reason} .* release it as packed only"):
         release(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     release(tmp_path / "run", tmp_path / "out", ["packed"], dtype="float32")

@@ -27,7 +27,8 @@ from fbitrain.config_optim import (
     describe_optimizer,
 )
 from fbitrain.model.build import binarize_
-from fbitrain.model.config import BinarizeConfig
+from fbitrain.model.config import BinarizeConfig, ModelConfig
+from fbitrain.model.size import frozen_parameters
 from fbitrain.optim.muon import MatrixForm
 from fbitrain.optim.optimizer import (
     build_optimizer,
@@ -37,7 +38,7 @@ from fbitrain.optim.optimizer import (
     set_rates,
     update_squares,
 )
-from fbitrain.parameters import parameter_kinds
+from fbitrain.parameters import freeze_, parameter_kinds
 from fbitrain.student import Student
 
 CPU = torch.device("cpu")
@@ -53,6 +54,21 @@ def student(binarize: BinarizeConfig | None = None, *, tied: bool = False) -> St
 
 def config(**optim: Any) -> Config:
     return Config(optim=OptimConfig(warmup_steps=0, **optim), train=TRAIN)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_frozen_kinds_are_in_no_group(tied: bool) -> None:
+    """What BinaryMoS trains: the binary layers alone, their biases, scales and routers with them."""
+    model = student(BinarizeConfig(method="mixture_of_scales"), tied=tied)
+    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    binary = sum(count for name, count in counts.items() if "_proj." in name)
+    line = freeze_(model, ["embeddings", "norms", "head"])
+    assert line.startswith(f"training {binary:,} of {sum(counts.values()):,} parameters; frozen: {11 * 12} embeddings")
+    groups = param_groups(config(), model)
+    assert {group["kind"] for group in groups} == {"matrices", "scales", "routers", "biases"}
+    assert sum(parameter.numel() for group in groups for parameter in group["params"]) == binary
+    sizes = ModelConfig(vocab_size=11, n_layers=1, d_model=12, d_ff=20, n_heads=2, tie_embeddings=tied)
+    assert frozen_parameters(sizes, ["embeddings", "norms", "head"]) == sum(counts.values()) - binary
 
 
 def test_every_kind_has_a_group_of_its_own() -> None:

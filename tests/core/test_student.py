@@ -19,7 +19,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from fbitrain.base.errors import UserError
 from fbitrain.config import DistillConfig
+from fbitrain.model.build import binarize_
+from fbitrain.model.config import BinarizeConfig
 from fbitrain.parameters import parameter_kinds
 from fbitrain.student import Student
 from fbitrain.teacher import Teacher
@@ -82,6 +85,14 @@ def test_any_causal_model_is_a_student(make: Any) -> None:
     torch.testing.assert_close(student(ids[:, :-1], last_logits=True), logits[:, -1], rtol=1e-4, atol=1e-5)
 
 
+def test_a_binary_head_is_refused() -> None:
+    """Its latent matrix would be trained as it is, and its scales be lost."""
+    lm = llama(tied=False)
+    binarize_(lm, BinarizeConfig(skip=[]))
+    with pytest.raises(UserError, match=r"^lm_head is the output head, .*; add 'lm_head' to binarize.skip$"):
+        Student(lm, DistillConfig())
+
+
 def test_kinds_go_by_the_module_that_owns_a_parameter() -> None:
     kinds = parameter_kinds(Student(gpt2(), DistillConfig()))
     found = {name.removeprefix("lm.transformer."): kind for name, kind in kinds.items()}
@@ -116,6 +127,25 @@ def test_the_hidden_states_distance_is_the_sum_over_layers_of_mean_squares(kd_we
     mine.zero_grad()
     student(ids, *targets[:2])[0].backward()
     assert not torch.allclose(gradient, mine.model.layers[0].mlp.up_proj.weight.grad)
+
+
+@pytest.mark.parametrize("kd_weight", [1.0, 0.7])
+def test_per_sequence_the_balance_is_the_published_one(kd_weight: float) -> None:
+    """BinaryMoS (arXiv 2406.12311): KL(teacher ‖ student) summed over a sequence, a mean over the batch's sequences
+    ("batchmean"), + 10 · Σ over layers of the mean square. The gradients are ours times T.
+    """
+    torch.manual_seed(3)
+    mine, theirs = llama().double(), llama().double().eval().requires_grad_(False)
+    ids, weights = batch(3), [p for p in mine.parameters() if p.requires_grad]
+    outputs = [m(ids[:, :-1], output_hidden_states=True) for m in (mine, theirs)]
+    logs, teachers = (output.logits.log_softmax(-1) for output in outputs)
+    kd = (teachers.exp() * (teachers - logs)).sum() / 3
+    pairs = zip(*(output.hidden_states[1:] for output in outputs), strict=True)
+    published = torch.autograd.grad(kd_weight * kd + 10 * sum((a - b).square().mean() for a, b in pairs), weights)
+    distill = DistillConfig(kd_weight=kd_weight, hidden_weight=10.0, hidden_per="sequence", chunk_tokens=7)
+    loss, _ = Student(mine, distill)(ids, *teacher_of(theirs).targets(ids[:, :-1], with_states=True))
+    for found, wanted in zip(torch.autograd.grad(loss, weights), published, strict=True):
+        torch.testing.assert_close(found * T, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_the_loss_does_not_depend_on_how_sequences_are_batched() -> None:

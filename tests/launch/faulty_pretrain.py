@@ -178,26 +178,17 @@ def infinite_gradient_at_step_5() -> None:
     scaled_gradient(5, float("inf"))
 
 
-def freeze(chosen: Callable[[str], bool]) -> None:
+def freeze_matrices() -> None:
+    """What no configuration asks for."""
     model = build.build_model
 
     def frozen(*arguments: Any) -> Any:
         lm, report = model(*arguments)
         for name, parameter in lm.named_parameters():
-            if chosen(name):
-                parameter.requires_grad_(False)
+            parameter.requires_grad_(not name.endswith("_proj.weight"))
         return lm, report
 
     build.build_model = frozen  # type: ignore[assignment]
-
-
-def freeze_embeddings() -> None:
-    """Not a fault, but what no configuration asks for: parameters that are not trained."""
-    freeze(lambda name: "embed_tokens" in name)
-
-
-def freeze_matrices() -> None:
-    freeze(lambda name: name.endswith("_proj.weight"))
 
 
 def without_calibration() -> None:

@@ -83,8 +83,11 @@ def test_fine_tuning_is_added_up_from_the_pretrained_model(
     text = (folder / "tiny.yaml").read_text().splitlines()
     text = [f"model: {{pretrained: {folder}/teacher}}" if line.startswith("model:") else line for line in text]
     (folder / "tiny.yaml").write_text("\n".join(text))
-    assert examine(folder, "binarize.method=onebit", "distill.kd_weight=0", "distill.ce_weight=1") == 0
+    overrides = ("binarize.method=onebit", "distill.kd_weight=0", "distill.ce_weight=1", "train.frozen=[norms]")
+    assert examine(folder, *overrides) == 0
     out = capsys.readouterr().out
+    width = teacher_config["hidden_size"]
+    assert (f"{min(64, 5 * width)} of them frozen (norms)" in out) == known
     assert f"{folder}/teacher, binarize.method=onebit" in out
     assert "64 parameters" in out
     assert ("per rank" in out) == known

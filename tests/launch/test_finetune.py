@@ -23,7 +23,7 @@ from fbitrain.base.errors import UserError
 from fbitrain.checkpoint_files import fixed_tensors, load_weights
 from fbitrain.commands import finetune as finetune_command
 from fbitrain.commands import pretrain
-from fbitrain.config import load_config
+from fbitrain.config import ConfigError, load_config, to_yaml
 from fbitrain.model import method_table
 from tests.launch.run_folders import copy_run
 
@@ -158,21 +158,55 @@ def test_a_binary_run_is_continued_and_a_binary_model_made_nothing_else(
     assert "is binary already (binarize.method=binary) and is continued as it is" in refused.output
 
 
+FROZEN = ("train.frozen=[embeddings, norms, head]",)
+MUON_FROZEN = (*FROZEN, "optim.optimizer=muon", "optim.decay_factor.matrices=1")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "then"), [(3, 1), (1, 3)])
-def test_frozen_parameters_stay_as_they_were(launch: Any, config: Path, workspace: Any, stage: int, then: int) -> None:
-    """Whole in the checkpoint under every stage, and in no optimizer."""
-    options: Any = {"config": config, "script": FAULTS, "env": {"FAULT": "freeze_embeddings", "COMMAND": "finetune"}}
-    whole = launch(f"frozen-{stage}", *SHORT, f"engine.zero_stage={stage}", **options)
-    name = "model.embed_tokens.weight"
-    loaded = load_file(workspace.teacher / "model.safetensors")[name]
+@pytest.mark.parametrize(
+    ("stage", "then", "overrides"),
+    [
+        (3, 3, FROZEN),
+        (3, 1, MUON_FROZEN),
+        (1, 3, FROZEN),
+        (2, 0, FROZEN),
+        (0, 2, MUON_FROZEN),
+        (1, 1, (*FROZEN, "engine.precision=bf16")),
+    ],
+)
+def test_frozen_parameters_stay_as_they_were(
+    finetune: Any, launch: Any, workspace: Any, stage: int, then: int, overrides: tuple[str, ...]
+) -> None:
+    """Whole in the checkpoint under every stage, in fp32 and in no optimizer, and the rest of a run is the same run."""
+    case = f"frozen-{stage}-{then}-{len(overrides)}"
+    whole = finetune(case, *SHORT, *overrides, f"engine.zero_stage={stage}")
+    assert "; frozen: " in whole.output
+    loaded = load_file(workspace.teacher / "model.safetensors")
+    names = {name for name in loaded if "proj" not in name}
     for step in (2, 4):
-        checkpoint_folder = whole.run_dir / "checkpoints" / f"step_0000000{step}"
-        assert torch.equal(fixed_tensors(checkpoint_folder)[name], loaded)
-        assert torch.equal(load_weights(checkpoint_folder)[name], loaded)
-    copy_run(whole.run_dir, launch.runs / f"frozen-{stage}-{then}", 2)
-    moved = launch(f"frozen-{stage}-{then}", *SHORT, f"engine.zero_stage={then}", **options)
-    assert moved.losses == pytest.approx(whole.losses, rel=3e-4)
+        folder = whole.run_dir / "checkpoints" / f"step_0000000{step}"
+        assert fixed_tensors(folder).keys() == names
+        assert all(torch.equal(load_weights(folder)[name], loaded[name].float()) for name in names)
+        assert names.isdisjoint(json.loads((folder / "trainer.json").read_text())["shapes"])
+    copy_run(whole.run_dir, launch.runs / f"{case}-moved", 2)
+    moved = finetune(f"{case}-moved", *SHORT, *overrides, f"engine.zero_stage={then}")
+    assert moved.losses == (whole.losses if stage == then else pytest.approx(whole.losses, rel=3e-4))
+
+
+def test_what_is_frozen_is_decided_once(config: Path) -> None:
+    """Another choice has no optimizer state in the checkpoint: the run is refused, before anything is loaded."""
+    problems = [["train.frozen=[matrices]"], ["train.frozen=[norms]", "model.pretrained=''", "model.preset=tiny"]]
+    for overrides, words in zip(problems, ("'matrices', which cannot be frozen", "keeps what a trained"), strict=True):
+        with pytest.raises(ConfigError, match=words):
+            load_config(config, overrides, world_size=2)
+    folder = config.parent / "frozen_checkpoint"
+    folder.mkdir()
+    frozen = load_config(config, [*FROZEN], world_size=2)
+    (folder / "config.yaml").write_text(to_yaml(frozen))
+    (folder / "trainer.json").write_text('{"step": 2, "world_size": 2}')
+    assert resume.require_same_config(folder, frozen) == ""
+    with pytest.raises(UserError, match=r"train.frozen .* there, "):
+        resume.require_same_config(folder, load_config(config, world_size=2))
 
 
 @pytest.mark.slow

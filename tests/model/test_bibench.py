@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fbitrain.model.bibench import BINARIZERS, BiBenchLinear
+from fbitrain.model.bibench import BINARIZERS, PAPER, BiBenchLinear
 from fbitrain.model.method_table import METHODS
 
 N, K = 4, 25
@@ -21,10 +21,12 @@ def make_weight() -> Tensor:
     return weight
 
 
-def backward(method: str, weight: Tensor) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
+def backward(
+    method: str, weight: Tensor, variant: str = "paper"
+) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
     """(ŵ, a random dŵ, dW), as lists."""
     leaf = weight.clone().requires_grad_()
-    effective = BINARIZERS[method](leaf)
+    effective = BINARIZERS[variant][method](leaf)
     upstream = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (gradient,) = torch.autograd.grad(effective, leaf, upstream)
     return effective.tolist(), upstream.tolist(), gradient.tolist()
@@ -43,7 +45,7 @@ def row_means(weight: Tensor) -> list[float]:
 
 
 def test_every_method_is_there() -> None:
-    assert list(BINARIZERS) == [name for name, method in METHODS.items() if method.layer == "bibench.BiBenchLinear"]
+    assert list(PAPER) == [name for name, method in METHODS.items() if method.layer == "bibench.BiBenchLinear"]
 
 
 def test_bnn() -> None:
@@ -152,15 +154,46 @@ def test_recu_gradient() -> None:
         assert found == pytest.approx(wanted, abs=1e-12)
 
 
-@pytest.mark.parametrize("method", BINARIZERS)
-def test_the_layer_uses_its_method(method: str) -> None:
+def test_the_benchmarks_xnor_centres_each_row() -> None:
+    """c = w - mean w, α = mean |c|, ŵ = α·sign(c); dc = dŵ·α·1[|c| <= 1], and dw = dc - mean dc: the centring's."""
+    weight = make_weight() + 0.2
+    effective, upstream, gradient = backward("xnor", weight, "benchmark")
+    for row, row_g, value, found in zip(weight.tolist(), upstream, effective, gradient, strict=True):
+        centred = [w - sum(row) / K for w in row]
+        alpha = sum(map(abs, centred)) / K
+        assert value == pytest.approx([alpha * sign(c) for c in centred])
+        by_centred = [g * alpha * (abs(c) <= 1) for c, g in zip(centred, row_g, strict=True)]
+        assert found == pytest.approx([g - sum(by_centred) / K for g in by_centred], abs=1e-12)
+
+
+def test_the_benchmarks_bireal_clips_and_leaves_alpha_out() -> None:
     weight = make_weight()
-    layer = BiBenchLinear(K, N, method=method, weight=weight, dtype=torch.float64)
+    effective, upstream, gradient = backward("bireal", weight, "benchmark")
+    assert effective == backward("bireal", weight)[0]
+    assert gradient == [
+        [g if abs(w) <= 1 else 0.0 for w, g in zip(row, row_g, strict=True)]
+        for row, row_g in zip(weight.tolist(), upstream, strict=True)
+    ]
+
+
+def test_the_benchmarks_recu_has_a_gradient_2_root_2_times_as_large() -> None:
+    weight = with_dead_weights()
+    effective, _, gradient = backward("recu", weight, "benchmark")
+    wanted, _, paper = backward("recu", weight)
+    assert effective == approx(wanted)
+    assert gradient == approx([[2 * math.sqrt(2) * g for g in row] for row in paper])
+
+
+@pytest.mark.parametrize("variant", BINARIZERS)
+@pytest.mark.parametrize("method", PAPER)
+def test_the_layer_uses_its_method(method: str, variant: str) -> None:
+    weight = make_weight()
+    layer = BiBenchLinear(K, N, method=method, variant=variant, weight=weight, dtype=torch.float64)
     x, dy = torch.randn(3, K, dtype=torch.float64), torch.randn(3, N, dtype=torch.float64)
     y = layer(x)
     y.backward(dy)
     leaf = weight.clone().requires_grad_()
-    effective = BINARIZERS[method](leaf)
+    effective = BINARIZERS[variant][method](leaf)
     torch.testing.assert_close(y, x @ effective.T)
     (wanted,) = torch.autograd.grad(effective, leaf, dy.T @ x)
     torch.testing.assert_close(layer.weight.grad, wanted)
@@ -169,3 +202,5 @@ def test_the_layer_uses_its_method(method: str) -> None:
 def test_unknown_method_is_refused() -> None:
     with pytest.raises(ValueError, match="method='dorefa' is unknown; choose one of bnn, xnor, bireal, recu, fda"):
         BiBenchLinear(8, 8, method="dorefa")
+    with pytest.raises(ValueError, match="variant='code' is unknown; choose one of paper, benchmark"):
+        BiBenchLinear(8, 8, method="xnor", variant="code")

@@ -193,7 +193,16 @@ def test_good_configs_have_no_problem(method: str) -> None:
         (BinarizeConfig(method="partial", beta=False), "has its scales per row or group; set binarize.scale=row"),
         (BinarizeConfig(method="partial", scale="row"), "has no shift; set binarize.beta=false"),
         (BinarizeConfig(method="mixture_of_scales", n_experts=0), "binarize.n_experts=0 must be from 1 to 64"),
-        (BinarizeConfig(bits=2), "binarize.bits=2 is for binarize.method=cherry; binary has a width of its own"),
+        (BinarizeConfig(bits=2), "binarize.bits=2 is for binarize.method=cherry, not binary; leave it out"),
+        (BinarizeConfig(output_norm=True), "binarize.output_norm=True is for binarize.method=onebit, not binary"),
+        (
+            BinarizeConfig(variant="benchmark"),
+            "is for binarize.method=bnn or xnor or bireal or recu or fda",
+        ),
+        (
+            BinarizeConfig(method="xnor", variant="code"),
+            "binarize.variant='code' is unknown; choose one of paper",
+        ),
     ],
 )
 def test_contradictions(binarize: BinarizeConfig, problem: str) -> None:
@@ -207,9 +216,20 @@ def test_contradictions(binarize: BinarizeConfig, problem: str) -> None:
         ("partial", 1, SalientConfig(fraction=0.0), "binarize.salient.fraction=0.0 must lie between 0 and 1"),
         ("partial", 1, SalientConfig(fraction=1.0), "binarize.salient.fraction=1.0 must lie between 0 and 1"),
         ("partial", 1, SalientConfig(criterion="l2"), "binarize.salient.criterion='l2' is unknown; choose one of mag"),
-        ("partial", 1, SalientConfig(scope="row"), "binarize.salient.scope='row' is unknown; choose one of layer, gro"),
+        (
+            "partial",
+            1,
+            SalientConfig(scope="column"),
+            "binarize.salient.scope='column' is unknown; choose one",
+        ),
         ("partial", 1, SalientConfig(dtype="int4"), "binarize.salient.dtype='int4' is unknown; choose one of int8"),
         ("cherry", 1, SalientConfig(), "trains its salient weights, which int8 cannot; set binarize.salient.dtype"),
+        (
+            "partial",
+            1,
+            SalientConfig(scope="row", fraction=0.0006),
+            "keeps none of a row's model.d_model=768",
+        ),
         ("cherry", 5, SalientConfig(dtype="float16"), "binarize.bits=5 must be from 1 to 4"),
         ("partial", 1, SalientConfig(scope="group"), "model.d_ff=2000 is not a multiple of binarize.group_size=128"),
     ],
@@ -218,3 +238,10 @@ def test_contradictions_about_salient_weights(method: str, bits: int, salient: S
     binarize = BinarizeConfig(method=method, scale="row", beta=False, bits=bits, salient=salient)
     (found,) = binarize_problems(binarize, ModelConfig(d_ff=2000))
     assert problem in found
+
+
+def test_the_minmax_grid_has_no_one_bit_form() -> None:
+    salient = SalientConfig(dtype="float16")
+    binarize = BinarizeConfig(method="cherry", scale="row", beta=False, grid="minmax", salient=salient)
+    (found,) = binarize_problems(binarize, ModelConfig())
+    assert "binarize.grid=minmax is of 2 to 4 bits; set binarize.bits" in found

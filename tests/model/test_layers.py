@@ -29,6 +29,9 @@ LAYERS: dict[str, BinarizeConfig] = {
     "partial int8": salient("partial", "int8", scale="row"),
     "partial fp16 by group": salient("partial", "float16", scale="group", group_size=G),
     "cherry": salient("cherry", "float16", scale="row", bits=3),
+    "cherry minmax": salient("cherry", "float16", scale="group", group_size=G, bits=3, grid="minmax"),
+    "onebit with norm": BinarizeConfig(method="onebit", output_norm=True),
+    "xnor of the benchmark": BinarizeConfig(method="xnor", variant="benchmark"),
 }
 each_layer = pytest.mark.parametrize("kind", LAYERS)
 
@@ -62,7 +65,7 @@ def sqnr(found: Tensor, wanted: Tensor) -> float:
 @each_layer
 def test_forward_is_the_product_with_the_effective_weight(kind: str) -> None:
     layer, x = make(kind), make_input(2, 3)
-    if LAYERS[kind].traits.routed:
+    if not LAYERS[kind].has_fixed_weights:
         with pytest.raises(ValueError, match="depends on the token"):
             layer.effective_weight()
         return
@@ -89,6 +92,29 @@ def test_bf16_input(kind: str, parameter_dtype: torch.dtype) -> None:
         assert gradient.dtype == (torch.bfloat16 if name == "x" else parameter_dtype), name
         if name != "router":  # 0 but for rounding while the experts are equal
             assert sqnr(gradient, wanted_gradients[name]) > 35, name
+
+
+@each_layer
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_under_autocast(kind: str, backward_inside: bool) -> None:
+    """As with torch.nn.Linear: the output has autocast's dtype, every gradient the dtype of what it belongs to."""
+    layer, x = make(kind), make_input(2, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        found = gradients(layer, x, y) if backward_inside else {}
+    found = found or gradients(layer, x, y)
+    exact, exact_x = make(kind), make_input(2, 3)
+    wanted = exact(exact_x)
+    wanted_gradients = gradients(exact, exact_x, wanted)
+    assert y.dtype == torch.bfloat16
+    assert sqnr(y, wanted) > 40
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32, name
+        if name != "router":  # 0 but for rounding while the experts are equal
+            assert sqnr(gradient, wanted_gradients[name]) > 35, name
+    doubles = torch.randn(2, K, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer.double()(doubles).dtype == torch.float64
 
 
 @each_layer
@@ -134,6 +160,16 @@ def test_compiles(kind: str) -> None:
     layer, x = make(kind), make_input(2, 3)
     compiled = torch.compile(layer, backend="aot_eager")
     torch.testing.assert_close(gradients(layer, x, compiled(x)), gradients(layer, x, layer(x)))
+
+
+def test_compiles_under_autocast() -> None:
+    torch.compiler.reset()
+    layer, x = make("binary"), make_input(2, 3)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, wanted = compiled(x), layer(x)
+    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(gradients(layer, x, y), gradients(layer, x, wanted))
 
 
 @each_layer

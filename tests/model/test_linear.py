@@ -221,6 +221,23 @@ def test_bf16_input(scale: str, beta: bool, parameter_dtype: torch.dtype) -> Non
         assert error < 0.02 * wanted_gradients[name].norm(), name
 
 
+def test_in_bf16_the_output_is_as_exact_as_the_published_layers() -> None:
+    """FBI-LLM's layer under autocast rounds ŵ = α·sign(W) + β once, to bf16, and multiplies: so the paper's equation,
+    written out here. Ours never builds ŵ, and rounds x·α instead.
+    """
+    torch.manual_seed(0)
+    layer, x = BinaryLinear(768, 512, weight=torch.randn(512, 768) * 0.02), torch.randn(256, 768).bfloat16()
+    with torch.no_grad():
+        layer.alpha.mul_(1 + 0.3 * torch.randn_like(layer.alpha))
+    effective = layer.alpha.detach() * torch.where(layer.weight.detach() < 0, -1.0, 1.0) + layer.beta.detach()
+    exact = x.double() @ effective.double().T
+
+    def error(y: Tensor) -> float:
+        return float((y.detach().double() - exact).norm() / exact.norm())
+
+    assert error(layer(x)) < 1.2 * error(x @ effective.bfloat16().T)
+
+
 def test_a_weight_too_small_for_the_input_dtype_keeps_its_sign() -> None:
     layer = BinaryLinear(1, 1, beta=False, weight=torch.tensor([[-1e-30]]))
     with torch.no_grad():

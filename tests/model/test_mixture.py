@@ -81,6 +81,29 @@ def test_onebit_scales_each_row_and_column() -> None:
     torch.testing.assert_close(layer.weight.grad, layer.scale_out.T @ (x * layer.scale_in).sum(0, keepdim=True))
 
 
+def test_onebit_with_its_layer_norm() -> None:
+    """OneBit's equations (arXiv 2402.11295): Y = [(X ⊙ g) Sign(W)ᵀ] ⊙ h, Z = LayerNorm(Y), here token by token."""
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(N, K, generator=generator, dtype=torch.float64)
+    bias = torch.randn(N, generator=generator, dtype=torch.float64)
+    layer = OneBitLinear(K, N, output_norm=True, weight=weight, bias=bias, dtype=torch.float64)
+    g, h = layer.scale_in[0], layer.scale_out[0]
+    w = layer.weight
+    signs = torch.where(w.detach() >= 0, 1.0, -1.0).double() + w - w.detach()
+    x, tokens = make_input(2, 3), []
+    for token in x.reshape(-1, K):
+        y = (signs @ (token * g)) * h
+        centred = y - y.sum() / N
+        tokens.append(centred / ((centred * centred).sum() / N + 1e-5).sqrt() + layer.bias)
+    found, wanted = layer(x), torch.stack(tokens).reshape(2, 3, N)
+    torch.testing.assert_close(found, wanted)
+    dy, named = torch.randn_like(found), [x, *layer.parameters()]
+    for a, b in zip(torch.autograd.grad(found, named, dy), torch.autograd.grad(wanted, named, dy), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="depends on the token"):
+        layer.effective_weight()
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (40, 70), (70, 40), (128, 128)])
 def test_rank_one_is_the_leading_singular_pair(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

@@ -23,16 +23,26 @@ CASES += [
     for scale in ("row", "group")
     for dtype in ("int8", "float16")
 ]
+CASES += [BinarizeConfig(method="onebit", output_norm=True), BinarizeConfig(method="xnor", variant="benchmark")]
 CASES += [
     BinarizeConfig(
-        method="cherry", scale=scale, beta=False, group_size=G, bits=bits, salient=SalientConfig(dtype="float16")
+        method="cherry",
+        scale=scale,
+        beta=False,
+        group_size=G,
+        bits=bits,
+        grid=grid,
+        salient=SalientConfig(dtype="float16"),
     )
-    for scale, bits in (("row", 1), ("group", 1), ("row", 2), ("group", 3), ("row", 4))
+    for scale, bits, grid in (
+        *(("row", 1, "normal"), ("group", 1, "normal"), ("row", 2, "normal"), ("group", 3, "normal")),
+        *(("row", 4, "normal"), ("group", 3, "minmax")),
+    )
 ]
 
 
 def name_of(case: BinarizeConfig) -> str:
-    return f"{case.method}-{case.scale}-{case.salient.dtype}-{case.bits}"
+    return f"{case.method}-{case.scale}-{case.salient.dtype}-{case.bits}-{case.grid}-{case.variant}-{case.output_norm}"
 
 
 def trained(case: BinarizeConfig, share: float = 0.3) -> LatentLinear:
@@ -95,7 +105,7 @@ def test_the_stored_tensors_take_the_bits_that_are_counted(case: BinarizeConfig)
 def test_the_dense_weight_is_the_effective_weight(case: BinarizeConfig) -> None:
     layer = trained(case)
     packed = pack(case, layer, torch.float32)
-    if case.traits.routed:
+    if not case.has_fixed_weights:
         with pytest.raises(ValueError, match="depends on the token"):
             packed.weight(K, N)
     else:

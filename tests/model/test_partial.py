@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -165,6 +166,27 @@ def test_several_bits_are_the_nearest_of_uniform_levels(bits: int) -> None:
         for w, found in zip(row[ordinary].tolist(), effective[n][ordinary].tolist(), strict=True):
             assert abs(w - found) == pytest.approx(min(abs(w - level) for level in levels), abs=1e-9)
             assert any(found == pytest.approx(level) for level in levels)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("scale", "size"), [("row", K), ("group", G)])
+def test_the_minmax_grid_is_cherryqs(scale: str, size: int, bits: int) -> None:
+    """S = max |w| / 2^(b-1), q = clamp(⌊w / S⌋, -2^(b-1), 2^(b-1) - 1), w' = (q + 1/2)·S (arXiv 2404.02837), over the
+    weights of a row or group that are not cherries; the gradient passes unchanged.
+    """
+    layer, mask = make_layer(bits=bits, grid="minmax", scale=scale, salient_dtype="float16", trained=True), make_mask()
+    recipe, tensors = layer.recipe()
+    effective, half = recipe(*tensors), 2 ** (bits - 1)
+    for n in range(N):
+        for start in range(0, K, size):
+            places = [k for k in range(start, start + size) if not mask[n, k]]
+            step = max((abs(layer.weight[n, k].item()) for k in places), default=0.0) / half
+            for k in places:
+                code = max(-half, min(half - 1, math.floor(layer.weight[n, k].item() / step)))
+                assert effective[n, k].item() == pytest.approx((code + 0.5) * step)
+    upstream = torch.randn_like(effective)
+    (gradient,) = torch.autograd.grad(effective, layer.weight, upstream)
+    assert torch.equal(gradient, upstream)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])

@@ -121,6 +121,14 @@ def test_masks_hold_exactly_the_highest_scores(n: int, k: int, fraction: float, 
             assert set(chosen.reshape(-1).nonzero().flatten().tolist()) == set(order[: round(fraction * block.numel())])
 
 
+def test_by_row_every_row_has_its_share() -> None:
+    """CherryQ's code takes the highest of each row, and as many in each."""
+    scores = torch.randint(9, (5, 40), generator=torch.Generator().manual_seed(6)).float()
+    for row, chosen in zip(scores.tolist(), select_mask(scores, 0.11, "row"), strict=True):
+        order = sorted(range(40), key=lambda i: (-row[i], i))
+        assert set(chosen.nonzero().flatten().tolist()) == set(order[:4])
+
+
 def test_a_transposed_weight_has_the_same_mask() -> None:
     scores = torch.rand(6, 10, generator=torch.Generator().manual_seed(3))
     assert torch.equal(select_mask(scores.T.contiguous().T, 0.3), select_mask(scores, 0.3))
@@ -133,8 +141,8 @@ def test_a_fraction_outside_0_1_is_refused(fraction: float) -> None:
 
 
 def test_other_bad_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match="scope='row' is unknown"):
-        select_mask(torch.ones(2, 2), 0.5, "row")
+    with pytest.raises(ValueError, match="scope='column' is unknown"):
+        select_mask(torch.ones(2, 2), 0.5, "column")
     with pytest.raises(ValueError, match="group_size=0"):
         select_mask(torch.ones(2, 2), 0.5, "group", 0)
     with pytest.raises(ValueError, match="NaN"):

@@ -62,7 +62,7 @@ def test_pb_llm_at_ten_percent() -> None:
     assert scales / 4096**2 == pytest.approx(64 / 4096)
 
 
-@pytest.mark.parametrize("scope", ["layer", "group"])
+@pytest.mark.parametrize("scope", ["layer", "row", "group"])
 @pytest.mark.parametrize("fraction", [0.004, 0.1, 0.5])
 def test_the_count_is_that_of_the_selected_mask(fraction: float, scope: str) -> None:
     salient = SalientConfig(fraction=fraction, scope=scope)
