@@ -103,7 +103,7 @@ class Watch:
     def hangs(self) -> bool:
         """Looks once; whether this rank has been at one place for too long, or another says that a rank has."""
         now = time.monotonic()
-        # A job that was suspended as a whole has not waited.
+        # The time for which the whole job was suspended says nothing of any rank. Collectives count it all the same.
         self._waited_s += min(now - self._looked, 2 * LOOK_S)
         self._looked = now
         if self.clock.position is not self._seen:
