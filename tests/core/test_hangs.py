@@ -115,7 +115,7 @@ def test_a_rank_that_moves_does_not_hang(now: list[float], store: Store, tmp_pat
     assert looks(watch, now, 7.0)
 
 
-def test_no_rank_is_blamed_for_the_time_in_which_the_job_was_suspended(now: list[float], store: Store, tmp_path: Path) -> None:
+def test_the_time_of_a_suspended_job_is_no_hang(now: list[float], store: Store, tmp_path: Path) -> None:
     (watch,) = watches(tmp_path, HERE)
     now[0] += 3600.0
     assert not watch.hangs()
