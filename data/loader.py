@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections import Counter
@@ -19,23 +18,33 @@ from fbitrain.data.config import DataConfig
 from fbitrain.data.duplicate_list import DuplicateList
 from fbitrain.data.pretokenized.token_shards import TokenIndex
 from fbitrain.data.reading.documents import Span
-from fbitrain.data.sources.fingerprint import ShardList, fingerprint, require_same_shards, shard_list
-from fbitrain.data.sources.shards import Shard
-from fbitrain.data.streaming.plan import LanePlan, find_sources, plan_lanes, record_format
+from fbitrain.data.sources.fingerprint import ShardList, fingerprint, shard_list
+from fbitrain.data.streaming.continuing import (
+    continued,
+    identity,
+    in_turn,
+    next_of_all,
+    next_of_rank,
+    require_continuable,
+)
+from fbitrain.data.streaming.plan import LanePlan, find_sources, plan_lanes
 from fbitrain.data.streaming.source_reader import SourceState
-from fbitrain.data.streaming.steps import SequencesPerStep, StepSizes
+from fbitrain.data.streaming.steps import SequencesPerStep, StepSizes, dealt
 from fbitrain.data.streaming.stream import border_tokens, initial_state, too_many_bad_records
 from fbitrain.data.streaming.worker import Drawn, Feed, Job, LaneFeed, WorkerProcess
 from fbitrain.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 2
 COUNTED = ("documents", "bytes", "tokens", "heldout", "duplicates", "replaced")
 
 
 class TokenLoader:
     """Iterates over batches int64 [micro_batch_size, seq_len + 1], without end; `state()` is the place behind the last.
+
+    The run has one order of sequences, lane by lane in turn, and `begin_step` deals the next ones to the ranks: a step
+    holds the same sequences on any number of ranks. Without `begin_step` each batch takes the next of this rank's
+    lanes, which is as good on one rank.
 
     The state is a JSON-serialisable dict. The list of the states of all ranks of a saved run, given as `states`,
     continues that run: on as many ranks bit for bit, on another number with the lanes dealt anew and every document
@@ -76,7 +85,7 @@ class TokenLoader:
         duplicates = DuplicateList(data.duplicates) if data.duplicates else None
         if duplicates:
             duplicates.require_shards(sources)
-        self._identity = _identity(data, tokenizer) | {
+        self._identity = identity(data, tokenizer) | {
             "duplicates": duplicates.digest if duplicates else "",
             "fingerprint": {name: fingerprint(shards) for name, shards in sources.items()},
         }
@@ -89,16 +98,18 @@ class TokenLoader:
             "phases": [list(p.weights) for p in mine[0].phases],
         }
         self._drawn = 0  # sequences that all ranks together have drawn
+        self._next_of_all = 0  # the lane of the sequence after those
+        self._left: int | None = None  # sequences that this rank has yet to draw in the step that is going on
         saved = {plan.lane: initial_state(plan) for plan in mine}
         first = rank
         if states is not None:
-            _require_continuable(self._identity, states, sources, saved_shards)
-            first = _next_lane(states, rank, world_size)
-            saved, self._drawn = _continued(states, _in_turn(mine, first), world_size, self._mixture)
+            require_continuable(self._identity, states, sources, saved_shards)
+            first, self._next_of_all = next_of_rank(states, rank, world_size), next_of_all(states)
+            saved, self._drawn = continued(states, in_turn(mine, first), world_size, self._mixture)
         self._empty = {lane: state for lane, state in saved.items() if state["empty"]}
-        self._feeds = self._open_feeds(_in_turn(mine, first), saved, tokenizer)
+        self._feeds = self._open_feeds(in_turn(mine, first), saved, tokenizer)
         # A lane that was found empty is not drawn again; its feed knows.
-        self._turn = [plan.lane for plan in _in_turn(mine, first) if not saved[plan.lane]["empty"]]
+        self._turn = [plan.lane for plan in in_turn(mine, first) if not saved[plan.lane]["empty"]]
         self._documents: list[str] = []
         self._spans: list[tuple[Span, ...]] = []
         # A rank answers for its lanes' share, so that the limit is the same on any number of ranks.
@@ -109,9 +120,31 @@ class TokenLoader:
 
     def __next__(self) -> torch.Tensor:
         self._spans = []
-        sequences = [self._draw() for _ in range(self._micro_batch_size)]
-        self._drawn += self._micro_batch_size * self._world_size
-        return torch.from_numpy(np.stack(sequences, dtype=np.int64))
+        n = self._micro_batch_size
+        if self._left is None:
+            self._count(n * self._world_size)
+        else:
+            n = min(n, self._left)
+            self._left -= n
+        batch = np.empty((n, self._data.seq_len + 1), dtype=np.int64)
+        for row in batch:
+            row[:] = self._draw()
+        return torch.from_numpy(batch)
+
+    def begin_step(self, n_sequences: int) -> int:
+        """Begins a step of `n_sequences` over all ranks; returns its micro-batches, the same number on every rank.
+
+        They come from `next`. A rank draws the sequences of its own lanes, so the ranks' numbers of them may differ:
+        its last batches hold fewer sequences than micro_batch_size, or none. `state()` is meant for after the last.
+        """
+        shares = dealt(self._next_of_all, n_sequences, self._data.n_lanes, self._world_size)
+        self._left = shares[self._rank]
+        self._count(n_sequences)
+        return math.ceil(max(shares) / self._micro_batch_size)
+
+    def _count(self, n_sequences: int) -> None:
+        self._drawn += n_sequences
+        self._next_of_all = (self._next_of_all + n_sequences) % self._data.n_lanes
 
     def state(self) -> dict[str, Any]:
         """What continues the stream behind the last batch: JSON-serialisable, a few kilobytes per lane at most."""
@@ -121,6 +154,7 @@ class TokenLoader:
             "mixture": self._mixture,
             "drawn": self._drawn,
             "next_lane": self._turn[0],
+            "next_of_all": self._next_of_all,
             "lanes": {str(lane): state for lane, state in sorted(self._lane_states().items())},
         }
 
@@ -185,7 +219,7 @@ class TokenLoader:
                 cache_dir=data.cache_dir,
                 cache_bytes=data.cache_bytes,
                 duplicates=data.duplicates,
-                stride=len(plans) * self._world_size,
+                stride=data.n_lanes,
             )
             feed = WorkerProcess(job) if n_workers else LaneFeed(job, tokenizer)
             feeds |= {plan.lane: feed for plan in served}
@@ -226,101 +260,3 @@ class TokenLoader:
 
     def _bad_records(self) -> int:
         return sum(state["bad_records"] for state in self._lane_states().values())
-
-
-def _identity(data: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a run may not change without its positions losing their meaning."""
-    return {
-        "version": STATE_VERSION,
-        "n_lanes": data.n_lanes,
-        "seed": data.seed,
-        "seq_len": data.seq_len,
-        "add_bos": data.add_bos,
-        "add_eos": data.add_eos,
-        "shuffle_block": data.shuffle_block,
-        "heldout_fraction": data.heldout_fraction,
-        "tokenizer": tokenizer.fingerprint,
-        "records": {source.name: [source.kind, record_format(source).key] for source in data.sources},
-    }
-
-
-def _require_continuable(
-    identity: Mapping[str, Any],
-    states: Sequence[Mapping[str, Any]],
-    sources: Mapping[str, Sequence[Shard]],
-    saved_shards: ShardList | None,
-) -> None:
-    """Raises UserError naming the first thing in which `states` are not of this configuration."""
-    for state in states:
-        for key in identity.keys() - {"fingerprint", "records"}:
-            if state.get(key) != identity[key]:
-                raise UserError(
-                    f"the checkpoint's data state has {key}={state.get(key)}, this run has {key}={identity[key]}; "
-                    "resume with the same settings, or start a new run"
-                )
-        saved = state["fingerprint"]
-        if saved.keys() != sources.keys():
-            raise UserError(
-                f"the checkpoint's sources are {', '.join(sorted(saved))}, this run's are "
-                f"{', '.join(sorted(sources))}; resume with the same sources, or start a new run"
-            )
-        for name, shards in sources.items():
-            (was, field), (now, now_field) = state["records"][name], identity["records"][name]
-            if (was, field) != (now, now_field):
-                raise UserError(
-                    f"source {name!r} was read as {was} from field {field!r} by the checkpoint's run, and this one "
-                    f"reads {now} from {now_field!r}; resume with the same settings, or start a new run"
-                )
-            require_same_shards(name, saved[name], shards, saved_shards[name] if saved_shards else None)
-
-
-def _continued(
-    states: Sequence[Mapping[str, Any]], plans: Sequence[LanePlan], world_size: int, mixture: Mapping[str, Any]
-) -> tuple[dict[int, dict[str, Any]], int]:
-    """The states of our lanes, given in turn, among those of all saved ranks, and the sequences drawn by all of them.
-
-    Where the steps have other sizes than they had, as many steps are done, and phases begin as many steps from here.
-    """
-    before = states[0]
-    every = _merge_lanes(states, before["n_lanes"])
-    drawn = before["drawn"]
-    was, now = (StepSizes.of(of["sequences_per_step"]) for of in (before["mixture"], mixture))
-    if was.spans and now.spans and was != now:
-        drawn = now.sequences_after(was.steps_within(drawn))
-    lanes = {plan.lane: copy.deepcopy(every[str(plan.lane)]) for plan in plans}
-    for position, (lane, state) in enumerate(lanes.items()):
-        if before["mixture"]["phases"] != mixture["phases"]:
-            for name, values in state["sources"].items():
-                source = SourceState.from_list(values)
-                source.phase_tokens = 0
-                state["sources"][name] = source.to_list()
-        if drawn != before["drawn"] or world_size != before["world_size"]:
-            state["sequence"] = drawn + position * world_size + lane % world_size
-    return lanes, drawn
-
-
-def _merge_lanes(states: Sequence[Mapping[str, Any]], n_lanes: int) -> dict[str, dict[str, Any]]:
-    merged: dict[str, dict[str, Any]] = {}
-    for state in states:
-        merged |= state["lanes"]
-    missing = [lane for lane in range(n_lanes) if str(lane) not in merged]
-    if missing or len(states) != states[0]["world_size"] or sum(len(state["lanes"]) for state in states) != n_lanes:
-        raise UserError(
-            f"{len(states)} data states were given of a run on {states[0]['world_size']} ranks, and they miss lanes "
-            f"{missing}; give the state of every rank, each once"
-        )
-    return merged
-
-
-def _next_lane(states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> int:
-    """Where this rank left off, if the run goes on with as many ranks; else its first lane."""
-    if states[0]["world_size"] == world_size:
-        for state in states:
-            if state["next_lane"] % world_size == rank:
-                return int(state["next_lane"])
-    return rank
-
-
-def _in_turn(plans: Sequence[LanePlan], first: int) -> list[LanePlan]:
-    """The lanes in the order of drawing: from lane `first` on, then around."""
-    return sorted(plans, key=lambda plan: (plan.lane < first, plan.lane))

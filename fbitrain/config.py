@@ -6,6 +6,7 @@ Every problem is collected and reported in one ConfigError, before torch is impo
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,9 +21,10 @@ from fbitrain.base.settings import read_values, typed
 from fbitrain.config_checks import semantic_problems
 from fbitrain.config_optim import OptimConfig, with_old_keys
 from fbitrain.data.config import DataConfig, SourceConfig
+from fbitrain.data.streaming.steps import dealt
 from fbitrain.loading.pretrained_shape import SIZES, origins, read_shape
 from fbitrain.model.config import PRESETS, BinarizeConfig, ModelConfig
-from fbitrain.optim.schedules import batch_tokens_at
+from fbitrain.optim.schedules import batch_tokens_at, tokens_after
 
 COMMUNICATION_BUCKET = 2**24  # elements that ranks exchange at a time: 32 MiB in bf16, enough to fill a network
 
@@ -204,9 +206,14 @@ class Config:
         return Path(self.run.dir) / self.run.name
 
     def grad_accum_steps(self, world_size: int, step: int = 1) -> int:
-        """Micro-batches per rank in step `step` (from 1), so that it sees as many tokens as `train` says."""
-        portion = self.train.micro_batch_size * self.data.seq_len * world_size
-        return batch_tokens_at(self.train, step) // portion
+        """Micro-batches in step `step` (from 1) of the rank that has most, so that all tokens of `train` are seen."""
+        before = tokens_after(self.train, step - 1) // self.data.seq_len
+        shares = dealt(before % self.data.n_lanes, self.sequences_in(step), self.data.n_lanes, world_size)
+        return math.ceil(max(shares) / self.train.micro_batch_size)
+
+    def sequences_in(self, step: int) -> int:
+        """Sequences of step `step` (from 1), over all ranks."""
+        return batch_tokens_at(self.train, step) // self.data.seq_len
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int = 1) -> Config:

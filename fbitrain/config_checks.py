@@ -78,7 +78,7 @@ def _train_problems(config: Config, world_size: int) -> Iterator[str]:
         yield f"eval.max_tokens={config.eval.max_tokens} is less than one window of data.seq_len={data.seq_len} tokens"
     if config.eval.every and data.heldout and data.seq_len == 1:
         yield "data.seq_len=1 leaves no token of a held-out window to predict; set it to 2 or more, or eval.every=0"
-    yield from _batch_problems(config, world_size)
+    yield from _batch_problems(config)
     yield from _profile_problems(config)
     if world_size > data.n_lanes:
         yield f"data.n_lanes={data.n_lanes} is less than the {world_size} ranks of this run; every rank needs a lane"
@@ -86,7 +86,7 @@ def _train_problems(config: Config, world_size: int) -> Iterator[str]:
         yield f"data.seq_len={data.seq_len} is longer than model.max_seq_len={config.model.max_seq_len}"
 
 
-def _batch_problems(config: Config, world_size: int) -> Iterator[str]:
+def _batch_problems(config: Config) -> Iterator[str]:
     """Of the tokens per step and the steps at which they change."""
     train, seq_len = config.train, config.data.seq_len
     sizes = {"train.global_batch_tokens": train.global_batch_tokens}
@@ -104,13 +104,9 @@ def _batch_problems(config: Config, world_size: int) -> Iterator[str]:
                 f"train.total_steps={train.total_steps}; take the change out, or train for longer"
             )
         before = max(before, change.from_step)
-    portion = train.micro_batch_size * seq_len * world_size
     for name, tokens in sizes.items():
-        if portion > 0 and tokens % portion:
-            yield (
-                f"{name}={tokens} is not a multiple of "
-                f"micro_batch_size*seq_len*world_size={train.micro_batch_size}*{seq_len}*{world_size}={portion}"
-            )
+        if seq_len > 0 and tokens % seq_len:
+            yield f"{name}={tokens} is not a multiple of data.seq_len={seq_len}; a step has whole sequences"
 
 
 def _profile_problems(config: Config) -> Iterator[str]:

@@ -44,8 +44,9 @@ class IntervalMeans:
             self._seconds += time.perf_counter() - self._started
             self._started = None
 
-    def add_micro_batch(self, loss: Tensor, metrics: DistillMetrics) -> None:
-        parts = [getattr(metrics, name) for name in _SUMS]
+    def add_micro_batch(self, loss: Tensor, metrics: DistillMetrics | None) -> None:
+        """loss: with its weight in the step; metrics: None where the micro-batch had no sequences."""
+        parts = [getattr(metrics, name, 0.0) for name in _SUMS]
         self._sums[:-1] += torch.stack(
             [torch.as_tensor(p, dtype=torch.float64, device=self._device) for p in (*parts, loss.detach())]
         )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -119,7 +119,8 @@ def train_step(parts: Parts, state: TrainerState, stop: Stop) -> StepEnd | None:
     config, engine, clock = parts.config, parts.engine, parts.clock
     step = state.step + 1
     changed = enter_step(engine, config.binarize, state.step)
-    n_micro_batches = config.grad_accum_steps(engine.world_size, step)
+    n_sequences = config.sequences_in(step)
+    n_micro_batches = parts.loader.begin_step(n_sequences)
     engine.set_grad_accum_steps(n_micro_batches)
     stop.begin_step(n_micro_batches)
     clock.begin_step(step, n_micro_batches, compiles=changed)
@@ -131,15 +132,10 @@ def train_step(parts: Parts, state: TrainerState, stop: Stop) -> StepEnd | None:
         clock.enter("data", i + 1)
         batch, cached, failure = (parts.blank_batch, None, failure) if failure else draw(parts, with_targets=not named)
         if not named:
-            batch = batch.to(engine.device, non_blocking=True)
-            clock.enter("teacher")
-            targets = parts.targets.ask(batch, cached)
-            clock.enter("forward")
-            loss, metrics = engine(batch, **targets)
-            clock.enter("backward")
-            engine.backward(loss)
-            parts.interval.add_micro_batch(loss, metrics)
-            losses += loss.detach()
+            # Ranks have unlike numbers of sequences where their lanes do not divide evenly: each sequence counts alike.
+            share = len(batch) * n_micro_batches * engine.world_size / n_sequences
+            loss = backward(parts, batch, cached, share)
+            losses += loss
         if i < n_micro_batches - 1:
             with clock.waiting("whether to stop"):
                 dropped = stop.drops_step(left=n_micro_batches - 1 - i)
@@ -172,6 +168,23 @@ def draw(parts: Parts, *, with_targets: bool) -> tuple[Tensor, CachedTargets | N
     if parts.batch_log:
         parts.batch_log.add(batch)
     return batch, cached, ""
+
+
+def backward(parts: Parts, batch: Tensor, cached: CachedTargets | None, share: float) -> Tensor:
+    """Adds the gradient of `share` times the batch's mean loss, and returns that; a batch may have no sequences."""
+    engine, clock, empty = parts.engine, parts.clock, not len(batch)
+    if empty:  # the other ranks have some, and ZeRO-3 needs every rank in every forward
+        batch, cached = parts.blank_batch, None
+    batch = batch.to(engine.device, non_blocking=True)
+    clock.enter("teacher")
+    targets = parts.targets.ask(batch, cached)
+    clock.enter("forward")
+    loss, metrics = engine(batch, **targets)
+    loss = loss * share
+    clock.enter("backward")
+    engine.backward(loss)
+    parts.interval.add_micro_batch(loss, None if empty else metrics)
+    return cast(Tensor, loss.detach())
 
 
 def agree_to_go_on(parts: Parts, stop: Stop, loss: Tensor, failure: str) -> float:

@@ -16,6 +16,18 @@ def total_after(spans: Sequence[tuple[int, int]], steps: int) -> int:
     return sum(size * max(0, min(end, steps) - start) for (start, size), end in zip(spans, ends, strict=True))
 
 
+def dealt(first: int, n_sequences: int, n_lanes: int, world_size: int) -> list[int]:
+    """Rank by rank, how many of the run's next sequences it draws.
+
+    They come from lane `first`, the one after it and so on, around; lane l belongs to rank l % world_size.
+    """
+    rounds, rest = divmod(n_sequences, n_lanes)
+    shares = [0] * world_size
+    for lane in range(n_lanes):
+        shares[lane % world_size] += rounds + ((lane - first) % n_lanes < rest)
+    return shares
+
+
 @dataclass(frozen=True)
 class StepSizes:
     """The sizes in order: (steps done when the size begins, sequences per step). Empty where they are not known."""

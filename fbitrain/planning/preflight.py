@@ -122,11 +122,13 @@ def _describe_model(report: Report, count: ParameterCount) -> int:
 def _describe_tokens(report: Report, config: Config, world_size: int) -> None:
     train = config.train
     for first, tokens in batch_spans(train):
+        portion = world_size * train.micro_batch_size * config.data.seq_len
+        n = config.grad_accum_steps(world_size, first)
+        uneven = "" if n * portion == tokens else f", of which {tokens / (n * portion):.0%} are filled"
         report.add(
             "tokens" if first == 1 else "",
             f"{tokens:,} per step {'' if first == 1 else f'from step {first:,} on '}= {world_size} ranks "
-            f"× {train.micro_batch_size} sequences × {config.data.seq_len} tokens "
-            f"× {config.grad_accum_steps(world_size, first)} grad_accum_steps",
+            f"× {train.micro_batch_size} sequences × {config.data.seq_len} tokens × {n} grad_accum_steps{uneven}",
         )
     report.add("", f"{tokens_in_total(config):,} in {train.total_steps:,} steps")
 

@@ -7,10 +7,13 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fbitrain.data.config import DataConfig, PhaseConfig
+from fbitrain.data.loader import TokenLoader
 from fbitrain.data.streaming.plan import find_sources, plan_lanes
-from fbitrain.data.streaming.steps import StepSizes
+from fbitrain.data.streaming.steps import StepSizes, dealt
 from tests.data.corpora import rank_loader, take
 
 GROWING = [(0, 4), (3, 8), (4, 20), (7, 4)]  # sequences per step
@@ -49,33 +52,61 @@ def phased(data: DataConfig) -> DataConfig:
     return dataclasses.replace(data, phases=[PhaseConfig(4, {"web": 0})])
 
 
-def begun(data: DataConfig, tokenizer: str, world_size: int, n: int, states: Any = None, sizes: Any = GROWING) -> Any:
-    """The sources of the documents that begin in each rank's next `n` batches of two, and the states behind them."""
+def begun(
+    data: DataConfig, tokenizer: str, world_size: int, steps: list[int], states: Any = None, sizes: Any = GROWING
+) -> Any:
+    """Rank by rank the sources of the documents that begin in each of the steps, which have so many sequences, and the
+    states behind them."""
     found, ended = [], []
     for rank in range(world_size):
         options = {"sequences_per_step": sizes, "log_documents": True, "states": states}
         with rank_loader(data, tokenizer, rank, world_size, **options) as loader:
-            batches = []
-            for _ in range(n):
-                next(loader)
-                batches.append({name.partition("/")[0] for name in loader.take_documents()})
-            found.append(batches)
+            begins = []
+            for n_sequences in steps:
+                draw_step(loader, n_sequences)
+                begins.append({name.partition("/")[0] for name in loader.take_documents()})
+            found.append(begins)
             ended.append(json.loads(json.dumps(loader.state())))
     return found, ended
 
 
-@pytest.mark.parametrize(("first", "second"), [(1, 1), (2, 2), (1, 2), (2, 1)])
+def draw_step(loader: TokenLoader, n_sequences: int) -> list[list[int]]:
+    """What one rank draws of a step."""
+    return [row for _ in range(loader.begin_step(n_sequences)) for row in next(loader).tolist()]
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 1), (2, 2), (1, 2), (2, 1), (3, 4)])
 def test_the_phase_holds_on_any_number_of_ranks(
     phased: DataConfig, byte_tokenizer: str, first: int, second: int
 ) -> None:
-    """12 sequences, which are 3 steps, then a resume, then 8 of the fourth step, and the phase."""
-    _, states = begun(phased, byte_tokenizer, first, 6 // first)
+    """12 sequences, which are 3 steps, then a resume, then the fourth step, and the phase."""
+    _, states = begun(phased, byte_tokenizer, first, [4, 4, 4])
     assert {state["drawn"] for state in states} == {12}
-    found, _ = begun(phased, byte_tokenizer, second, 20 // second, states)
-    for batches in found:
-        border = 4 // second
-        assert any("web" in sources for sources in batches[:border])
-        assert all(sources <= {"code"} for sources in batches[border:])
+    found, _ = begun(phased, byte_tokenizer, second, [8, 20], states)
+    assert any("web" in before for before, _ in found)
+    assert all(after <= {"code"} for _, after in found)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(legs=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 23)), min_size=1, max_size=6))
+def test_a_step_holds_the_same_sequences_on_any_number_of_ranks(
+    data: DataConfig, byte_tokenizer: str, legs: list[tuple[int, int]]
+) -> None:
+    """Each leg is one step of so many sequences on so many ranks, resumed from the leg before."""
+    states = None
+    with rank_loader(data, byte_tokenizer) as alone:
+        for world_size, n_sequences in legs:
+            drawn, ended, n_batches = [], [], set()
+            for rank in range(world_size):
+                with rank_loader(data, byte_tokenizer, rank, world_size, states=states) as loader:
+                    n_batches.add(loader.begin_step(n_sequences))
+                    batches = [next(loader).tolist() for _ in range(max(n_batches))]
+                    assert all(len(batch) <= 2 for batch in batches)
+                    drawn += [row for batch in batches for row in batch]
+                    ended.append(json.loads(json.dumps(loader.state())))
+            assert len(n_batches) == 1, "ranks would wait for each other"
+            assert sorted(drawn) == sorted(draw_step(alone, n_sequences))
+            states = ended
 
 
 def test_a_resume_across_a_change_is_bit_exact(phased: DataConfig, byte_tokenizer: str) -> None:
@@ -96,22 +127,29 @@ def test_changes_that_are_yet_to_come_do_not_concern_the_place(phased: DataConfi
     assert growing["lanes"] == as_before["lanes"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_other_sizes_of_the_past_keep_the_steps(phased: DataConfig, byte_tokenizer: str, ranks: int) -> None:
     """After 3 steps of 4 sequences the run goes on as if each had had 20: the phase is still one step away."""
-    _, states = begun(phased, byte_tokenizer, ranks, 6 // ranks)
-    found, ended = begun(phased, byte_tokenizer, ranks, 16 // ranks, states, sizes=20)
-    assert ended[0]["drawn"] == 3 * 20 + 16 * 2
-    for batches in found:
-        assert any("web" in sources for sources in batches[: 10 // ranks])
-        assert all(sources <= {"code"} for sources in batches[10 // ranks :])
+    _, states = begun(phased, byte_tokenizer, ranks, [4, 4, 4])
+    found, ended = begun(phased, byte_tokenizer, ranks, [20, 12], states, sizes=20)
+    assert ended[0]["drawn"] == 3 * 20 + 32
+    assert all("web" in before for before, _ in found)
+    assert all(after <= {"code"} for _, after in found)
 
 
 def test_lanes_are_counted_in_the_order_they_are_drawn(phased: DataConfig, byte_tokenizer: str) -> None:
     """12 sequences of 5 lanes: the next one is lane 2's, and with other sizes it is the first after 3 steps."""
-    _, states = begun(phased, byte_tokenizer, 1, 6)
+    _, states = begun(phased, byte_tokenizer, 1, [4, 4, 4])
     with rank_loader(phased, byte_tokenizer, states=states, sequences_per_step=20) as loader:
         state = loader.state()
     assert state["next_lane"] == 2
     in_turn = [state["lanes"][str(lane)]["sequence"] for lane in (2, 3, 4, 0, 1)]
     assert in_turn == [60, 61, 62, 63, 64]
+
+
+@given(st.integers(0, 8), st.integers(0, 40), st.integers(1, 9), st.integers(1, 9))
+def test_sequences_are_dealt_one_by_one(first: int, n_sequences: int, n_lanes: int, world_size: int) -> None:
+    counted = [0] * world_size
+    for i in range(n_sequences):
+        counted[(first % n_lanes + i) % n_lanes % world_size] += 1
+    assert dealt(first % n_lanes, n_sequences, n_lanes, world_size) == counted
