@@ -21,7 +21,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from fbitrain.base.errors import UserError
+from fbitrain.base.errors import passing
 from fbitrain.base.processes import machine, started
 
 NOTE = "LOST.json"
@@ -102,11 +102,11 @@ class Peers:
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline and not self.said():
             if (missing := self.missing()) and self.claim(missing):
-                raise UserError(sentence(missing)) from error
+                raise passing(sentence(missing)) from error
             time.sleep(0.1)
         if not self.said() and self.claim([]):
-            raise UserError(self._unexplained(error)) from error
-        said = UserError("another rank has said which rank was lost")
+            raise passing(self._unexplained(error)) from error
+        said = passing("another rank has said which rank was lost")
         said.said_elsewhere = True
         raise said from error
 

@@ -11,13 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from fbitrain.base.errors import UserError
+from fbitrain.base.errors import UserError, may_pass
 
 T = TypeVar("T")
 
 
 class StreamError(UserError):
     """The data stream of one rank failed; every rank raises it."""
+
+    restart_mends = True  # most are of a disk or a network; those that are not make no progress either
 
 
 class DelayedFlag:
@@ -54,20 +56,23 @@ def agreed(work: Callable[[], T]) -> T:
     """Runs `work` on every rank; if it raises a user's error on any, all raise it, so that none waits for ever."""
     result: T
     fault: Exception | None = None
-    message = ""
+    message, mends = "", None
     try:
         result = work()
     except UserError as error:
-        message = str(error)
+        message, mends = str(error), may_pass(error)
     except Exception as error:  # a fault of ours must not leave the other ranks waiting either
         fault, message = error, f"rank {dist.get_rank()} failed: {type(error).__name__}: {error}"
-    messages: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
+        mends = True
+    messages: list[tuple[str, bool | None]] = [("", None)] * dist.get_world_size()
+    dist.all_gather_object(messages, (message, mends))
     if fault:
         raise fault
-    for found in messages:
+    for found, mends in messages:
         if found:
-            raise on_all_ranks(UserError(found))
+            raised = on_all_ranks(UserError(found))
+            raised.restart_mends = mends
+            raise raised
     return result
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fbitrain import environment, resume
-from fbitrain.base.errors import UserError
+from fbitrain.base.errors import UserError, passing
 from fbitrain.base.files import lock_folder, write_json, write_text
 from fbitrain.checkpoint_files import TrainerState, trainer_state
 from fbitrain.checkpoint_folders import (
@@ -77,7 +77,7 @@ def prepare_run_dir(config: Config) -> None:
     with writable(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         if not lock_folder(run_dir):
-            raise UserError(
+            raise passing(  # the other may be what is left of a launch before
                 f"{run_dir} is being trained by another process; wait for it or end it, or choose another run.name"
             )
         for leftover in discard_unfinished(run_dir):

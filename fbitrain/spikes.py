@@ -21,6 +21,8 @@ MOST_IN_A_ROW = 10  # steps left out one after the other; then it is no spike
 class SpikeError(UserError):
     """A step whose update must not be made; every rank raises it, before the update."""
 
+    restart_mends = False
+
 
 @dataclass(frozen=True)
 class RunningMeans:

@@ -251,6 +251,7 @@ def save(parts: Parts, state: TrainerState, data_state: Mapping[str, Any]) -> in
     try:
         folder = checkpoint.save(parts.engine, parts.config, state, data_state, parts.loader.shard_list())
     except UserError as error:
+        error.restart_mends = True  # room may be made on a full disk meanwhile
         raise on_all_ranks(error) from None
     say(f"saved {folder} in {time.perf_counter() - started:.1f} s")
     parts.interval.run()

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # Room: its folder. Beside the run's own files, fbitrain/ has folders, each of them a room.
 INNER = (
     *("base", "loading", "optim", "calibration", "inference", "targets"),
-    *("releasing", "planning", "studies", "benches", "commands"),
+    *("releasing", "planning", "studies", "benches", "supervising", "commands"),
 )
 TOP = ("model", "kernels", "data", "launch")
 ROOMS = {"run": "fbitrain", **{room: room for room in TOP}, **{room: f"fbitrain/{room}" for room in INNER}}
@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planning": {"data", "model", "loading", "optim", "calibration", "run"},
     "studies": {"model", "run"},
     "benches": {"kernels", "data", "model", "targets", "releasing", "run"},
+    "supervising": {"run"},
     "commands": {"kernels", "data", "model", *INNER, "run"},
     "launch": {"commands"},
 }

@@ -246,7 +246,7 @@ def checkout(tmp_path: Path) -> Path:
         "exit ${EXIT:-0}",
         "python": '[[ $* == *socket* ]] && echo 12345 || exit "${NO_GPU:-0}"',
         "squeue": 'echo "${ENDS:-}"',
-        "srun": 'printf "%s\\n" "$@" "ends ${SLURM_JOB_END_TIME:-}" >"$LOG"',
+        "fbitrain": 'printf "%s\\n" "$@" "ends ${SLURM_JOB_END_TIME:-}" >"$LOG"',
     }
     folder = tmp_path / "checkout" / ".venv" / "bin"
     folder.mkdir(parents=True)
@@ -277,13 +277,12 @@ def start(checkout: Path, script: str, **variables: str) -> subprocess.Completed
         ({}, ""),
     ],
 )
-def test_slurm_starts_the_ranks_themselves(checkout: Path, told: dict[str, str], ends: str) -> None:
+def test_slurm_starts_the_supervisor(checkout: Path, told: dict[str, str], ends: str) -> None:
     slurm = {"SLURM_JOB_ID": "70001", "SLURM_CPUS_PER_TASK": "6", **told}
     done = start(checkout, "slurm.sbatch", FBITRAIN=str(checkout), **slurm)
     assert (done.returncode, done.stderr) == (0, "")
-    options, command = ["--cpus-per-task=6", "--kill-on-bad-exit=1"], ["a b.yaml", "optim.lr=1"]
-    script = ["python", "-u", str(checkout / "launch" / "pretrain.py")]
-    assert (checkout / "log").read_text().splitlines() == [*options, *script, *command, f"ends {ends}"]
+    words = ["run", "--", "pretrain", "a b.yaml", "optim.lr=1"]
+    assert (checkout / "log").read_text().splitlines() == [*words, f"ends {ends}"]
 
 
 def test_slurm_without_the_checkout_says_so(checkout: Path) -> None:

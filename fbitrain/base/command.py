@@ -12,7 +12,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from fbitrain.base.errors import UserError
+from fbitrain.base.errors import UserError, tell_supervisor
 
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
 BROKEN_PIPE = 141  # and for one ended by writing into a closed pipe
@@ -40,6 +40,8 @@ def run(
     try:
         return until_nobody_reads(lambda: main(arguments) or 0)
     except (KeyboardInterrupt, UserError) as error:
+        if isinstance(error, UserError):
+            tell_supervisor(error)
         if arguments.debug:
             raise
         interrupted = isinstance(error, KeyboardInterrupt)

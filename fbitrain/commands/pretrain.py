@@ -7,7 +7,7 @@ import os
 import time
 
 from fbitrain.base.command import config_parser
-from fbitrain.base.errors import UserError
+from fbitrain.base.errors import UserError, tell_supervisor
 from fbitrain.base.optional_writes import never_fail_to_print
 from fbitrain.config import ConfigError, load_config
 from fbitrain.slurm import adopt_ranks
@@ -38,6 +38,7 @@ def start(arguments: argparse.Namespace, *, fine_tuning: bool = False) -> int:
     except UserError as error:
         silent = rank != 0 and (error.on_all_ranks or isinstance(error, ConfigError))
         if (silent or error.said_elsewhere) and not arguments.debug:
+            tell_supervisor(error)
             time.sleep(2.0)  # another rank says it; the launcher ends all ranks with the first that leaves
             return 1
         raise

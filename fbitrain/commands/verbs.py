@@ -21,6 +21,7 @@ from fbitrain.base.command import run, until_nobody_reads
 VERBS = {
     "pretrain": ("commands.pretrain", "pretrain a model (on several ranks: deepspeed launch/pretrain.py)"),
     "finetune": ("commands.finetune", "make a pretrained model binary, and train it"),
+    "run": ("commands.run", "pretrain or fine-tune, restarted after a lost rank or node"),
     "cache-teacher": ("commands.cache_teacher", "write a teacher's targets once, for all students"),
     "release": ("commands.release", "turn a run into a release"),
     "eval": ("commands.eval", "measure a model: perplexity and lm-eval tasks"),
