@@ -211,7 +211,7 @@ def test_the_table_of_configurations_is_what_the_doctor_counts() -> None:
 )
 def test_lines_are_short(page: Path) -> None:
     lines = page.read_text(encoding="utf-8").splitlines()
-    rows = page.stem in WIDE  # of measurements: a row of a table cannot be wrapped
+    rows = page.parent.name == "docs"  # a row of a table cannot be wrapped; the README does with short ones
     assert [line for line in lines if len(line) > 120 and not (rows and line.startswith("|"))] == []
 
 
