@@ -135,10 +135,31 @@ class HFTokenizer(Tokenizer):
         backend.encode_special_tokens = True  # "<|im_end|>" in a document is a document's text, not an end
         self._identify(backend.get_vocab(with_added_tokens=True))
 
+    def encode_markup(self, text: str) -> list[int]:
+        """Token ids of `text`, in which the names of special tokens are these tokens, as in what chat templates write.
+
+        Raises UnencodableText.
+        """
+        return self._encode_by(self._markup_backend, SURROGATES.sub(REPLACEMENT, text))
+
+    @cached_property
+    def special_names(self) -> list[str]:
+        """What the special tokens are called in a text."""
+        return [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]
+
+    @cached_property
+    def _markup_backend(self) -> tokenizers.Tokenizer:
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
+
     def _encode_whole(self, text: str) -> list[int]:
+        return self._encode_by(self.backend, text)
+
+    def _encode_by(self, backend: tokenizers.Tokenizer, text: str) -> list[int]:
         # Only the batch form can leave out the character offsets, which nobody reads here.
         try:
-            encoded: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            encoded: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except BaseException as error:  # a panic in Rust is no Exception
             if type(error).__name__ != PANIC:
                 raise

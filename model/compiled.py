@@ -105,7 +105,7 @@ class PackedLlama:
 
 
 class Continuation:
-    """One text, whose tokens so far the model has read. Both methods read its next `ids` and say what follows them."""
+    """One text, whose tokens so far the model has read. Its methods read the next `ids` and say what follows them."""
 
     def __init__(self, decoder: Decoder, n_tokens: int) -> None:
         self._decoder, self._cache = decoder, decoder.new_cache(n_tokens)
@@ -121,9 +121,13 @@ class Continuation:
             raise UserError("the model's hidden states are not finite: its weights are damaged, or training diverged")
         return self._decoder.likeliest(hidden)
 
-    def _hidden(self, ids: list[int]) -> Tensor:
+    def read(self, ids: list[int]) -> None:
+        """Nothing is said of what follows: a part of a long prompt."""
+        self._hidden(ids, last=0)
+
+    def _hidden(self, ids: list[int], last: int = 1) -> Tensor:
         with _refusing_non_finite():
-            return self._decoder.hidden(torch.tensor(ids, dtype=torch.int64, device="cpu"), self._cache, last=1)
+            return self._decoder.hidden(torch.tensor(ids, dtype=torch.int64, device="cpu"), self._cache, last=last)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +13,11 @@ from transformers import PreTrainedModel
 
 from fbitrain.base.errors import UserError
 from fbitrain.data.tokenizer import Tokenizer
+from fbitrain.inference.detokenize import Detokenizer
 from fbitrain.model.compiled import PackedLlama
 
 LEAST_TEMPERATURE = 1e-30  # what is smaller takes the most likely token as well, and fp32 may take it for 0
+READ_TOKENS = 256  # of a prompt at once: whoever asked for the text may leave meanwhile
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Sampling:
     top_k: int = 0  # keep the k most likely tokens; 0: all
     top_p: float = 1.0  # keep the fewest tokens that hold this share of the probability
     seed: int = 0
+    logprobs: int | None = None  # tell the chosen token's log probability, and those of this many likeliest
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -40,10 +44,36 @@ class Sampling:
             raise UserError(f"top_p={self.top_p} must be above 0 and at most 1")
 
 
+class Token(NamedTuple):
+    """A chosen token. The log probabilities, in nats and before temperature, are there if `Sampling.logprobs` asks."""
+
+    id: int
+    logprob: float = math.nan
+    likeliest: tuple[tuple[int, float], ...] = ()  # ids with their log probabilities, the largest first
+
+
 def stream_text(
     model: PreTrainedModel | PackedLlama, tokenizer: Tokenizer, start: list[int], prompt: str, sampling: Sampling
 ) -> Iterator[str]:
-    """Yields a piece of text per new token, "" while a character's bytes are still coming; ends at the model's EOS.
+    """Yields a piece of text per new token (`stream_pieces`). `start` and `prompt` as in `prompt_tokens`."""
+    return stream_pieces(model, tokenizer, prompt_tokens(model, tokenizer, start, prompt), sampling)
+
+
+def stream_pieces(
+    model: PreTrainedModel | PackedLlama, tokenizer: Tokenizer, prompt_ids: list[int], sampling: Sampling
+) -> Iterator[str]:
+    """Yields a piece of text per new token, "" while a character's bytes are still coming; ends at the model's EOS."""
+    text = Detokenizer(tokenizer, prompt_ids)
+    for token in stream_tokens(model, prompt_ids, sampling):
+        yield text.add(token)
+    if rest := text.rest():
+        yield rest
+
+
+def prompt_tokens(
+    model: PreTrainedModel | PackedLlama, tokenizer: Tokenizer, start: list[int], prompt: str
+) -> list[int]:
+    """The ids that the model is given for `prompt`. Raises UserError where there are none, or the model lacks some.
 
     start: what the tokenizer puts before a prompt (`tokenizer_folder.prompt_start`). An empty prompt without it starts
     at the BOS of the model's generation config, as in transformers.
@@ -58,54 +88,81 @@ def stream_text(
             f"the prompt holds token {max(prompt_ids)}, but the model's vocabulary has {model.config.vocab_size}: "
             "the tokenizer is not the model's"
         )
-    ids = list(prompt_ids)
-    shown = len(tokenizer.decode(ids))
-    for token in stream_tokens(model, prompt_ids, sampling):
-        ids.append(token)
-        # Decoded as a whole, because a character or a leading space may need its neighbours.
-        text = tokenizer.decode(ids)
-        piece = "" if text.endswith("\N{REPLACEMENT CHARACTER}") else text[shown:]
-        shown += len(piece)
-        yield piece
-    if rest := tokenizer.decode(ids)[shown:]:
-        yield rest
+    return prompt_ids
+
+
+def stream_tokens(model: PreTrainedModel | PackedLlama, prompt_ids: list[int], sampling: Sampling) -> Iterator[int]:
+    """Yields the ids of `generate_tokens`."""
+    return (token.id for token in generate_tokens(model, prompt_ids, sampling))
+
+
+def room_after(model: PreTrainedModel | PackedLlama, prompt_ids: list[int]) -> float:
+    """How many tokens may follow; a recurrent model has no limit. Raises UserError if there is no room for one."""
+    limit = getattr(model.config, "max_position_embeddings", math.inf)
+    room: float = limit - len(prompt_ids)
+    if room < 1:
+        raise UserError(f"the prompt has {len(prompt_ids)} tokens and fills the model's {limit} positions; shorten it")
+    return room
 
 
 @torch.inference_mode()
-def stream_tokens(model: PreTrainedModel | PackedLlama, prompt_ids: list[int], sampling: Sampling) -> Iterator[int]:
-    """Yields up to max_new_tokens token ids after `prompt_ids`, without the EOS that ends them.
+def generate_tokens(
+    model: PreTrainedModel | PackedLlama,
+    prompt_ids: list[int],
+    sampling: Sampling,
+    wanted: Callable[[], bool] = lambda: True,
+) -> Iterator[Token]:
+    """Yields up to max_new_tokens tokens after `prompt_ids`, without the EOS that ends them.
 
-    It also ends where the model has no positions left. Raises UserError if the prompt alone leaves none.
+    It also ends where the model has no positions left, and before the next token once `wanted()` is false; the compiled
+    decoder asks that between parts of a long prompt, too. Raises UserError if the prompt alone leaves no position.
     """
-    limit = getattr(model.config, "max_position_embeddings", math.inf)  # a recurrent model has no such limit
-    room = limit - len(prompt_ids)
-    if room < 1:
-        raise UserError(f"the prompt has {len(prompt_ids)} tokens and fills the model's {limit} positions; shorten it")
+    room = room_after(model, prompt_ids)
     stop = _stop_ids(model)
     n_new = int(min(sampling.max_new_tokens, room))
-    next_token = _continuation(model, len(prompt_ids) + n_new, sampling)
+    read, next_token = _continuation(model, len(prompt_ids) + n_new, sampling)
     ids = prompt_ids
+    while read and len(ids) > READ_TOKENS and wanted():
+        read(ids[:READ_TOKENS])
+        ids = ids[READ_TOKENS:]
     for _ in range(n_new):
+        if not wanted():
+            return
         token = next_token(ids)
-        if token in stop:
+        if token.id in stop:
             return
         yield token
-        ids = [token]
+        ids = [token.id]
 
 
 def _continuation(
     model: PreTrainedModel | PackedLlama, n_tokens: int, sampling: Sampling
-) -> Callable[[list[int]], int]:
-    """A function for one text of up to `n_tokens`: given its next ids, it chooses the one after them."""
+) -> tuple[Callable[[list[int]], None] | None, Callable[[list[int]], Token]]:
+    """Two functions for one text of up to `n_tokens`: one reads ids, if the model can read a prompt in parts; the other
+    reads the next ids and chooses the one after them."""
+    read: Callable[[list[int]], None] | None = None
     if isinstance(model, PackedLlama):
         text = model.continuation(n_tokens)
-        if sampling.temperature == 0:
-            return text.likeliest
+        read = text.read
+        if sampling.temperature == 0 and sampling.logprobs is None:
+            return read, lambda ids: Token(text.likeliest(ids))
         next_logits: Callable[[list[int]], Tensor] = text.logits
     else:
         next_logits = _logits_of(model)
     generator = torch.Generator(device=model.device).manual_seed(sampling.seed)
-    return lambda ids: choose(next_logits(ids), sampling, generator)
+
+    def next_token(ids: list[int]) -> Token:
+        logits_V = next_logits(ids)
+        token = choose(logits_V, sampling, generator)
+        return Token(token) if sampling.logprobs is None else _with_logprobs(token, logits_V, sampling.logprobs)
+
+    return read, next_token
+
+
+def _with_logprobs(token: int, logits_V: Tensor, n_likeliest: int) -> Token:
+    logprobs_V = logits_V.log_softmax(dim=0)
+    values, ids = logprobs_V.topk(min(n_likeliest, len(logprobs_V)))
+    return Token(token, float(logprobs_V[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def _logits_of(model: PreTrainedModel) -> Callable[[list[int]], Tensor]:

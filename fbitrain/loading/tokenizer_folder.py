@@ -93,7 +93,7 @@ def pad_id(trained: Tokenizer) -> int | None:
 
 def prompt_start(tokenizer: Tokenizer, folder: Path) -> list[int]:
     """The ids that the tokenizer in `folder` puts before a text, as transformers' does: [BOS], or nothing."""
-    adds_bos = _read_settings(folder).get("add_bos_token")
+    adds_bos = read_settings(folder).get("add_bos_token")
     if isinstance(tokenizer, HFTokenizer) and not isinstance(adds_bos, bool):
         text = "a"
         plain, whole = (tokenizer.backend.encode(text, add_special_tokens=add).ids for add in (False, True))
@@ -152,10 +152,10 @@ def _write(definition: dict[str, Any], settings: dict[str, Any], folder: Path) -
 
 def _original_settings(trained: Tokenizer) -> dict[str, Any]:
     path = Path(trained.path)
-    return _read_settings(path if path.is_dir() else path.parent) if path.suffix != ".gguf" else {}
+    return read_settings(path if path.is_dir() else path.parent) if path.suffix != ".gguf" else {}
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> dict[str, Any]:
     """What tokenizer_config.json says; empty where there is none that can be read."""
     try:
         return dict(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")))
