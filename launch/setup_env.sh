@@ -43,7 +43,7 @@ wanted_stamp() {
 venv_is_valid() {
     [[ -f $STAMP && $(<"$STAMP") == "$(wanted_stamp)" ]] && "$VENV/bin/python" - <<'PY' 2>/dev/null
 import importlib.util, sys
-needed = ("fbitrain", "torch", "deepspeed", "transformers", "tokenizers", "pytest")
+needed = ("fbitrain", "torch", "deepspeed", "transformers", "tokenizers", "starlette", "openai", "pytest")
 sys.exit(any(importlib.util.find_spec(name) is None for name in needed))
 PY
 }
@@ -103,6 +103,6 @@ make_venv() {
     pip_install "build tools" pip setuptools wheel ninja
     # DeepSpeed comes as source, and its setup looks at torch: torch goes first, and the build sees this environment.
     pip_install "torch (the largest download)" torch numpy
-    pip_install "deepspeed, transformers and the rest, and the CPU kernels" --no-build-isolation -e '.[dev,eval]'
+    pip_install "deepspeed, transformers and the rest, and the CPU kernels" --no-build-isolation -e '.[train,serve,dev,eval]'
     wanted_stamp >"$STAMP"
 }

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # Room: its folder. Beside the run's own files, fbitrain/ has folders, each of them a room.
 INNER = (
     *("base", "loading", "optim", "calibration", "inference", "targets"),
-    *("releasing", "planning", "studies", "benches", "supervising", "commands"),
+    *("serving", "releasing", "planning", "studies", "benches", "supervising", "commands"),
 )
 TOP = ("model", "kernels", "data", "launch")
 ROOMS = {"run": "fbitrain", **{room: room for room in TOP}, **{room: f"fbitrain/{room}" for room in INNER}}
@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": {"data", "model", "loading"},
     "inference": {"data", "model"},
     "targets": {"data"},
+    "serving": {"data", "loading", "inference"},
     "run": {"data", "model", "loading", "optim", "calibration", "inference", "targets"},
     "releasing": {"data", "model", "loading", "optim", "calibration", "run"},
     "planning": {"data", "model", "loading", "optim", "calibration", "run"},
@@ -46,6 +47,7 @@ ONLY_IN = {
     "deepspeed": "fbitrain/engine.py",
     "lm_eval": "fbitrain/inference/lm_eval_tasks.py",
     "cupy": "kernels/cupy_backend.py",
+    "uvicorn": "fbitrain/serving/server.py",
 }
 TORCH_FREE = (
     "fbitrain/config.py",

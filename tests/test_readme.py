@@ -29,7 +29,8 @@ from tests.conftest import Workspace
 from tests.data import faulty_http
 
 ROOT = Path(__file__).parents[1]
-DOCS = ("configurations", "data", "distillation", "finetuning", "glossary", "hardware", "release", "training")
+DOCS = ("configurations", "data", "distillation", "finetuning", "glossary", "hardware")
+DOCS += ("release", "running", "training")
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", *(f"docs/{page}.md" for page in DOCS))]
 PAGES += [ROOT / "docs" / "troubleshooting.md"]
 WIDE = ("kernels", "kernels-measured", "log")

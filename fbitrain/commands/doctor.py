@@ -2,7 +2,8 @@
 
 With --picture FILE.png it also draws the schedules of the run.
 
-Exit code 1 if the run (or, without --config, any run) cannot work here; every reason is one sentence on stderr.
+Exit code 1 if the run cannot work here, or without --config what needs no extra; every reason is one sentence on
+stderr.
 Nothing outside the standard library is imported before the packages are known to be there.
 """
 
@@ -13,17 +14,20 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
 from fbitrain.base.command import positive
+from fbitrain.base.extras import missing
 
 GB = 1e9
 TOOLS = ("g++", "clang++", "nvcc", "ninja")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    problems = missing_packages()
+    extras = ["train"] if arguments.config or not missing("train") else []
+    problems = missing_packages(extras)
     if not problems:
         problems = inspect(arguments)
     for problem in problems:
@@ -31,15 +35,17 @@ def main(arguments: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def missing_packages() -> list[str]:
-    """One sentence per requirement of fbitrain that is not installed, or not in a version it is written for."""
+def missing_packages(extras: Sequence[str]) -> list[str]:
+    """One sentence per requirement of fbitrain and its `extras` that is not installed, or not in a version it is
+    written for."""
     try:
         from packaging.requirements import Requirement
     except ModuleNotFoundError:
         return ["packaging is not installed; run ./quickstart.sh, or pip install fbitrain"]
     problems = []
     for requirement in map(Requirement, metadata.requires("fbitrain") or []):
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+        marker = requirement.marker
+        if marker and not any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
             continue
         try:
             version = metadata.version(requirement.name)
@@ -92,6 +98,9 @@ def print_machine() -> int:
     print_line("", ", ".join(f"{name} {version}" for name, version in about["packages"].items()))
     n_gpus = torch.cuda.device_count()
     print_devices(n_gpus)
+    for extra, what in (("train", "training"), ("serve", "serving")):
+        if absent := missing(extra):
+            print_line(what, f"no ({', '.join(absent)} not installed; pip install 'fbitrain[{extra}]')")
     print_line("compilers", ", ".join(f"{name}: {tool_version(name) or 'not found'}" for name in TOOLS))
     memory = psutil.virtual_memory()
     print_line("memory", f"{memory.available / GB:.1f} of {memory.total / GB:.1f} GB free")

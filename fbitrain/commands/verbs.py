@@ -6,6 +6,7 @@ and DeepSpeed, which take seconds, and the doctor must run where they are missin
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import difflib
 import importlib
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fbitrain.base.command import run, until_nobody_reads
+from fbitrain.base.extras import require_extra
 
 # verb: (module, what it does)
 VERBS = {
@@ -26,6 +28,7 @@ VERBS = {
     "release": ("commands.release", "turn a run into a release"),
     "eval": ("commands.eval", "measure a model: perplexity and lm-eval tasks"),
     "generate": ("commands.generate", "let a model continue a text, or time it"),
+    "serve": ("commands.serve", "serve a model by OpenAI's HTTP API"),
     "doctor": ("commands.doctor", "say what this machine has and what a run would take"),
     "compare": ("commands.compare", "run the variants of a study and compare them"),
     "config": ("commands.config", "show a configuration as it is resolved, or list the shipped ones"),
@@ -39,6 +42,11 @@ VERBS = {
     "data sample": ("data.commands.sample", "write the sample corpus"),
     "data bench": ("data.commands.bench", "time the stream beside its peers"),
 }
+# verb: the extra of setup.cfg that it needs
+EXTRA_OF = {
+    **dict.fromkeys(("pretrain", "finetune", "run", "cache-teacher", "compare", "summarize", "data inspect"), "train"),
+    "serve": "serve",
+}
 TRAINING = ("pretrain", "finetune", "cache-teacher")
 ASK_FOR_HELP = ("", "-h", "--help", "help")
 USAGE = 2  # argparse's exit code for arguments that it cannot read
@@ -51,7 +59,14 @@ def call(argv: Sequence[str]) -> int:
         asked = " ".join(argv[:1]) in ASK_FOR_HELP or (list(argv[:1]) == ["data"] and "".join(argv[1:]) in ASK_FOR_HELP)
         return until_nobody_reads(list_verbs) if asked else refuse(verb)
     command = importlib.import_module(f"fbitrain.{VERBS[verb][0]}")
-    return run(command.main, command.parser(), rest)
+
+    def main(arguments: argparse.Namespace) -> int | None:
+        if verb in EXTRA_OF:
+            require_extra(EXTRA_OF[verb], f"fbitrain {verb}")
+        code: int | None = command.main(arguments)
+        return code
+
+    return run(main, command.parser(), rest)
 
 
 def split(argv: Sequence[str]) -> tuple[str, list[str]]:

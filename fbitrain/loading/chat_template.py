@@ -66,7 +66,7 @@ def load_chat_template(tokenizer: Tokenizer, folder: Path) -> ChatTemplate:
     """The chat template of the model in `folder`. Raises UserError where there is none, or none that can be used."""
     source, where = _source(tokenizer, folder)
     if not source:
-        raise UserError(f"the tokenizer of {where} has no chat template; give text to continue instead, with --prompt")
+        raise UserError(f"the tokenizer of {where} has no chat template; give text to continue instead")
     if not isinstance(tokenizer, HFTokenizer):
         raise UserError(f"{where} has a chat template but no tokenizer.json, which chat needs; release the model anew")
     names = {name: _content(value) for name, value in read_settings(folder).items() if name.endswith("_token")}

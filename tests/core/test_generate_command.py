@@ -125,7 +125,7 @@ def test_a_message_is_answered_as_the_template_says(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--chat", "--prompt", "x"], "has no chat template; give text to continue instead, with --prompt"),
+        (["--chat", "--prompt", "x"], "has no chat template; give text to continue instead"),
         (["--chat"], "--chat without a prompt talks on a terminal, and stdin is none"),
         (["--system", "x"], "--system is a message of a conversation; give --chat too"),
     ],
