@@ -22,7 +22,8 @@ SSH = "ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10"
 
 
 def main(arguments: argparse.Namespace) -> int:
-    verb, config_name, *overrides = arguments.command
+    verb, *words = arguments.command
+    config_name, *overrides = [word for word in words if not word.startswith("-")] or [""]
     if verb not in VERBS:
         raise UserError(f"fbitrain run starts {' or '.join(VERBS)}, not {verb!r}")
     nodes, reach = places(arguments)
@@ -34,7 +35,7 @@ def main(arguments: argparse.Namespace) -> int:
     patience = Patience(arguments.connect, arguments.silence, arguments.grace)
 
     def attempt(number: int) -> End:
-        command = rank_command(verb, config_name, overrides, config, number)
+        command = rank_command(verb, words, config, number)
         return Attempt(nodes, reach, command, patience, stop, arguments.min_ranks, say).run()
 
     say(f"{', '.join(f'{node.name} ({node.slots})' for node in nodes)}: {shlex.join(arguments.command)}")
@@ -52,11 +53,11 @@ def places(arguments: argparse.Namespace) -> tuple[list[Node], Reach]:
     return of_this_machine(arguments.ranks), Reach()
 
 
-def rank_command(verb: str, config_name: str, overrides: list[str], config: Config, number: int) -> list[str]:
+def rank_command(verb: str, words: list[str], config: Config, number: int) -> list[str]:
     """The command line of one rank in the `number`-th attempt: the script that DeepSpeed's launcher would start."""
     script = Path(fbitrain.__file__).parent / "launch" / f"{verb}.py"
     again = ["train.resume=auto"] if config.train.resume == "never" and number > 1 else []
-    return [sys.executable, "-u", str(script), config_name, *overrides, *again]
+    return [sys.executable, "-u", str(script), *words, *again]
 
 
 def say(text: str) -> None:

@@ -50,7 +50,7 @@ data:
   n_lanes: 12
   n_workers: 0
 optim: {{lr: 1e-3, warmup_steps: 2, schedule: wsd, cooldown_steps: 0}}
-train: {{micro_batch_size: 1, global_batch_tokens: 288}}
+train: {{micro_batch_size: 1, global_batch_tokens: 288, collective_timeout_s: 30}}
 engine: {{precision: fp32, threads_per_rank: 1, comm_timeout_s: 30}}
 checkpoint: {{every: {EVERY}, keep: 3}}
 metrics: {{every: 1}}
