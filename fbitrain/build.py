@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from fbitrain import checkpoint_folders, resume
 from fbitrain.base.errors import UserError
 from fbitrain.calibration.text import calibration_ids, needs_text
+from fbitrain.checkpoint import Saver
+from fbitrain.checkpoint_check import with_shared_look
 from fbitrain.checkpoint_files import TrainerState, data_states, trainer_state
 from fbitrain.config import Config
 from fbitrain.data.loader import TokenLoader
@@ -34,7 +36,7 @@ from fbitrain.optim.schedules import batch_spans
 from fbitrain.parameters import freeze_
 from fbitrain.process import device, resolve_precision
 from fbitrain.profiling import StepProfile
-from fbitrain.ranks import agreed, from_rank_0, hosts, say
+from fbitrain.ranks import agreed, hosts, say
 from fbitrain.run_folder import prepare_run_dir, record_start, writable
 from fbitrain.step_clock import StepClock
 from fbitrain.step_targets import StepTargets, cache_problems, open_targets
@@ -77,12 +79,14 @@ class Parts:
     batch_log: BatchLog | None
     document_log: DocumentLog | None
     blank_batch: Tensor  # int64 [micro_batch_size, seq_len + 1], what a rank whose stream failed goes on with
+    saver: Saver
     rank: int
     hosts: list[str]  # of all ranks
 
     def close(self) -> None:
-        """Ends the tokenizer processes and writes out what the writer still holds, however the run ended."""
+        """Ends the rank's other processes and writes out what the writer still holds, however the run ended."""
         self.profile.close()
+        self.saver.close()
         self.loader.close()
         self.writer.close()
 
@@ -144,6 +148,7 @@ def build(config: Config, rank: int, world_size: int) -> tuple[Parts, TrainerSta
         blank_batch=torch.zeros(config.train.micro_batch_size, config.data.seq_len + 1, dtype=torch.int64),
         batch_log=batch_log,
         document_log=document_log,
+        saver=Saver(engine, config),
         rank=rank,
         hosts=hosts(),
     )
@@ -230,8 +235,8 @@ def load_windows(config: Config, tokenizer: Tokenizer) -> HeldoutWindows | None:
 
 
 def choose_checkpoint(config: Config) -> Path | None:
-    """Rank 0 looks, because reading a whole checkpoint to verify it is enough work for one."""
-    folder = from_rank_0(lambda: checkpoint_folders.choose(config))
+    """Rank 0 chooses, and all ranks together read the checkpoints that it looks at."""
+    folder = with_shared_look(lambda look: checkpoint_folders.choose(config, look))
     if folder:
         remark = agreed(lambda: resume.require_same_config(folder, config))
         if remark:

@@ -10,15 +10,19 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fbitrain.base.errors import UserError
 from fbitrain.base.files import write_json
 from fbitrain.checkpoint_marker import MARKER, damage
-from fbitrain.config import Config
 
+if TYPE_CHECKING:
+    from fbitrain.config import Config
+
+Look = Callable[[Path], str]  # what is wrong with a checkpoint; empty if nothing
 _NAME = re.compile(r"step_[0-9]{8}")
 _UNFINISHED = re.compile(r"step_[0-9]{8}\.tmp")
 _OURS = re.compile(r"step_[0-9]{8}(\.tmp|\.abandoned\+*)?")
@@ -133,8 +137,8 @@ def note_followed(config: Config, resumed_from: Path | None, step: int) -> None:
         write_json(config.run_dir / FOLLOWED, {"folder": str(resumed_from.resolve()), "step": step})
 
 
-def choose(config: Config) -> Path | None:
-    """The checkpoint folder that `train.resume` asks for, checked to be whole; None to start anew.
+def choose(config: Config, look: Look = damage) -> Path | None:
+    """The checkpoint folder that `train.resume` asks for, found whole by `look`; None to start anew.
 
     Raises UserError for a named checkpoint that is missing, incomplete or damaged. With `auto`, and in the second
     launch with a named one, a damaged one is reported and the one before it is taken.
@@ -146,7 +150,7 @@ def choose(config: Config) -> Path | None:
             "choose another run.name, remove the folder, or resume with train.resume=auto"
         )
     own = _of_own(config)
-    if found := _newest_whole(own):
+    if found := _newest_whole(own, look):
         if wish != "auto":
             print(
                 f"train.resume={wish} was followed by an earlier launch, and this one goes on from {found}; "
@@ -157,21 +161,21 @@ def choose(config: Config) -> Path | None:
     if wish in ("auto", "never"):
         if own:
             raise UserError(
-                f"every checkpoint of {config.run_dir} is damaged, the newest: {damage(own[-1])}; "
+                f"every checkpoint of {config.run_dir} is damaged, the newest: {look(own[-1])}; "
                 "choose another run.name, or remove them"
             )
         return None
     folder = Path(wish)
     if not _is_complete(folder):
         raise UserError(f"train.resume={wish} is not a complete checkpoint: it has no {MARKER}")
-    if fault := damage(folder):
+    if fault := look(folder):
         raise UserError(f"train.resume={wish} is damaged: {fault}; choose another checkpoint")
     return folder
 
 
-def _newest_whole(folders: Sequence[Path]) -> Path | None:
+def _newest_whole(folders: Sequence[Path], look: Look) -> Path | None:
     for folder in reversed(folders):
-        fault = damage(folder)
+        fault = look(folder)
         if not fault:
             return folder
         print(f"warning: {folder} is damaged ({fault}); trying the checkpoint before it", flush=True)

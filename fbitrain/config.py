@@ -151,6 +151,7 @@ class CheckpointConfig:
     stop_within_s: float = 10.0  # a step that ends later than this after a stop signal is dropped, to be repeated
     margin_s: float = 300.0  # saves and stops this long before the end of a SLURM job's time
     keep: int = 3  # newest complete checkpoints kept; 0 keeps all
+    asynchronous: bool = True  # written by another process, out of a copy in the host's memory, while training goes on
 
 
 @dataclass(frozen=True)

@@ -217,15 +217,15 @@ class Engine:
         matrices = {n: p for n, p in parameters.items() if self._kinds[n] == "matrices" or p is head}
         return sum(math.prod(whole_shape(p)) for p in matrices.values())
 
-    def fixed_tensors(self) -> dict[str, Tensor]:
-        """What training never changes and a checkpoint must hold: persistent buffers and frozen parameters, whole.
+    def fixed_tensors(self) -> list[tuple[str, Tensor]]:
+        """What training never changes and a checkpoint must hold: persistent buffers and frozen parameters.
 
-        On rank 0; empty on the others.
+        On rank 0, and empty on the others; tensors of larger numbers come first.
         """
         if dist.get_rank() != 0:
-            return {}
+            return []
         found = [(name.removeprefix(PREFIX), buffer) for name, buffer in self._buffers()]
-        return {name: buffer.to("cpu", copy=True).contiguous() for name, buffer in found} | self._frozen
+        return sorted([*found, *self._frozen.items()], key=lambda named: -named[1].element_size())
 
     def _buffers(self) -> list[tuple[str, Tensor]]:
         """The student's persistent buffers; every rank holds them whole under any stage."""

@@ -9,8 +9,10 @@ from pathlib import Path
 from fbitrain import environment, resume
 from fbitrain.base.errors import UserError, passing
 from fbitrain.base.files import lock_folder, write_json, write_text
+from fbitrain.checkpoint_check import with_shared_look
 from fbitrain.checkpoint_files import TrainerState, trainer_state
 from fbitrain.checkpoint_folders import (
+    Look,
     abandon_newer,
     discard_unfinished,
     newest_of_own,
@@ -18,11 +20,10 @@ from fbitrain.checkpoint_folders import (
     step_of,
     strangers,
 )
-from fbitrain.checkpoint_marker import damage
 from fbitrain.config import Config, to_yaml
 from fbitrain.data.tokenizer import Tokenizer
 from fbitrain.loading.tokenizer_folder import keep_tokenizer
-from fbitrain.ranks import from_rank_0, say
+from fbitrain.ranks import say
 
 
 @contextmanager
@@ -41,10 +42,10 @@ def finished(config: Config) -> str:
     Raises UserError if the finished run is of another configuration.
     """
 
-    def look() -> str:
+    def told(look: Look) -> str:
         latest = newest_of_own(config)
         # By its name first: to look for damage is to read the whole checkpoint, and `choose` will do that again.
-        if latest is None or step_of(latest) < config.train.total_steps or damage(latest):
+        if latest is None or step_of(latest) < config.train.total_steps or look(latest):
             return ""
         if not config.train.total_steps and not (config.run_dir / "FINISHED.json").is_file():
             return ""  # saved, as its first act, and perhaps killed before it was evaluated
@@ -53,7 +54,7 @@ def finished(config: Config) -> str:
         write_finished(config, state)  # again, in case the run was killed between its last checkpoint and its marker
         return f"nothing to do: {config.run_dir} is trained to step {state.step}, see {latest}"
 
-    return from_rank_0(look)
+    return with_shared_look(told)
 
 
 def write_finished(config: Config, state: TrainerState) -> None:

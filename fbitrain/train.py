@@ -5,7 +5,6 @@ A step is an optimizer step. The engine owns mechanics, this file owns their ord
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from fbitrain import checkpoint, resume
+from fbitrain import resume
 from fbitrain.base.errors import UserError
 from fbitrain.build import Parts, build
 from fbitrain.checkpoint_files import TrainerState, trainer_state
@@ -80,6 +79,7 @@ def run_steps(parts: Parts, state: TrainerState, stop: Stop) -> None:
         except (StreamError, SpikeError) as error:
             if state.step > saved_step:
                 save(parts, state, data_state)
+            wait_for_checkpoint(parts)
             raise on_all_ranks(explained(error, config, state.step + 1)) from None
         if end is None:  # nothing of the step stays: a run that resumes takes all of it again
             if state.step > saved_step:
@@ -98,6 +98,7 @@ def run_steps(parts: Parts, state: TrainerState, stop: Stop) -> None:
         if config.eval.every and (last or (state.step % config.eval.every == 0 and not stop.agreed)):
             evaluate(parts, state)
     bar.close()
+    wait_for_checkpoint(parts)
     leave_marker(parts, state, stop)
 
 
@@ -188,12 +189,18 @@ def backward(parts: Parts, batch: Tensor, cached: CachedTargets | None, share: f
 
 
 def agree_to_go_on(parts: Parts, stop: Stop, loss: Tensor, failure: str) -> float:
-    """All ranks learn if any is to stop or to save, and the mean of their losses; they raise if any stream failed."""
-    flags = torch.tensor([bool(failure), *stop.wishes()], dtype=torch.float64, device=loss.device)
+    """All ranks learn if any is to stop or to save, and the mean of their losses.
+
+    They raise if any stream failed, or the writing of a checkpoint.
+    """
+    known = [bool(failure), parts.saver.cannot_write(), *stop.wishes()]
+    flags = torch.tensor(known, dtype=torch.float64, device=loss.device)
     shared = torch.cat([flags, loss.double().view(1)])
     dist.all_reduce(shared)
-    failed, stopping, saving, total = shared.tolist()
+    failed, unwritten, stopping, saving, total = shared.tolist()
     stop.agree(bool(stopping), bool(saving))
+    if unwritten:
+        parts.saver.wait()
     if failed:
         failures: list[str] = [""] * parts.engine.world_size
         dist.all_gather_object(failures, failure)
@@ -245,17 +252,17 @@ def end_step(parts: Parts, state: TrainerState, loss: float, fault: str, named: 
 
 
 def save(parts: Parts, state: TrainerState, data_state: Mapping[str, Any]) -> int:
-    """Writes the checkpoint of this step; returns the step."""
+    """Writes the checkpoint of this step, or has it written while training goes on; returns the step."""
     parts.interval.pause("saving")
-    started = time.perf_counter()
-    try:
-        folder = checkpoint.save(parts.engine, parts.config, state, data_state, parts.loader.shard_list())
-    except UserError as error:
-        error.restart_mends = True  # room may be made on a full disk meanwhile
-        raise on_all_ranks(error) from None
-    say(f"saved {folder} in {time.perf_counter() - started:.1f} s")
+    parts.saver.save(state, data_state, parts.loader.shard_list())
     parts.interval.run()
     return state.step
+
+
+def wait_for_checkpoint(parts: Parts) -> None:
+    """Returns when no checkpoint is in flight any more, before the run ends."""
+    parts.interval.pause("saving")
+    parts.saver.wait()
 
 
 def rewind(parts: Parts, state: TrainerState, before: Counter[Path]) -> TrainerState:
@@ -265,6 +272,8 @@ def rewind(parts: Parts, state: TrainerState, before: Counter[Path]) -> TrainerS
     SpikeError where there is none, and where it does not help.
     """
     config, engine = parts.config, parts.engine
+    parts.interval.pause("rewinding")
+    parts.saver.wait("the weights are to be rewound to it")
     folder = from_rank_0(lambda: find_latest(config.run_dir))
     if folder is None:
         raise SpikeError(f"step {state.step} would be left out and the weights rewound, but there is no checkpoint yet")
@@ -276,7 +285,6 @@ def rewind(parts: Parts, state: TrainerState, before: Counter[Path]) -> TrainerS
     kept = trainer_state(folder)
     if kept.step < config.binarize.from_step <= state.step:
         raise SpikeError(f"{folder} is of full precision, and step {state.step} is not: it cannot be rewound to")
-    parts.interval.pause("rewinding")
     agreed(lambda: resume.restore(engine, folder, config.optim.on_change))
     engine.shards.changed(state.step)
     parts.interval.restart()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fbitrain.checkpoint import _write_tensors
+from fbitrain.checkpoint import write_named
 from fbitrain.checkpoint_folders import step_of
 from fbitrain.checkpoint_marker import FIXED, LM_CONFIG, write_marker
 
@@ -26,8 +26,8 @@ def write_checkpoint(folder: Path) -> Path:
     step = step_of(folder)
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
-    _write_tensors(folder / "shard_rank00000.safetensors", {"weight|w|0": torch.randn(5000, generator=generator)})
-    _write_tensors(folder / FIXED, {"mask": torch.arange(37, dtype=torch.uint8)})
+    write_named(folder / "shard_rank00000.safetensors", [("weight|w|0", torch.randn(5000, generator=generator))])
+    write_named(folder / FIXED, [("mask", torch.arange(37, dtype=torch.uint8))])
     (folder / "data_rank00000.json").write_text(json.dumps({"lanes": [{"position": 12345, "seed": 7}]}))
     (folder / "data_shards.json").write_text(json.dumps({"one": [["a.jsonl", 1000]]}))
     (folder / "trainer.json").write_text(

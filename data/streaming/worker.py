@@ -1,8 +1,7 @@
 """Feeds: lanes drawn in this process, or by tokenizer processes that produce sequences ahead of it.
 
 A worker is a plain child process joined by one pipe. The pipe is the bounded queue: a full one makes the worker wait, a
-closed one makes it leave, and one that ends tells the parent that the worker is gone. multiprocessing is not used
-because its children import the caller's main module, and with it torch.
+closed one makes it leave, and one that ends tells the parent that the worker is gone.
 """
 
 from __future__ import annotations
@@ -11,11 +10,8 @@ import fcntl
 import os
 import pickle
 import resource
-import signal
-import subprocess
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fbitrain.base.errors import UserError
+from fbitrain.base.processes import how_it_ended, leave_with, start_child
 from fbitrain.data.duplicate_list import DuplicateList
 from fbitrain.data.reading.documents import Span
 from fbitrain.data.sources.cache import ShardCache
@@ -39,7 +36,6 @@ from fbitrain.data.tokenizer import Tokenizer, load_tokenizer
 COMMAND = "import sys; from fbitrain.data.streaming.worker import main; main(sys.argv[1:])"
 PIPE_BYTES = 1 << 20  # what Linux grants everyone: 60 sequences of 2048 tokens ahead
 POLL_SECONDS = 5.0
-IGNORED_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 @dataclass(frozen=True)
@@ -137,7 +133,7 @@ class WorkerProcess:
         reader, writer = os.pipe()
         _widen(writer)
         try:
-            self.process = _start(writer)
+            self.process = start_child(COMMAND, [str(writer)], [writer])
         finally:
             os.close(writer)  # held by the worker alone, so that its end is the pipe's end
         self._connection = Connection(reader, writable=False)
@@ -174,27 +170,7 @@ class WorkerProcess:
         self.process.wait()
 
     def _died(self) -> UserError:
-        self.process.wait()
-        code = self.process.returncode
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
-        why = "; was the machine out of memory?" if code == -signal.SIGKILL else "; its own message is above"
-        return UserError(f"tokenizer process {self.process.pid} {how}{why}")
-
-
-def _start(pipe: int) -> subprocess.Popen[bytes]:
-    # A child inherits the signal mask. Signals that a launcher sends to the process group, or to every descendant of a
-    # rank, must leave the workers alone until the rank has saved.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-c", COMMAND, str(pipe)],
-            stdin=subprocess.PIPE,
-            pass_fds=[pipe],
-            # The parent's own search path, and not the folder it happens to run in.
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"},
-        )
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return UserError(f"tokenizer process {self.process.pid} {how_it_ended(self.process)}")
 
 
 def _permit_open_files() -> None:
@@ -216,7 +192,7 @@ def _widen(pipe: int) -> None:
 def main(arguments: Sequence[str]) -> None:
     """The worker's life: reads its job from standard input and writes to the pipe whose descriptor is the argument."""
     parent, job = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
     with Connection(int(arguments[0]), readable=False) as connection:
         try:
             feed = LaneFeed(job, load_tokenizer(job.tokenizer_path))
@@ -227,10 +203,3 @@ def main(arguments: Sequence[str]) -> None:
                     return
         except BrokenPipeError:
             return  # the loader was closed
-
-
-def _leave_with(parent: int) -> None:
-    """Ends this process when its parent is gone, however it went and whoever else holds the pipe."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)

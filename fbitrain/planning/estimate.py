@@ -21,6 +21,7 @@ from fbitrain.optim.schedules import tokens_after
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
 CHECKPOINT_BYTES = 12  # per parameter: an fp32 weight and its two Adam moments; 4 less where Muon keeps one number
 RUNTIME_BYTES = 600_000_000  # interpreter, torch, DeepSpeed and transformers, or a CUDA context with its libraries
+WRITER_BYTES = 35_000_000  # the process that writes a rank's checkpoints: interpreter and numpy
 START_COPIES = 2  # of the fp32 model, whole, in a rank's memory while it is made: 1.74 measured at P = 2.2·10⁸
 
 
@@ -34,7 +35,7 @@ class TeacherSize:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes that one rank holds at its peak, by purpose; `start` and `save` are not held in a step."""
+    """Bytes that one rank holds at its peak, by purpose; `start` is not held in a step."""
 
     weights: int  # what the forward multiplies with, in the compute dtype
     gradients: int
@@ -45,8 +46,9 @@ class RankMemory:
     teacher: int  # its weights and hidden states; 0 without a teacher, or where its size is unknown
     runtime: int
     start: int  # of the host, before the first step
-    save: int  # of the host, while a checkpoint is written: copies of this rank's weights and optimizer state
+    save: int  # of the host: the copy of this rank's weights and optimizer state, or of its largest tensor
     optimizer_on_host: bool
+    save_is_kept: bool  # from the first save on, in steps too: checkpoint.asynchronous
 
     @property
     def total(self) -> int:
@@ -63,7 +65,8 @@ class RankMemory:
         """What must fit the host's memory at the rank's peak: at its start, in a step, or in a save."""
         passing = 0 if on_gpu else self.activations + self.loss  # gone when a save begins
         held = self.total - (self.on_device if on_gpu else passing + self.runtime)
-        return self.runtime + max(self.start, held + max(passing, self.save))
+        in_run = passing + self.save if self.save_is_kept else max(passing, self.save)
+        return self.runtime + max(self.start, held + in_run)
 
 
 def rank_memory(
@@ -102,8 +105,9 @@ def rank_memory(
         teacher=_teacher_bytes(config, tokens, c, world_size, teacher) if config.distill.needs_teacher else 0,
         runtime=RUNTIME_BYTES,
         start=START_COPIES * 4 * n_parameters,
-        save=CHECKPOINT_BYTES * part(1) - 4 * of_muon,
+        save=_save_bytes(config, CHECKPOINT_BYTES * part(1) - 4 * of_muon),
         optimizer_on_host=config.engine.offload_optimizer,
+        save_is_kept=config.checkpoint.asynchronous,
     )
 
 
@@ -148,6 +152,13 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
         header: dict[str, Any] = json.loads(file.read(length))
     header.pop("__metadata__", None)
     return header
+
+
+def _save_bytes(config: Config, of_rank: int) -> int:
+    """`of_rank`: what the rank writes into a checkpoint; where training waits for that, the copy is of one tensor."""
+    if config.checkpoint.asynchronous:
+        return of_rank + WRITER_BYTES
+    return min(of_rank, 4 * config.model.vocab_size * config.model.d_model)
 
 
 def _loss_bytes(config: Config, tokens: int, c: int) -> int:

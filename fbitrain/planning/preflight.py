@@ -190,7 +190,7 @@ def _describe_memory(report: Report, config: Config, memory: RankMemory, spread:
         ("libraries", memory.runtime, ""),
         ("total", memory.total, ""),
         ("start", memory.start, "in host memory, before the first step"),
-        ("save", memory.save, "in host memory, while a checkpoint is written"),
+        ("save", memory.save, f"in host memory, {'from the first' if memory.save_is_kept else 'during a'} checkpoint"),
     ):
         report.add("", f"{label:<12}{size / GB:>8.2f} GB  {remark}".rstrip())
 

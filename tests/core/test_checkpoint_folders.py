@@ -11,7 +11,6 @@ import pytest
 
 from fbitrain import checkpoint_folders
 from fbitrain.base.errors import UserError
-from fbitrain.checkpoint import _remove
 from fbitrain.checkpoint_folders import (
     abandon_newer,
     choose,
@@ -20,6 +19,7 @@ from fbitrain.checkpoint_folders import (
     discard_unfinished,
     strangers,
 )
+from fbitrain.checkpoint_writer import remove
 from fbitrain.config import Config, load_config
 from tests.checkpoints import write_checkpoint
 
@@ -103,7 +103,7 @@ def test_an_interrupted_removal_leaves_what_the_next_launch_clears(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *_: (_ for _ in ()).throw(OSError("interrupted")))
-        _remove(run_dir / "checkpoints" / "step_00000003")
+        remove(run_dir / "checkpoints" / "step_00000003")
     assert [folder.name for folder in complete_checkpoints(run_dir)] == ["step_00000006", "step_00000009"]
     assert [path.name for path in discard_unfinished(run_dir)] == ["step_00000003.tmp"]
     assert names(run_dir) == ["step_00000006", "step_00000009"]

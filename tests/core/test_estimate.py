@@ -17,6 +17,7 @@ from fbitrain.engine import deepspeed_config
 from fbitrain.model.build import build_student
 from fbitrain.model.config import BinarizeConfig, ModelConfig
 from fbitrain.planning.estimate import (
+    WRITER_BYTES,
     RankMemory,
     TeacherSize,
     activation_bytes,
@@ -90,7 +91,7 @@ def test_the_loss_grows_with_the_chunk_and_not_with_the_batch() -> None:
 
 def test_total_is_the_sum_of_the_parts() -> None:
     found = memory(CONFIG)
-    others = ("optimizer_on_host", "start", "save")
+    others = ("optimizer_on_host", "save_is_kept", "start", "save")
     assert found.total == sum(value for name, value in vars(found).items() if name not in others)
 
 
@@ -108,12 +109,15 @@ def test_buckets_are_those_that_the_engine_sets(stage: int, world_size: int) -> 
 
 
 def test_the_host_holds_a_start_and_a_save() -> None:
-    # A start: the whole model in fp32, twice, whatever the ranks. A save: what a rank owns, weight and two moments.
+    # A start: the whole model in fp32, twice, whatever the ranks. A save: what a rank owns, weight and two moments, or,
+    # where training stands still for it, one tensor.
     for stage, world_size, owned in ((0, 4, P), (1, 1, P), (1, 4, P // 4), (3, 8, P // 8)):
         found = memory(with_engine(zero_stage=stage), world_size)
-        assert (found.start, found.save) == (8 * P, 12 * owned)
+        assert (found.start, found.save) == (8 * P, 12 * owned + WRITER_BYTES)
     muon = rank_memory(CONFIG, P, n_muon=P // 2, world_size=4, precision="bf16", teacher=TEACHER)
-    assert muon.save == 12 * P // 4 - 4 * P // 8
+    assert muon.save == 12 * P // 4 - 4 * P // 8 + WRITER_BYTES
+    config = dataclasses.replace(CONFIG, checkpoint=dataclasses.replace(CONFIG.checkpoint, asynchronous=False))
+    assert memory(config).save == min(12 * P, 4 * CONFIG.model.vocab_size * CONFIG.model.d_model)
 
 
 def test_frozen_parameters_have_weights_and_nothing_else() -> None:
@@ -124,12 +128,14 @@ def test_frozen_parameters_have_weights_and_nothing_else() -> None:
 
 
 def test_the_hosts_peak_is_the_largest_of_start_step_and_save() -> None:
-    found = memory(with_engine(zero_stage=3), world_size=8)
+    found = dataclasses.replace(memory(with_engine(zero_stage=3), world_size=8), save=12 * P // 8)
     assert found.on_host(on_gpu=True) == found.runtime + found.start
     offloaded = memory(with_engine(offload_optimizer=True), world_size=1)
     assert offloaded.on_host(on_gpu=True) == offloaded.runtime + offloaded.optimizer + offloaded.save
-    # On the CPU a step's activations are gone when a save begins.
     alone = dataclasses.replace(memory(CONFIG, world_size=1), activations=P, loss=P)
+    assert alone.on_host(on_gpu=False) == alone.total + alone.save
+    # On the CPU a step's activations are gone when a save begins that training waits for.
+    alone = dataclasses.replace(alone, save_is_kept=False)
     assert alone.on_host(on_gpu=False) == alone.total - 2 * P + alone.save
     large = dataclasses.replace(alone, activations=alone.save)
     assert large.on_host(on_gpu=False) == large.total

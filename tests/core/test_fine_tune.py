@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, Pr
 from fbitrain import build
 from fbitrain.base.errors import UserError
 from fbitrain.calibration.text import calibration_ids, needs_text
-from fbitrain.checkpoint import _write_tensors
+from fbitrain.checkpoint import write_named
 from fbitrain.checkpoint_marker import FIXED, LM_CONFIG
 from fbitrain.config import (
     CalibrationConfig,
@@ -88,11 +88,11 @@ def write_checkpoint(run: Path, lm: PreTrainedModel, config: Config) -> Path:
     parameters = {name: parameter.detach() for name, parameter in lm.named_parameters()}
     persistent = lm.state_dict().keys()
     buffers = {name: buffer for name, buffer in lm.named_buffers() if name in persistent}
-    _write_tensors(
-        folder / "shard_rank00000.safetensors", {f"weight|{n}|0": p.reshape(-1) for n, p in parameters.items()}
+    write_named(
+        folder / "shard_rank00000.safetensors", [(f"weight|{n}|0", p.reshape(-1)) for n, p in parameters.items()]
     )
     if buffers:
-        _write_tensors(folder / FIXED, buffers)
+        write_named(folder / FIXED, sorted(buffers.items(), key=lambda named: -named[1].element_size()))
     shapes = {name: list(p.shape) for name, p in parameters.items()}
     trainer = {"step": 3, "tokens": 9, "world_size": 1, "shapes": shapes}
     (folder / "trainer.json").write_text(json.dumps(trainer))

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fbitrain import build, checkpoint, fine_tune, train
+from fbitrain import build, checkpoint, checkpoint_snapshot, fine_tune, train
 from fbitrain.base.optional_writes import JsonLines
 from fbitrain.commands.verbs import leave
 from fbitrain.engine import Engine
@@ -26,10 +26,14 @@ def die(*_: Any, **__: Any) -> None:
 
 
 def before_step_4(act: Callable[[], object]) -> None:
+    before_step(4, act)
+
+
+def before_step(number: int, act: Callable[[], object]) -> None:
     step = train.train_step
 
     def acting(parts: Any, state: Any, stop: Any) -> Any:
-        if state.step == 3:
+        if state.step == number - 1:
             act()
         return step(parts, state, stop)
 
@@ -131,16 +135,29 @@ def full_disk_in_steps_2_to_4() -> None:
     train.train_step = stepping  # type: ignore[assignment]
 
 
-def kill_in_second_save() -> None:
+def faulty_writer() -> None:
+    """The fault is the writer's, and $WRITER_FAULT names it."""
+    from faulty_writer import COMMAND  # which lies beside this script
+
+    checkpoint_snapshot.COMMAND = COMMAND
+
+
+def kill_in_the_middle_of_an_asynchronous_write() -> None:
+    """A writer hangs in the second checkpoint, that of step 4; the ranks train on, and rank 1 is killed."""
+    faulty_writer()
+    before_step(6, lambda: die() if RANK == 1 else None)
+
+
+def kill_in_second_synchronous_save() -> None:
     """Every rank has written its shard, and then the power goes, before the marker is there."""
-    finish = checkpoint._finish
+    commit = checkpoint.commit_folder
 
-    def dying(folder: Any, final: Any, *rest: Any) -> None:
-        if final.name != "step_00000002":
+    def dying(folder: Any, commit_: Any, *rest: Any) -> None:
+        if commit_.final.name != "step_00000002":
             die()
-        finish(folder, final, *rest)
+        commit(folder, commit_, *rest)
 
-    checkpoint._finish = dying  # type: ignore[assignment]
+    checkpoint.commit_folder = dying
 
 
 def nan_on_rank_1_at_step_3() -> None:
