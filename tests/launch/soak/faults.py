@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from fbitrain.checkpoint_folders import step_folder
+from fbitrain.supervising.supervisor import newest_step
 from tests.launch.soak.network import NetworkNode
 from tests.launch.soak.run import SoakRun
 
@@ -98,8 +100,7 @@ def disk_full(scene: Scene) -> Callable[[], None]:
 def checkpoint_damaged(scene: Scene) -> Callable[[], None]:
     """One byte of the newest checkpoint is another, and a rank dies."""
     os.kill(scene.rank(0), signal.SIGKILL)  # first: it would write a newer one
-    newest = max(path.parent for path in scene.run.run_dir.glob("checkpoints/step_*/COMPLETE.json"))
-    shard = newest / "shard_rank00000.safetensors"
+    shard = step_folder(scene.run.run_dir, newest_step(scene.run.run_dir)) / "shard_rank00000.safetensors"
     damaged = bytearray(shard.read_bytes())
     damaged[-5] ^= 1
     shard.write_bytes(damaged)
@@ -129,8 +130,8 @@ def node_slowed(scene: Scene) -> None:
 def disk_slow(scene: Scene) -> None:
     """Every fsync takes a second, until another checkpoint is written."""
     scene.run.slow_disk.touch()
-    before = newest_step(scene.run)
-    scene.run.wait_for(lambda: newest_step(scene.run) > before, "a checkpoint on a slow disk")
+    before = newest_step(scene.run.run_dir)
+    scene.run.wait_for(lambda: newest_step(scene.run.run_dir) > before, "a checkpoint on a slow disk")
     scene.run.slow_disk.unlink()
 
 
@@ -139,10 +140,6 @@ BORNE: dict[str, Callable[[Scene], None]] = {"node slowed to 4 Mbit/s": node_slo
 
 # Kinds that end the supervisor: a queue starts the same command again.
 OF_SUPERVISOR = {"supervisor stopped (SIGTERM)": signal.SIGTERM, "supervisor killed": signal.SIGKILL}
-
-
-def newest_step(run: SoakRun) -> int:
-    return max((int(path.parent.name[5:]) for path in run.run_dir.glob("checkpoints/step_*/COMPLETE.json")), default=0)
 
 
 def inflict(kind: str, scene: Scene) -> Result:
