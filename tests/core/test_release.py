@@ -28,7 +28,7 @@ from fbitrain.model.config import BinarizeConfig, SalientConfig
 from fbitrain.model.hf import ReleasedModel
 from fbitrain.releasing import release as release_module
 from fbitrain.releasing.model_card import Storage, Training, heldout_metrics, model_card
-from fbitrain.releasing.release import release, replacing_release
+from fbitrain.releasing.release import UNLABELED, release, replacing_release
 from tests.checkpoints import complete
 
 LLAMA_TOKENIZER = Path(__file__).parents[2].parent / "shared" / "data" / "tokenizer" / "llama.model"
@@ -278,7 +278,7 @@ def test_the_card_describes_every_kind_of_method(config: Config, binarize: Binar
     storage = Storage(100, 150, 50, 800, {"weight_bits": 100, "alpha": 50})
     fine_tuned = replace(config, binarize=binarize, model=replace(config.model, pretrained="some/model"))
     files = {"dense": "dense", "packed": "packed", "gguf": "gguf/NAME-F16.gguf"}
-    card = model_card(fine_tuned, Training(1, 2), storage, files, "float16", "gpt2")
+    card = model_card(fine_tuned, Training(1, 2), storage, files, "float16", "gpt2", UNLABELED)
     for part in (words, binarize.traits.paper, "fine-tuned from some/model", 'register("gpt2")', "llama.cpp"):
         assert part in card, part
     assert "1.500 bits each, scales included\n(weight_bits 1.000, alpha 0.500)" in card
@@ -290,7 +290,7 @@ def test_the_card_claims_only_the_calibration_of_this_run(config: Config, tmp_pa
         model, data = replace(config.model, pretrained=pretrained), replace(config.data, seq_len=24)
         looked_at = CalibrationConfig(n_sequences=7, **calibration)
         fine_tuned = replace(config, binarize=how, model=model, data=data, calibration=looked_at)
-        card = model_card(fine_tuned, Training(1, 2), None, {"packed": "packed"}, "float16", "gpt2")
+        card = model_card(fine_tuned, Training(1, 2), None, {"packed": "packed"}, "float16", "gpt2", UNLABELED)
         return "".join(line.removeprefix("| calibration ") for line in card.splitlines() if "| calibration " in line)
 
     (tmp_path / "checkpoints").mkdir()
