@@ -197,7 +197,15 @@ def imports_at_module_level(path: Path) -> Iterator[str]:
 
 
 def test_only_training_and_its_preflight_need_deepspeed() -> None:
-    may = {"engine", "train", "build", "cache_teacher", "planning.preflight", "benches.cached_targets"}
+    may = {
+        "engine",
+        "train",
+        "build",
+        "cache_teacher",
+        "planning.preflight",
+        "benches.cached_targets",
+        "benches.checkpoints",
+    }
     assert needs_deepspeed() <= {f"fbitrain.{name}" for name in may}
 
 
