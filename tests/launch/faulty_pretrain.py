@@ -26,14 +26,16 @@ def die(*_: Any, **__: Any) -> None:
 
 
 def before_step_4(act: Callable[[], object]) -> None:
-    before_step(4, act)
+    before_step(4, act, when_saved=True)
 
 
-def before_step(number: int, act: Callable[[], object]) -> None:
+def before_step(number: int, act: Callable[[], object], *, when_saved: bool = False) -> None:
     step = train.train_step
 
     def acting(parts: Any, state: Any, stop: Any) -> Any:
         if state.step == number - 1:
+            if when_saved:
+                parts.saver.wait()  # so that the checkpoint of the step before is there
             act()
         return step(parts, state, stop)
 

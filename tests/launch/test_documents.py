@@ -63,6 +63,7 @@ def test_killed_and_continued_on_other_numbers_of_ranks(launch: Any, tmp_path: P
     for ranks in (1, 3):
         kill_at = sum(before.values()) + rng.randint(6, 14)
         running.wait_for(lambda at=kill_at, now=running: sum(map(len, lines_of(now.run_dir).values())) >= at)
+        running.wait_for(lambda now=running: any(now.run_dir.glob("checkpoints/*/COMPLETE.json")))
         running.signal(signal.SIGKILL)
         running.wait_for_all()
         lost = running
