@@ -88,6 +88,7 @@ def test_training_on_it_needs_no_teacher_and_resumes_exactly(
     assert "resumed from" in fewer.output
 
 
+@pytest.mark.slow
 def test_shards_without_targets_are_refused_or_asked_of_the_teacher(
     launch: Any, workspace: Any, tokens: Path, cache: Path, tmp_path: Path
 ) -> None:

@@ -95,6 +95,7 @@ def test_goes_on_under_other_stages_and_ranks(launch: Any, grown: Any, stage: in
     assert run.losses == pytest.approx(grown.losses, rel=3e-4)
 
 
+@pytest.mark.slow
 def test_an_old_run_may_begin_to_grow(launch: Any) -> None:
     """A checkpoint and a data state of one size of the batch go on with another, at the step that was asked for."""
     constant = ("train.global_batch_tokens=96", *STREAM, "train.total_steps=3")

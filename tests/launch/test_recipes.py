@@ -46,6 +46,7 @@ def test_killed_or_moved_it_is_the_same_run(launch: Any, optimizer: str, schedul
     assert moved.losses == pytest.approx(whole.losses, rel=3e-4)
 
 
+@pytest.mark.slow
 def test_a_cooldown_starts_from_any_checkpoint_in_a_run_of_its_own(launch: Any) -> None:
     stable = ("optim.schedule=wsd", "train.total_steps=1000", "optim.min_lr=0", "checkpoint.every=1")
     trunk = launch("trunk", *stable, env={"FAULT": "kill_at_step_4"}, script=FAULTS, expect=None)

@@ -22,7 +22,10 @@ def documents(run: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("fault", "what", "step"),
-    [("nan_on_rank_1_at_step_3", "loss", 3), ("infinite_gradient_at_step_5", "gradient norm", 5)],
+    [
+        ("nan_on_rank_1_at_step_3", "loss", 3),
+        pytest.param("infinite_gradient_at_step_5", "gradient norm", 5, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_number_that_is_not_finite_stops_all_ranks_and_the_good_weights_are_saved(

@@ -46,6 +46,7 @@ def test_a_long_step_is_dropped_and_repeated_whole(launch: Any, reference: Any, 
     assert logs(again) == logs(reference), "a batch was left out, or drawn twice"
 
 
+@pytest.mark.slow
 def test_the_clock_saves_too(launch: Any, reference: Any) -> None:
     run = launch("minutes", "checkpoint.every=100", "checkpoint.every_minutes=1e-6")
     assert checkpoints(run) == [f"step_{step:08d}" for step in range(1, 7)]
@@ -53,6 +54,7 @@ def test_the_clock_saves_too(launch: Any, reference: Any) -> None:
     assert checkpoints(launch("steps", "checkpoint.every=100", "checkpoint.every_minutes=0")) == ["step_00000006"]
 
 
+@pytest.mark.slow
 def test_ranks_of_srun_stop_before_the_end_of_the_job(launch: Any, reference: Any) -> None:
     ranks = {"AS_SRUN": "1", "SLURM_JOB_END_TIME": str(int(time.time()) + 600)}
     options = ("checkpoint.every=100", "engine.threads_per_rank=0")
