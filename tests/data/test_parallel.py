@@ -47,7 +47,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType
 def test_results_come_in_the_order_of_the_jobs(work: ModuleType, n_workers: int) -> None:
     results = list(in_processes(work.slow_when_early, range(6), n_workers))
     assert [job for job, _ in results] == list(range(6))
-    assert len({process for _, process in results} - {os.getpid()}) == (0 if n_workers == 1 else 2)
+    processes = {process for _, process in results}  # one may have done all before the other has started
+    assert (os.getpid() in processes) == (n_workers == 1)
+    assert len(processes) <= n_workers
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])
