@@ -45,8 +45,10 @@ class JsonLines:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        self._waiting = b""
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        size = os.fstat(self._file).st_size
+        # A process that was killed on a full disk leaves half a line, which must not become a part of the next.
+        self._waiting = b"\n" if size and os.pread(self._file, 1, size - 1) != b"\n" else b""
         self._writes = OptionalWrites(str(path))
 
     def add(self, record: Mapping[str, Any]) -> None:

@@ -58,6 +58,15 @@ def test_lines_wait_for_room_and_none_is_cut_or_lost(
     assert found == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize(("before", "kept"), [('{"st', ['{"st']), ('{"step": 1}\n', ['{"step": 1}']), ("", [])])
+def test_half_a_line_of_an_earlier_process_spoils_no_other(tmp_path: Path, before: str, kept: list[str]) -> None:
+    (tmp_path / "log.jsonl").write_text(before)
+    lines = JsonLines(tmp_path / "log.jsonl")
+    lines.add({"step": 2})
+    lines.close()
+    assert (tmp_path / "log.jsonl").read_text().splitlines() == [*kept, '{"step": 2}']
+
+
 def test_what_waits_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(free=5)
     monkeypatch.setattr(os, "write", disk)

@@ -80,7 +80,7 @@ def soak(folder: Path, kinds: list[str], seed: int) -> tuple[SoakRun, list[Resul
 
 
 def total_steps(kinds: list[str]) -> int:
-    return 3 * BETWEEN * (len(kinds) + 1)
+    return 2 * BETWEEN * (len(kinds) + 1)
 
 
 def table(results: list[Result]) -> str:

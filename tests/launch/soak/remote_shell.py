@@ -15,8 +15,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 PORT = 2222
+LEAVING_S = 30.0  # for the line to end after its input has
 
 
 def serve(address: str) -> None:
@@ -52,6 +54,8 @@ def _give(talk: socket.socket) -> None:
     while data := os.read(0, 65536):
         talk.sendall(data)
     talk.shutdown(socket.SHUT_WR)
+    time.sleep(LEAVING_S)  # a node that is no more does not answer
+    os._exit(1)
 
 
 def _pass_on(connection: socket.socket, descriptor: int) -> None:

@@ -91,7 +91,7 @@ class SoakRun:
         begun = self.lines_before[-1].get(name, 0) if self.lines_before else 0
         path = self.run_dir / name
         lines = path.read_bytes().split(b"\n")[:-1][begun:] if path.exists() else []
-        return int(json.loads(lines[-1])["step"]) if lines else 0
+        return next((int(json.loads(line)["step"]) for line in reversed(lines) if line.endswith(b"}")), 0)
 
     def note_attempt(self) -> None:
         """An attempt is over, and none of its ranks is left: what is logged from here on is the next one's."""
@@ -103,7 +103,7 @@ class SoakRun:
     def _logged(self, name: str, start: int, stop: int | None = None) -> list[dict[str, Any]]:
         path = self.run_dir / name
         lines = path.read_bytes().split(b"\n")[:-1][start:stop] if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith(b"}")]  # a kill may have cut one short
+        return [json.loads(line) for line in lines if line.endswith(b"}")]  # a full disk may have cut one short
 
     def attempts(self) -> list[dict[int, list[str]]]:
         """Of each attempt, the documents that begin in each of its steps, over all its ranks."""
