@@ -189,10 +189,7 @@ def backward(parts: Parts, batch: Tensor, cached: CachedTargets | None, share: f
 
 
 def agree_to_go_on(parts: Parts, stop: Stop, loss: Tensor, failure: str) -> float:
-    """All ranks learn if any is to stop or to save, and the mean of their losses.
-
-    They raise if any stream failed, or the writing of a checkpoint.
-    """
+    """All ranks learn if any is to stop or to save, and their mean loss; they raise if any stream or save failed."""
     known = [bool(failure), parts.saver.cannot_write(), *stop.wishes()]
     flags = torch.tensor(known, dtype=torch.float64, device=loss.device)
     shared = torch.cat([flags, loss.double().view(1)])

@@ -51,6 +51,7 @@ ONLY_IN = {
 }
 TORCH_FREE = (
     "fbitrain/config.py",
+    "fbitrain/checkpoint_writer.py",
     "fbitrain/base/errors.py",
     "fbitrain/planning/estimate.py",
     "fbitrain/base/settings.py",

@@ -1,18 +1,16 @@
 """What a checkpoint costs a training run, written by another process and written while training stands still.
 
-    python -m fbitrain.benches.checkpoints CONFIG.yaml [section.key=value …] [--rounds 5] [--memory] [--help]
+    python -m fbitrain.benches.checkpoints CONFIG.yaml [section.key=value …] [--rounds 5] [--help]
 
 One rank takes optimizer steps on random tokens, with a loss on labels alone. In turns it takes some steps by
-themselves, saves synchronously, saves asynchronously, and goes on with steps until that checkpoint is complete. What
-those steps take more than the others, and the time for which training stood still, is the cost of a save. Memory is
-the peak of a process of its own for each way.
+themselves, saves asynchronously and goes on with steps until that checkpoint is complete, and saves synchronously. What
+those steps take more than the others, and the time for which training stood still, is the cost of a save.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
@@ -32,15 +30,13 @@ from fbitrain.model.build import build_student
 from fbitrain.student import Student
 
 PLAIN_STEPS = 5  # of a round, without a checkpoint in flight
-WAYS = ("no save", "synchronous", "asynchronous")
+WAYS = ("synchronous", "asynchronous")
 
 
 def main() -> None:
     arguments = parse_args()
     with TemporaryDirectory(prefix="fbitrain-checkpoints-", dir=arguments.folder) as folder:
         config = small_batches(load_config(arguments.config, arguments.overrides), Path(folder))
-        if arguments.memory:
-            report_memory(config)
         run = Run(config)
         run.measure(arguments.rounds)
         run.report()
@@ -94,80 +90,66 @@ class Run:
         self.engine, self.step = make_engine(config)
         self.synchronous = saver_of(self.engine, config, asynchronous=False)
         self.asynchronous = saver_of(self.engine, config, asynchronous=True)
-        self.plain: list[float] = []  # seconds of steps without a checkpoint in flight
-        self.busy: list[list[float]] = []  # of each round, seconds of steps with one
-        self.stood: dict[str, list[float]] = {way: [] for way in WAYS[1:]}  # seconds for which training stood still
-        self.writer_s = 0.0  # of a processor, that the writer takes for a checkpoint
+        self.plain: list[list[float]] = []  # of each round, seconds of steps without a checkpoint in flight
+        self.busy: list[list[float]] = []  # and of steps with one
+        self.stood: dict[str, list[float]] = {way: [] for way in WAYS}  # seconds for which training stood still
         self.first = 0.0  # the same of the first asynchronous save, which makes the room for the copy
+        self.writer_s, self.writer_bytes = 0.0, 0  # of a processor for a checkpoint, and of memory at the peak
+        self.memory: dict[str, int] = {}  # bytes more than in a step, of the rank
 
     def measure(self, rounds: int) -> None:
         numbers = itertools.count(1)
-        self.first = save(self.asynchronous, next(numbers))
+        self.memory["synchronous"] = more_memory(lambda: save(self.synchronous, next(numbers)))
+        began = time.perf_counter()
+        self.memory["asynchronous"] = more_memory(lambda: save(self.asynchronous, next(numbers)))
+        self.first = time.perf_counter() - began
         self.asynchronous.wait()
         for _ in range(rounds):
-            self.plain += [self.step() for _ in range(PLAIN_STEPS)]
-            self.stood["synchronous"].append(save(self.synchronous, next(numbers)))
-            self.plain += [self.step() for _ in range(PLAIN_STEPS)]
+            plain = [self.step() for _ in range(PLAIN_STEPS)]
             self.stood["asynchronous"].append(save(self.asynchronous, number := next(numbers)))
-            seconds = []
+            busy = []
             while not step_folder(self.config.run_dir, number).is_dir() and not self.asynchronous.cannot_write():
-                seconds.append(self.step())
-            self.busy.append(seconds)
+                busy.append(self.step())
             self.asynchronous.wait()
+            self.plain.append(plain + [self.step() for _ in range(PLAIN_STEPS)])
+            self.busy.append(busy)
+            self.stood["synchronous"].append(save(self.synchronous, next(numbers)))
         (writer,) = psutil.Process().children()
         self.writer_s = sum(writer.cpu_times()[:2]) / (rounds + 1)
+        self.writer_bytes = memory_of(writer.pid, "VmHWM")
         self.asynchronous.close()
 
     def report(self) -> None:
         n_parameters = sum(p.numel() for p in self.engine.student.parameters())
-        plain = statistics.median(self.plain)
-        print(f"{n_parameters / 1e6:.1f} M parameters; a step takes {plain:.2f} s (median of {len(self.plain)})")
-        print(
-            f"the first asynchronous save, which makes room for the copy: training stands still for {self.first:.2f} s"
-        )
-        print(f"the writer takes {self.writer_s:.2f} s of a processor for a checkpoint")
-        lost = {"synchronous": self.stood["synchronous"]}
-        slowed = [sum(seconds) - plain * len(seconds) for seconds in self.busy]
-        lost["asynchronous"] = [stood + slow for stood, slow in zip(self.stood["asynchronous"], slowed, strict=True)]
-        for way in WAYS[1:]:
-            stood, whole = statistics.median(self.stood[way]), statistics.median(lost[way])
-            text = f"{way}: training stands still for {stood:.2f} s"
-            if way == "asynchronous":
-                in_flight = statistics.median(map(sum, self.busy))
-                slower = sum(map(sum, self.busy)) / (plain * sum(map(len, self.busy))) - 1
-                text += f"; the {in_flight:.1f} s of steps until it is complete are {100 * slower:.1f} % slower"
-            print(f"{text}; {whole:.2f} s lost in all (n={len(self.busy)})")
-            if minutes := self.config.checkpoint.every_minutes:
-                print(f"    every {minutes:g} minutes: {100 * whole / (60 * minutes):.3f} % of the time")
+        plain, busy = (statistics.median(itertools.chain(*rounds)) for rounds in (self.plain, self.busy))
+        print(f"{n_parameters / 1e6:.1f} M parameters; a step takes {plain:.3f} s; medians of {len(self.busy)} saves:")
+        n_busy = statistics.median(map(len, self.busy))
+        for way, slower in zip(WAYS, (0.0, n_busy * (busy - plain)), strict=True):
+            print(f"{way}: training stands still for {self._told(way, slower)}")
+            print(f"    {self.memory[way] / n_parameters:.2f} bytes per parameter more memory of the rank at the peak")
+        print(f"    {n_busy:g} steps take {busy:.3f} s each until it is complete")
+        print(f"    the writer takes {self.writer_s:.2f} s of a processor and {self.writer_bytes / 1e6:.0f} MB")
+        print(f"    the first save, which makes room for the copy: {self.first:.2f} s")
+
+    def _told(self, way: str, slow: float) -> str:
+        """How long training stands still; with the `slow` seconds that its steps take more, what share is lost."""
+        stood, minutes = statistics.median(self.stood[way]), self.config.checkpoint.every_minutes
+        share = f"; {100 * (stood + slow) / (60 * minutes):.3f} % of {minutes:g} minutes are lost" if minutes else ""
+        return f"{stood:.2f} s{share}"
 
 
-def report_memory(config: Config) -> None:
-    peaks = {}
-    for way in WAYS:
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            peaks[way], n_parameters = pool.apply(peak_bytes, (config, way))
-    for way in WAYS[1:]:
-        more = peaks[way] - peaks[WAYS[0]]
-        print(f"{way}: {more / 2**20:.0f} MiB more at the peak, {more / n_parameters:.2f} bytes per parameter")
+def more_memory(work: Callable[[], object]) -> int:
+    """How many bytes this process holds at the peak of `work()` beyond those that it held before."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here (proc(5))
+    before = memory_of("self", "VmRSS")
+    work()
+    return memory_of("self", "VmHWM") - before
 
 
-def peak_bytes(config: Config, way: str) -> tuple[int, int]:
-    """Bytes at the peak of a rank and of its writer, and the number of parameters; in a process of its own."""
-    engine, step = make_engine(config)
-    saver = saver_of(engine, config, asynchronous=way == "asynchronous")
-    if way != "no save":
-        for number in (1, 2):
-            save(saver, number)
-            step()
-            saver.wait()
-    writer = sum(_high_water_mark(child.pid) for child in psutil.Process().children())
-    saver.close()
-    return _high_water_mark("self") + writer, sum(p.numel() for p in engine.student.parameters())
-
-
-def _high_water_mark(pid: int | str) -> int:
+def memory_of(pid: int | str, field: str) -> int:
+    """A field of a process's status, in bytes."""
     status = Path(f"/proc/{pid}/status").read_text()
-    return 1024 * int(status[status.index("VmHWM:") :].split()[1])
+    return 1024 * int(status[status.index(f"{field}:") :].split()[1])
 
 
 def parse_args() -> argparse.Namespace:
@@ -178,7 +160,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--rounds", type=int, default=5, help="saves of each way")
     parser.add_argument("--folder", type=Path, default=Path(), help="on whose disk the checkpoints are written")
-    parser.add_argument("--memory", action="store_true", help="measure the peak of memory too")
     return parser.parse_args()
 
 

@@ -21,7 +21,7 @@ from fbitrain.optim.schedules import tokens_after
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
 CHECKPOINT_BYTES = 12  # per parameter: an fp32 weight and its two Adam moments; 4 less where Muon keeps one number
 RUNTIME_BYTES = 600_000_000  # interpreter, torch, DeepSpeed and transformers, or a CUDA context with its libraries
-WRITER_BYTES = 35_000_000  # the process that writes a rank's checkpoints: interpreter and numpy
+WRITER_BYTES = 38_000_000  # the process that writes a rank's checkpoints: interpreter and numpy
 START_COPIES = 2  # of the fp32 model, whole, in a rank's memory while it is made: 1.74 measured at P = 2.2·10⁸
 
 
